@@ -1,0 +1,38 @@
+# make bench: verify every op and benchmark it against its peers on this machine
+# make test:  the test suite
+# both set everything up on a fresh machine: .venv, pinned packages, native libraries
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BENCH ?= quick
+
+.PHONY: bench test test-full lint native setup clean
+
+bench: native
+	$(PY) -m tilefuse verify --quick
+	$(PY) -m tilefuse bench --suite $(BENCH)
+
+test: native
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+
+test-full: native
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not gpu"
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# the native libraries build into python/tilefuse when g++ (and nvcc) are on PATH, else one line says why not
+native: setup
+	$(PY) setup.py -q build_ext --inplace
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements-dev.txt setup.py pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q -r requirements-dev.txt
+	TILEFUSE_BUILD_NATIVE=0 $(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf build $(VENV) python/tilefuse/_*.so

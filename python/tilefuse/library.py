@@ -1,0 +1,264 @@
+"""How an op is defined, faked, dispatched and listed.
+
+Two kinds of ops are registered in the ``tilefuse`` namespace of torch:
+
+* a **kernel op** (``rope_fwd``, ``rope_bwd``): not differentiable, one implementation per backend, a fake.
+  ``kernel(...)`` defines it; its implementations live at the op's path in each layer (below).
+* a **public op** (``rope``): composite. ``@op(...)`` registers the documented Python function as
+  ``torch.ops.tilefuse.<name>``; it checks its arguments and calls kernel ops, through an
+  ``autograd.Function`` when a gradient is needed.
+
+Schemas live here, in Python, so every op exists without the compiled libraries. The kernel ops have no default
+values in their schemas: torch's dispatcher drops trailing arguments that equal a default.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arch, backends, native
+from .backends import Candidate
+
+LIBRARY = torch.library.Library("tilefuse", "FRAGMENT")
+STANDARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_kernels: dict[str, Kernel] = {}
+_ops: dict[str, Op] = {}
+# while `explain` traces a call, kernels note themselves and their arguments here
+_trace: list[tuple[Kernel, tuple[Any, ...]]] | None = None
+
+
+@dataclass(frozen=True)
+class Op:
+    """What ``tilefuse.ops()`` tells about an op."""
+
+    name: str
+    family: str
+    module: str  # path of the op below each layer, such as "rope/rope_qk"
+    schema: str
+    kernels: tuple[str, ...]
+    differentiable: tuple[str, ...]  # arguments that receive gradients
+    dtypes: tuple[torch.dtype, ...]
+    function: Callable[..., Any] = field(repr=False, compare=False)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Backends that implement every kernel of this op."""
+        lists = [_kernels[k].backends for k in self.kernels]
+        return tuple(b for b in backends.BACKENDS if all(b in names for names in lists))
+
+    @property
+    def architectures(self) -> Mapping[str, tuple[str, ...]]:
+        """backend -> architectures that a real GPU of that kind has verified."""
+        found: dict[str, tuple[str, ...]] = {}
+        for name in ("triton", "cuda"):
+            if name in self.backends:
+                found[name] = tuple(
+                    a for a, kernels in backends.verified().items() if all(name in kernels.get(k, ()) for k in self.kernels)
+                )
+        return MappingProxyType(found)
+
+
+class Kernel:
+    """A kernel op: one schema, a fake, and an implementation per backend, found by convention.
+
+    ==========  =====================================================================================
+    reference   ``tilefuse/reference/<module>.py``, function ``<name>``
+    cpu         ``torch.ops.tilefuse_cpu.<name>``, registered by ``csrc/<module>_cpu.cpp``
+    triton      ``triton_kernels/<module>.py``, function ``<name>``
+    cuda        ``torch.ops.tilefuse_cuda.<name>``, registered by ``csrc/<module>.cu``
+    ==========  =====================================================================================
+
+    All take the schema's arguments positionally. ``when[backend](*args)`` may refuse a call by returning a
+    reason; it must only look at shapes, dtypes, strides and plain values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        names: tuple[str, ...],
+        dtypes: Mapping[str, tuple[torch.dtype, ...]],
+        when: Mapping[str, Callable[..., str | None]],
+        dtype_arg: int,
+    ):
+        self.name = name
+        self.module = module
+        self.backends = names
+        self.dtypes = dtypes
+        self.when = when
+        self.dtype_arg = dtype_arg
+        self._choices: dict[tuple[torch.device, torch.dtype], list[tuple[Callable[..., Any], Any]]] = {}
+        self._generation = -1
+
+    def implementation(self, name: str) -> tuple[Callable[..., Any] | None, str | None]:
+        """The callable of one backend, or the reason why it is not there."""
+        if name in ("cpu", "cuda"):
+            return native.find(name, self.name)
+        if name == "triton" and (missing := backends.triton_missing()):
+            return None, missing
+        layer = "reference" if name == "reference" else "triton_kernels"
+        module = importlib.import_module(f"tilefuse.{layer}.{self.module.replace('/', '.')}")
+        return getattr(module, self.name), None
+
+    def choices(self, device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
+        """``backends.pick`` for this kernel, this device and this process."""
+        on = arch.of(device)
+        return backends.pick(
+            [Candidate(b, self.implementation(b)[1], self.dtypes.get(b)) for b in self.backends],
+            requested=backends.backend(),
+            device=device.type,
+            arch=on,
+            dtype=dtype,
+            verified_backends=backends.verified().get(on, {}).get(self.name, ()),
+            interpret=backends.interpreting(),
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[self.dtype_arg]
+        if self._generation != backends.generation:
+            self._choices.clear()
+            self._generation = backends.generation
+        key = (first.device, first.dtype)
+        choices = self._choices.get(key)
+        if choices is None:
+            usable, reasons = self.choices(*key)
+            if not usable:
+                raise self._unavailable(first, reasons)
+            choices = self._choices[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
+        for run, when in choices:
+            if when is None or when(*args) is None:
+                return run(*args)
+        usable, reasons = self.choices(*key)
+        raise self._unavailable(first, reasons | {b: self.when[b](*args) for b in usable})
+
+    def _unavailable(self, first: Tensor, reasons: Mapping[str, str | None]) -> NotImplementedError:
+        lines = "; ".join(f"{b}: {reason}" for b, reason in reasons.items())
+        return NotImplementedError(f"tilefuse.{self.name}: no backend for {first.device} ({arch.of(first.device)}): {lines}")
+
+
+def kernel(
+    schema: str,
+    *,
+    module: str,
+    fake: Callable[..., Any],
+    backends: Sequence[str] = ("reference", "cpu", "triton"),
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
+    when: Mapping[str, Callable[..., str | None]] | None = None,
+    dtype_arg: int = 0,
+) -> Callable[..., Any]:
+    """Defines a kernel op and returns its torch overload.
+
+    Args:
+        schema: torch schema with name and without default values; mutated arguments marked ``Tensor(a!)``.
+        module: path of the op below each layer, ``<family>/<op>``.
+        fake: shapes, dtypes and strides of the outputs, the arguments taken positionally.
+        backends: those that implement this kernel.
+        dtypes: backend -> dtypes it takes, for the argument at ``dtype_arg`` (all dtypes when absent). The
+            compiled backends default to float32, bfloat16 and float16.
+        when: backend -> predicate that refuses a call with a reason.
+        dtype_arg: position of the tensor whose device and dtype choose the backend.
+    """
+    name = schema.split("(", 1)[0]
+    limits = {b: STANDARD_DTYPES for b in backends if b != "reference"} | dict(dtypes or {})
+    entry = _kernels[name] = Kernel(name, module, tuple(backends), limits, dict(when or {}), dtype_arg)
+
+    def traced_fake(*args: Any) -> Any:
+        if _trace is not None:
+            _trace.append((entry, args))
+        return fake(*args)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, entry, "CPU")
+    LIBRARY.impl(name, entry, "CUDA")
+    torch.library.register_fake(f"tilefuse::{name}", traced_fake, lib=LIBRARY)
+    return getattr(torch.ops.tilefuse, name).default
+
+
+def op(
+    schema: str,
+    *,
+    module: str,
+    kernels: Sequence[str],
+    differentiable: Sequence[str] = (),
+    dtypes: tuple[torch.dtype, ...] = (*STANDARD_DTYPES, torch.float64),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers the decorated Python function as ``torch.ops.tilefuse.<name>`` and lists it in ``ops()``."""
+    name = schema.split("(", 1)[0]
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        returns_nothing = schema.rstrip().endswith("-> ()")
+
+        def composite(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            return None if returns_nothing else result
+
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, composite if returns_nothing else function, "CompositeImplicitAutograd")
+        _ops[name] = Op(
+            name, module.split("/")[0], module, schema, tuple(kernels), tuple(differentiable), dtypes, function
+        )
+        return function
+
+    return register
+
+
+def ops() -> Mapping[str, Op]:
+    """Every tilefuse op by name, with its schema, kernels, backends, dtypes, gradients and verified GPUs."""
+    return MappingProxyType(_ops)
+
+
+def kernels() -> Mapping[str, Kernel]:
+    """Every kernel op by name."""
+    return MappingProxyType(_kernels)
+
+
+@contextmanager
+def _tracing() -> Iterator[list[tuple[Kernel, tuple[Any, ...]]]]:
+    global _trace
+    previous, _trace = _trace, []
+    try:
+        yield _trace
+    finally:
+        _trace = previous
+
+
+def explain(op_name: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, str]]:
+    """Says which backend each kernel of a call would use, and why not the others. Runs nothing.
+
+    Args:
+        op_name: an op listed in ``tilefuse.ops()``.
+        *args, **kwargs: what the op would be called with.
+
+    Returns:
+        kernel name -> {backend: ``"runs"``, ``"usable"`` (slower, or not preferred) or the reason against it}.
+
+    Raises:
+        ValueError: no such op.
+    """
+    if op_name not in _ops:
+        raise ValueError(f"tilefuse.explain: op_name must be one of {sorted(_ops)}, got {op_name!r}")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._pytree import tree_map_only
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    with _tracing() as calls, mode:
+        _ops[op_name].function(*args, **kwargs)
+    answer = {}
+    for entry, call in calls:
+        first = call[entry.dtype_arg]
+        usable, reasons = entry.choices(first.device, first.dtype)
+        for name in usable:
+            refused = entry.when[name](*call) if name in entry.when else None
+            reasons[name] = refused or ("usable" if "runs" in reasons.values() else "runs")
+        answer[entry.name] = {name: reasons[name] for name in entry.backends}
+    return answer

@@ -1,0 +1,54 @@
+"""Loads the compiled libraries and records why one is missing.
+
+The libraries are built on LibTorch's stable ABI: one binary for every Python and every torch >= 2.11. They
+register ``torch.ops.tilefuse_cpu.*`` and ``torch.ops.tilefuse_cuda.*``, one op per kernel that has a C++
+implementation, with the kernel's own argument list.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Library:
+    """One compiled library: where it is, how it was built, or why it cannot be used."""
+
+    name: str
+    path: Path
+    missing: str | None
+    info: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@functools.cache
+def load(name: str) -> Library:
+    """Loads ``_cpu`` or ``_cuda`` once. Never raises: ``Library.missing`` says what went wrong."""
+    path = Path(__file__).with_name(f"_{name}.abi3.so")
+    if not path.exists():
+        compiler = "g++" if name == "cpu" else "nvcc"
+        return Library(name, path, f"{path.name} was not built (needs {compiler}, ninja and torch at build time)")
+    try:
+        torch.ops.load_library(str(path))
+        build_info = getattr(ctypes.CDLL(str(path)), f"tilefuse_{name}_build_info")
+        build_info.restype = ctypes.c_char_p
+        return Library(name, path, None, MappingProxyType(json.loads(build_info().decode())))
+    except OSError as error:
+        # a library built for another torch or glibc must not take the package down
+        return Library(name, path, f"{path.name} cannot be loaded: {error}")
+
+
+def find(name: str, kernel: str) -> tuple[Any, str | None]:
+    """The native op of a kernel, or the reason why there is none."""
+    library = load(name)
+    if library.missing:
+        return None, library.missing
+    packet = getattr(getattr(torch.ops, f"tilefuse_{name}"), kernel, None)
+    return (packet.default, None) if packet is not None else (None, f"{library.path.name} has no {kernel}")
