@@ -12,4 +12,4 @@ from .ops import *  # noqa: F403
 __version__ = "0.1.0"
 __all__ = ["__version__", "backend", "explain", "ops", *_ops_package.__all__]
 
-from .library import ops  # noqa: E402  the function takes the subpackage's name here, as documented
+from .library import ops

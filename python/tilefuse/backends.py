@@ -111,7 +111,14 @@ class Candidate:
 
 
 def refusal(
-    candidate: Candidate, *, requested: str, device: str, arch: str, dtype: torch.dtype, is_verified: bool, interpret: bool
+    candidate: Candidate,
+    *,
+    requested: str,
+    device: str,
+    arch: str,
+    dtype: torch.dtype,
+    is_verified: bool,
+    interpret: bool,
 ) -> str | None:
     """Why this implementation would not run, or None. Plain values in, plain value out."""
     name = candidate.backend

@@ -62,7 +62,9 @@ class Op:
         for name in ("triton", "cuda"):
             if name in self.backends:
                 found[name] = tuple(
-                    a for a, kernels in backends.verified().items() if all(name in kernels.get(k, ()) for k in self.kernels)
+                    a
+                    for a, kernels in backends.verified().items()
+                    if all(name in kernels.get(k, ()) for k in self.kernels)
                 )
         return MappingProxyType(found)
 
@@ -142,7 +144,9 @@ class Kernel:
 
     def _unavailable(self, first: Tensor, reasons: Mapping[str, str | None]) -> NotImplementedError:
         lines = "; ".join(f"{b}: {reason}" for b, reason in reasons.items())
-        return NotImplementedError(f"tilefuse.{self.name}: no backend for {first.device} ({arch.of(first.device)}): {lines}")
+        return NotImplementedError(
+            f"tilefuse.{self.name}: no backend for {first.device} ({arch.of(first.device)}): {lines}"
+        )
 
 
 def kernel(
