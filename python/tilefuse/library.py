@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import arch, backends, native
 from .backends import Candidate
@@ -91,6 +92,7 @@ class Kernel:
         dtypes: Mapping[str, tuple[torch.dtype, ...]],
         when: Mapping[str, Callable[..., str | None]],
         dtype_arg: int,
+        mutated: tuple[int, ...] = (),
     ):
         self.name = name
         self.module = module
@@ -98,6 +100,7 @@ class Kernel:
         self.dtypes = dtypes
         self.when = when
         self.dtype_arg = dtype_arg
+        self.mutated = mutated
         self._choices: dict[tuple[torch.device, torch.dtype], list[tuple[Callable[..., Any], Any]]] = {}
         self._generation = -1
 
@@ -136,6 +139,10 @@ class Kernel:
             if not usable:
                 raise self._unavailable(first, reasons)
             choices = self._choices[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
+        # autograd notices by the version that a tensor which it saved has changed
+        for i in self.mutated:
+            if not args[i].is_inference():
+                increment_version(args[i])
         for run, when in choices:
             if when is None or when(*args) is None:
                 try:
@@ -179,7 +186,9 @@ def kernel(
     """
     name = schema.split("(", 1)[0]
     limits = {b: STANDARD_DTYPES for b in backends if b != "reference"} | dict(dtypes or {})
-    entry = _kernels[name] = Kernel(name, module, tuple(backends), limits, dict(when or {}), dtype_arg)
+    parameters = torch._C.parse_schema(schema).arguments
+    mutated = tuple(i for i, a in enumerate(parameters) if a.alias_info is not None and a.alias_info.is_write)
+    entry = _kernels[name] = Kernel(name, module, tuple(backends), limits, dict(when or {}), dtype_arg, mutated)
 
     def traced_fake(*args: Any) -> Any:
         if _trace is not None:
