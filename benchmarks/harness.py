@@ -41,7 +41,11 @@ Everything in a case is lazy: yielding it allocates nothing and imports no optio
                     mode=mode,
                     inputs=inputs,
                     run=tilefuse.rope,                # called as run(*inputs)
-                    peers={"eager": eager, "torch.compile": compiled(eager), "Liger": Peer(load=liger, devices=("cuda",))},
+                    peers={
+                        "eager": eager,
+                        "torch.compile": compiled(eager),
+                        "Liger": Peer(load=liger, devices=("cuda",)),
+                    },
                     grads=(0,),                       # positions of the inputs that need a gradient
                     bytes=2 * size,                   # least traffic of this mode: what must be read + written once
                     flops=0,

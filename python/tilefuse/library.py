@@ -138,7 +138,13 @@ class Kernel:
             choices = self._choices[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
         for run, when in choices:
             if when is None or when(*args) is None:
-                return run(*args)
+                try:
+                    return run(*args)
+                except RuntimeError as error:
+                    # C++ on the stable ABI can only raise RuntimeError; its own messages are about values
+                    if str(error).startswith("tilefuse.") and type(error) is RuntimeError:
+                        raise ValueError(str(error)) from None
+                    raise
         usable, reasons = self.choices(*key)
         raise self._unavailable(first, reasons | {b: self.when[b](*args) for b in usable})
 
@@ -250,13 +256,20 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, str]
     """
     if op_name not in _ops:
         raise ValueError(f"tilefuse.explain: op_name must be one of {sorted(_ops)}, got {op_name!r}")
+    return trace_call(_ops[op_name].function, args, kwargs)
+
+
+def trace_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, dict[str, str]]:
+    """``explain`` for any function that calls tilefuse ops."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._pytree import tree_map_only
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, dict(kwargs)))
     with _tracing() as calls, mode:
-        _ops[op_name].function(*args, **kwargs)
+        function(*args, **kwargs)
     answer = {}
     for entry, call in calls:
         first = call[entry.dtype_arg]

@@ -1,0 +1,203 @@
+"""Timers: paired rounds, so that noise of the machine meets tilefuse and its peers alike.
+
+Each contestant is a list of calls without arguments, one per set of inputs. The sets together exceed the
+last-level cache, so that no call finds its inputs or its outputs there (*cold*); where that would take too
+much memory or too many sets the state is *cached*, and is reported as such.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Calls = Sequence[Callable[[], Any]]
+MIN_ROUNDS = 5
+# of a contestant that alone would use up the budget
+FEWEST_ROUNDS = 3
+MAX_ROUNDS = 200
+# a sample shorter than this is mostly timer
+SAMPLE_SECONDS = {"cpu": 2e-4, "cuda": 5e-4}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+    calls: int  # calls per sample
+    method: str
+    samples: tuple[float | None, ...]  # by round; None where it sat out
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, round(fraction * (len(ordered) - 1))))]
+
+
+def _summary(samples: list[float | None], calls: int, method: str) -> Timing:
+    taken = [s for s in samples if s is not None]
+    return Timing(
+        statistics.median(taken),
+        percentile(taken, 0.2),
+        percentile(taken, 0.8),
+        len(taken),
+        calls,
+        method,
+        tuple(samples),
+    )
+
+
+def paired_ratio(other: Timing, ours: Timing) -> float:
+    """How many times longer ``other`` took: the median over the rounds that both took part in."""
+    return statistics.median(b / a for a, b in zip(ours.samples, other.samples) if a is not None and b is not None)
+
+
+def _rounds(
+    samplers: Mapping[str, Callable[[], float]], estimates: Mapping[str, float], budget: float
+) -> dict[str, list[float | None]]:
+    """Takes one sample of each contestant per round until the budget is spent; slow ones sit out most rounds."""
+    share = budget / len(samplers)
+    wanted = {}
+    for name, estimate in estimates.items():
+        fewest = MIN_ROUNDS if estimate * MIN_ROUNDS < 2 * share else FEWEST_ROUNDS
+        wanted[name] = min(MAX_ROUNDS, max(fewest, int(share / max(estimate, 1e-9))))
+    total = max(wanted.values())
+    samples: dict[str, list[float | None]] = {name: [] for name in samplers}
+    names = list(samplers)
+    for i in range(total):
+        for name in names:
+            # spread a contestant's samples evenly over all rounds
+            due = (i * wanted[name]) // total != ((i + 1) * wanted[name]) // total
+            samples[name].append(samplers[name]() if due else None)
+        # another order each round: nobody always runs after the same neighbour
+        names.append(names.pop(0))
+    return samples
+
+
+def measure_cpu(contestants: Mapping[str, Calls], budget: float, *, single: bool = False) -> dict[str, Timing]:
+    """Times contestants on the CPU.
+
+    Args:
+        contestants: name -> calls, one per set of inputs, already warmed up.
+        budget: seconds for all of them.
+        single: use the first set only (call cost).
+    """
+    samplers, estimates, calls = {}, {}, {}
+    for name, sets in contestants.items():
+        sets = sets[:1] if single else sets
+        kept: deque[Any] = deque(maxlen=len(sets))
+        before = time.perf_counter()
+        for call in sets:
+            kept.append(call())
+        once = (time.perf_counter() - before) / len(sets)
+        n = max(1, math.ceil(SAMPLE_SECONDS["cpu"] / max(once, 1e-9)))
+        calls[name], estimates[name] = n, n * once
+        samplers[name] = _cpu_sampler(sets, n, kept)
+    samples = _rounds(samplers, estimates, budget)
+    return {name: _summary(samples[name], calls[name], "perf_counter") for name in contestants}
+
+
+def _cpu_sampler(sets: Calls, n: int, kept: deque[Any]) -> Callable[[], float]:
+    position = 0
+
+    def sample() -> float:
+        nonlocal position
+        todo = [sets[(position + j) % len(sets)] for j in range(n)]
+        position += n
+        before = time.perf_counter()
+        for call in todo:
+            # outputs stay alive as long as their inputs' turn: the next call must not write into a warm buffer
+            kept.append(call())
+        return (time.perf_counter() - before) / n
+
+    return sample
+
+
+def measure_cuda(contestants: Mapping[str, Calls], budget: float) -> dict[str, Timing]:
+    """Times contestants with events around CUDA-graph replays; what cannot be captured is timed by events alone."""
+    samplers, estimates, calls, methods = {}, {}, {}, {}
+    for name, sets in contestants.items():
+        once = max(_cuda_seconds(lambda sets=sets: [call() for call in sets]) / len(sets), 1e-7)
+        # whole turns over the sets, long enough for the event timer, few enough to capture quickly
+        turns = max(1, min(math.ceil(SAMPLE_SECONDS["cuda"] / once / len(sets)), 256 // len(sets) or 1))
+        n = turns * len(sets)
+        try:
+            replay, method = _capture(sets, n), "graph"
+        except Exception:
+            torch.cuda.synchronize()
+            replay, method = _eager_loop(sets, n), "events"
+        calls[name], methods[name] = n, method
+        estimates[name] = _cuda_seconds(replay)
+        samplers[name] = lambda replay=replay, n=n: _cuda_seconds(replay) / n
+    samples = _rounds(samplers, estimates, budget)
+    return {name: _summary(samples[name], calls[name], methods[name]) for name in contestants}
+
+
+def _cuda_seconds(run: Callable[[], Any]) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def _capture(sets: Calls, n: int) -> Callable[[], None]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in sets:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # outputs live for one turn, as on the CPU: each call of a turn writes memory of its own
+    kept: deque[Any] = deque(maxlen=len(sets))
+    with torch.cuda.graph(graph):
+        for j in range(n):
+            kept.append(sets[j % len(sets)]())
+    graph.replay()
+    torch.cuda.synchronize()
+
+    def replay() -> None:
+        graph.replay()
+
+    return replay
+
+
+def _eager_loop(sets: Calls, n: int) -> Callable[[], None]:
+    def loop() -> None:
+        kept: deque[Any] = deque(maxlen=len(sets))
+        for j in range(n):
+            kept.append(sets[j % len(sets)]())
+
+    return loop
+
+
+def call_cost(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.05) -> float:
+    """Host seconds of one eager call: what a decode step pays before the kernel even starts."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for _ in range(3):
+        call()
+    synchronize()
+    samples, end = [], time.perf_counter() + seconds
+    while len(samples) < 5 or time.perf_counter() < end:
+        before = time.perf_counter()
+        # few enough that the launch queue does not fill up and block
+        for _ in range(20):
+            call()
+        samples.append((time.perf_counter() - before) / 20)
+        synchronize()
+        if len(samples) >= MAX_ROUNDS:
+            break
+    return statistics.median(samples)

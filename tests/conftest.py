@@ -1,0 +1,85 @@
+"""Shared set-up. Without a GPU the whole run uses Triton's interpreter, repaired by tilefuse.testing."""
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # Triton reads this when a kernel is decorated, that is when tilefuse imports its kernel modules
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# the machine is shared: under xdist every worker would otherwise take all cores
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+try:
+    import hypothesis
+except ImportError:
+    pass
+else:
+    # the same examples in every run, no time limits that depend on the machine
+    hypothesis.settings.register_profile(
+        "tilefuse", deadline=None, derandomize=True, max_examples=25, database=None, print_blob=True
+    )
+    hypothesis.settings.load_profile("tilefuse")
+
+try:
+    from tilefuse.testing import interpreter
+
+    INTERPRETER_MISSING = None
+    if not HAS_GPU:
+        interpreter.install()
+except ImportError as error:
+    INTERPRETER_MISSING = str(error)
+
+
+def pytest_collection_modifyitems(items):
+    capability = torch.cuda.get_device_capability() if HAS_GPU else (0, 0)
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        for name, major in (("sm90", 9), ("sm100", 10)):
+            if item.get_closest_marker(name) and capability[0] != major:
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU of compute capability {major}.x"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _backend_restored():
+    import tilefuse
+
+    before = tilefuse.backend()
+    yield
+    if tilefuse.backend() != before:
+        tilefuse.backend(before)
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN (integers: the largest value) for the length of the test."""
+    from tilefuse.testing import poisoned
+
+    with poisoned():
+        yield
+
+
+@pytest.fixture
+def triton_backend():
+    """Triton kernels: the faithful interpreter on the CPU, the compiler on a GPU."""
+    import tilefuse
+
+    if not HAS_GPU and INTERPRETER_MISSING:
+        pytest.skip(INTERPRETER_MISSING)
+    with tilefuse.backend("triton"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where kernels run in this session: a GPU if there is one."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
