@@ -17,6 +17,11 @@ bf16 sum, max, cumsum       on the bit patterns                                 
 float -> int                undefined out of range                              saturates, NaN gives 0
 bf16 atomic add             integer add                                         float32 add, rounded to bf16
 arithmetic on fp8           on the bit patterns                                 NotImplementedError: convert first
+argmax, argmin with NaN     first NaN                                           ValueError: a GPU's answer depends on
+                                                                                the order of the reduction
+masked load, no ``other``   zero                                                all bits set (NaN, -1, True): a GPU
+                                                                                promises nothing
+access out of bounds        reads or writes whatever is there                   IndexError
 ==========================  ==================================================  ========================================
 
 Conversion to FP8 saturates as Triton's code for sm_90 and later does (``cvt.rn.satfinite.e4m3x2.f32`` and
@@ -31,6 +36,7 @@ the order of sums, the 14-bit accumulator of Hopper's FP8 tensor cores (``max_nu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +90,7 @@ def _repair(upstream: Any) -> None:
 
     tl, ir, Handle = upstream.tl, upstream._ir, upstream.TensorHandle
     Builder = upstream.InterpreterBuilder
-    get_np_dtype = upstream._get_np_dtype
+    get_np_dtype = functools.cache(upstream._get_np_dtype)
 
     # the formats that numpy stores as integers: numpy type, largest finite value (None: overflows to inf), NaN bits
     formats = {
@@ -112,7 +118,7 @@ def _repair(upstream: Any) -> None:
         if dtype not in formats:
             if dtype == tl.float8e4b15:
                 raise NotImplementedError("float8e4b15 is not supported by tilefuse's interpreter")
-            y = x.astype(get_np_dtype(dtype))
+            y = x.astype(get_np_dtype(dtype), copy=False)
             if to_zero and dtype in (tl.float16, tl.float32):
                 y = np.where(np.abs(y.astype(x.dtype)) > np.abs(x), np.nextafter(y, y.dtype.type(0)), y)
             return y
@@ -251,6 +257,77 @@ def _repair(upstream: Any) -> None:
 
     Builder.create_dot = dot
 
+    # memory that a launch may touch: [start, end) of its arguments' storages; None does not check
+    bounds: list[tuple[int, int]] | None = None
+
+    def check_bounds(pointers: Any, mask: np.ndarray, what: str) -> None:
+        if bounds is None:
+            return
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.shape))
+        addresses = addresses[np.broadcast_to(mask, addresses.shape)].astype(np.uint64, copy=False)
+        if addresses.size == 0:
+            return
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        if any(start <= low and high <= end for start, end in bounds):
+            return
+        inside = np.zeros(addresses.shape, np.bool_)
+        for start, end in bounds:
+            inside |= (addresses >= start) & (addresses <= max(start, end - size))
+        if not inside.all():
+            worst = int(addresses[~inside][0])
+            start, end = min(bounds, key=lambda b: min(abs(worst - b[0]), abs(worst - b[1])), default=(0, 0))
+            raise IndexError(
+                f"{what} of {size} bytes outside every argument's memory in {int((~inside).sum())} of"
+                f" {inside.size} active lanes: the first is at byte {worst - start} of a storage of {end - start} bytes"
+            )
+
+    def storages(value: Any) -> list[tuple[int, int]]:
+        if isinstance(value, tuple):
+            return [b for v in value for b in storages(v)]
+        if isinstance(value, upstream.TensorDescriptor):
+            return storages(value.base)
+        if not hasattr(value, "data_ptr"):
+            return []
+        storage = upstream._unwrap_tensor(value).untyped_storage()
+        return [(storage.data_ptr(), storage.data_ptr() + storage.nbytes())]
+
+    init_args = upstream.GridExecutor._init_args_hst
+
+    def init_args_and_bounds(self: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal bounds
+        host_args, host_kwargs = init_args(self, args, kwargs)
+        bounds = sorted({b for v in (*host_args, *host_kwargs.values()) for b in storages(v)})
+        return host_args, host_kwargs
+
+    upstream.GridExecutor._init_args_hst = init_args_and_bounds
+
+    def int_to_ptr(self: Any, source: Any, target: Any) -> Any:
+        nonlocal bounds
+        # a table of addresses: what they point to is not among the arguments
+        bounds = None
+        return self.create_bitcast(source, target)
+
+    Builder.create_int_to_ptr = int_to_ptr
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+        check_bounds(pointers, mask.data, "load")
+        if other is None:
+            np_dtype = get_np_dtype(pointers.get_element_ty())
+            undefined = np.full((*pointers.data.shape, np_dtype.itemsize), 0xFF, np.uint8)
+            if np_dtype == np.bool_:
+                undefined[:] = 1
+            other = Handle(undefined.view(np_dtype)[..., 0], pointers.get_element_ty())
+        return load(self, pointers, mask, other, *rest)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check_bounds(pointers, mask.data, "store")
+        return store(self, pointers, value, mask, *rest)
+
+    Builder.create_masked_load = masked_load
+    Builder.create_masked_store = masked_store
+
     pad_nan = ir.PADDING_OPTION.PAD_NAN
 
     def padded(method: Callable[..., Any], padding_of: Callable[..., Any], places: Callable[..., Any]) -> Any:
@@ -280,6 +357,7 @@ def _repair(upstream: Any) -> None:
     rmw = Builder.create_atomic_rmw
 
     def atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check_bounds(pointers, mask.data, "atomic")
         dtype = value.dtype.scalar
         if dtype not in formats:
             return rmw(self, op, pointers, value, mask, *rest)
@@ -298,6 +376,13 @@ def _repair(upstream: Any) -> None:
         return Handle(old, dtype)
 
     Builder.create_atomic_rmw = atomic_rmw
+    cas = Builder.create_atomic_cas
+
+    def atomic_cas(self: Any, pointers: Any, *rest: Any) -> Any:
+        check_bounds(pointers, np.ones((), np.bool_), "atomic")
+        return cas(self, pointers, *rest)
+
+    Builder.create_atomic_cas = atomic_cas
 
     def widened(cls: Any, name: str) -> None:
         """Reductions and scans that numpy does in one go: bf16 in float32, rounded once at the end."""
@@ -323,6 +408,19 @@ def _repair(upstream: Any) -> None:
 
         setattr(cls, name, run)
 
+    by_index = [
+        getattr(tl.standard, f"_arg{which}_combine_tie_break_{how}")
+        for which in ("min", "max")
+        for how in ("left", "fast")
+    ]
+    apply_impl = upstream.ReduceOps.apply_impl
+
+    def reduce(self: Any, input: Any) -> Any:
+        if self.combine_fn in by_index and np.isnan(decode(input[0].handle.data, input[0].dtype)).any():
+            raise ValueError("argmax or argmin over NaN: a GPU's answer depends on the order of the reduction")
+        return apply_impl(self, input)
+
+    upstream.ReduceOps.apply_impl = reduce
     widened(upstream.ReduceOps, "sum")
     widened(upstream.ReduceOps, "min_max")
     widened(upstream.ScanOps, "cumsum")
