@@ -18,7 +18,8 @@ says what it checks. A binding ``csrc/emulation/<family>_<op>.cpp`` launches the
       });
     }
 
-The launch shape should come from the function of the ``.cuh`` that the real launch uses too. In a test::
+Keep every tensor in a variable: the memory of ``f(x).data_ptr()`` is freed before the kernel runs. The launch shape should
+come from the function of the ``.cuh`` that the real launch uses too. In a test::
 
     module = emulation.load_or_skip("rope", "rope")
 
@@ -177,7 +178,17 @@ def load_source(source: Path, *, sources: tuple[str, ...] = ()) -> ModuleType:
     key = _digest(environment, headers, _contents("common/*", *sources), name, source.read_bytes())
     library = _build(
         cache / f"{name}-{key}.so",
-        [*base, *python, *checks, f"-DTILEFUSE_EMULATION_NAME={name}", "-shared", "-o", "{out}", str(source), str(scheduler)],
+        [
+            *base,
+            *python,
+            *checks,
+            f"-DTILEFUSE_EMULATION_NAME={name}",
+            "-shared",
+            "-o",
+            "{out}",
+            str(source),
+            str(scheduler),
+        ],
     )
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
@@ -224,9 +235,9 @@ def in_every_order(module: ModuleType, run: Callable[[], Any]) -> Any:
                 first, expected = result, tensors
                 continue
             for number, (a, b) in enumerate(zip(expected, tensors, strict=True)):
-                same = a.contiguous().view(torch.uint8) == b.contiguous().view(torch.uint8)
+                same = a.reshape(-1).view(torch.uint8) == b.reshape(-1).view(torch.uint8)
                 if not bool(same.all()):
-                    where = int((~same).flatten().nonzero()[0, 0]) // a.element_size()
+                    where = int((~same).nonzero()[0, 0]) // a.element_size()
                     raise OrderDependence(
                         f"tensor {number}, flat index {where}: {a.flatten()[where]} with forward order of the threads, "
                         f"{b.flatten()[where]} with {order} order (seed {seed})"
