@@ -1,7 +1,8 @@
 """Makes Triton's CPU interpreter (``TRITON_INTERPRET=1``) compute what an NVIDIA GPU computes.
 
 Triton stores bfloat16 and FP8 as unsigned integers in its interpreter, and several operations then work on those
-integers. ``install()`` replaces them; everything else stays Triton's. What differs from upstream (3.6 to 3.7):
+integers. ``install()`` replaces them; everything else stays Triton's. What differs from upstream (3.6 to 3.9;
+later versions have some of it):
 
 ==========================  ==================================================  ========================================
 operation                   upstream                                            here
@@ -22,6 +23,10 @@ argmax, argmin with NaN     first NaN                                           
 masked load, no ``other``   zero                                                all bits set (NaN, -1, True): a GPU
                                                                                 promises nothing
 access out of bounds        reads or writes whatever is there                   IndexError
+``and``, ``if`` on a block  always true                                         ValueError
+int1 arithmetic             saturates                                           wraps around
+histogram                   counts ``bins`` in the last bin                     ignores it
+``fma``                     two roundings                                       one
 ==========================  ==================================================  ========================================
 
 Conversion to FP8 saturates as Triton's code for sm_90 and later does (``cvt.rn.satfinite.e4m3x2.f32`` and
@@ -37,6 +42,7 @@ the order of sums, the 14-bit accumulator of Hopper's FP8 tensor cores (``max_nu
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -187,8 +193,41 @@ def _repair(upstream: Any) -> None:
         return method
 
     def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        # float32 products are exact in float64: one rounding there, one to the result's type
-        return x * y + z if x.dtype == np.float64 else x.astype(np.float64) * y.astype(np.float64) + z
+        if x.dtype == np.float64:
+            return x * y + z
+        # the product is exact in float64; the sum is rounded to odd there, so that rounding it again is right
+        product, z = np.broadcast_arrays(x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64))
+        total = product + z
+        part = total - product
+        lost = (product - (total - part)) + (z - part)
+        even = (total.view(np.int64) & 1) == 0
+        nudge = (lost != 0) & even & np.isfinite(total) & np.isfinite(lost)
+        return np.where(nudge, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+
+    def integers(compute: Callable[..., np.ndarray], upstream_method: Callable[..., Any]) -> Callable[..., Any]:
+        def method(self: Any, a: Any, b: Any) -> Any:
+            if a.data.dtype == b.data.dtype == np.bool_:
+                # one-bit integers wrap around
+                return Handle((compute(a.data.astype(np.int8), b.data.astype(np.int8)) & 1).astype(np.bool_), tl.int1)
+            return upstream_method(self, a, b)
+
+        return method
+
+    def ashr(self: Any, a: Any, b: Any) -> Any:
+        signed = np.dtype(f"i{a.data.dtype.itemsize}")
+        return Handle((a.data.view(signed) >> b.data.astype(signed)).view(a.data.dtype), a.dtype.scalar)
+
+    def umulhi(self: Any, a: Any, b: Any) -> Any:
+        bits = 8 * a.data.dtype.itemsize
+        x, y = np.broadcast_arrays(*(h.data.view(f"u{bits // 8}").astype(object) for h in (a, b)))
+        return Handle(((x * y) >> bits).astype(f"u{bits // 8}").view(a.data.dtype), a.dtype.scalar)
+
+    def histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
+        valid = (data.data >= 0) & (data.data < bins)
+        if mask is not None:
+            valid &= mask.data
+        counts = np.bincount(data.data[valid].astype(np.int64), minlength=bins)
+        return Handle(counts.astype(np.int32), tl.int32)
 
     def clamp(self: Any, x: Any, low: Any, high: Any, propagate: Any) -> Any:
         keep = propagate == ir.PROPAGATE_NAN.ALL
@@ -199,7 +238,9 @@ def _repair(upstream: Any) -> None:
         "fadd": np.add,
         "fsub": np.subtract,
         "fmul": np.multiply,
+        "fneg": np.negative,
         "fdiv": np.divide,
+        "approx_divf": np.divide,
         "precise_divf": np.divide,
         "frem": np.fmod,
         "minimumf": np.minimum,
@@ -221,6 +262,11 @@ def _repair(upstream: Any) -> None:
     }.items():
         setattr(Builder, f"create_{name}", arithmetic(compute))
     Builder.create_clampf = clamp
+    for name, compute in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
+        setattr(Builder, f"create_{name}", integers(compute, getattr(Builder, f"create_{name}")))
+    Builder.create_ashr = ashr
+    Builder.create_umulhi = umulhi
+    Builder.create_histogram = histogram
 
     for name, compute in {
         "OLT": np.less,
@@ -311,7 +357,7 @@ def _repair(upstream: Any) -> None:
     Builder.create_int_to_ptr = int_to_ptr
     load, store = Builder.create_masked_load, Builder.create_masked_store
 
-    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any) -> Any:
+    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
         check_bounds(pointers, mask.data, "load")
         if other is None:
             np_dtype = get_np_dtype(pointers.get_element_ty())
@@ -319,11 +365,13 @@ def _repair(upstream: Any) -> None:
             if np_dtype == np.bool_:
                 undefined[:] = 1
             other = Handle(undefined.view(np_dtype)[..., 0], pointers.get_element_ty())
-        return load(self, pointers, mask, other, *rest)
+        return load(self, pointers, mask, other, *rest, **options)
 
-    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         check_bounds(pointers, mask.data, "store")
-        return store(self, pointers, value, mask, *rest)
+        # reversed scans leave views with negative strides
+        value = Handle(np.ascontiguousarray(value.data).reshape(value.data.shape), value.dtype)
+        return store(self, pointers, value, mask, *rest, **options)
 
     Builder.create_masked_load = masked_load
     Builder.create_masked_store = masked_store
@@ -338,16 +386,19 @@ def _repair(upstream: Any) -> None:
             if dtype not in formats or padding_of(source, *args) != pad_nan:
                 return method(self, source, *args, **kwargs)
             pointers, mask = places(source, *args)
+            mask = getattr(mask, "data", mask) if not isinstance(mask, np.ndarray) else mask
+            check_bounds(pointers, mask, "load")
             fill = np.full(pointers.data.shape, formats[dtype][2], get_np_dtype(dtype))
-            return self.create_masked_load(pointers, Handle(mask, tl.int1), Handle(fill, dtype), None, None, False)
+            return Handle(upstream._interpreter.load(pointers.data, mask, fill, fill.dtype), dtype)
 
         return load
 
-    Builder.create_tensor_pointer_load = padded(
-        Builder.create_tensor_pointer_load,
-        lambda pointer, check, padding, *rest: padding,
-        lambda pointer, check, *rest: pointer.materialize_pointers(check),
-    )
+    if hasattr(Builder, "create_tensor_pointer_load"):  # Triton 3.9 has no block pointers any more
+        Builder.create_tensor_pointer_load = padded(
+            Builder.create_tensor_pointer_load,
+            lambda pointer, check, padding, *rest: padding,
+            lambda pointer, check, *rest: pointer.materialize_pointers(check),
+        )
     Builder.create_descriptor_load = padded(
         Builder.create_descriptor_load,
         lambda descriptor, *rest: descriptor.padding,
@@ -365,13 +416,14 @@ def _repair(upstream: Any) -> None:
             raise NotImplementedError(f"atomic {op} on {dtype}")
         old = np.zeros(pointers.data.shape, np.uint16)
         active = np.broadcast_to(mask.data, pointers.data.shape)
+        one, true = np.zeros(1, np.uint16), np.ones(1, np.bool_)
         # one element after the other: the same address may come twice
         for i in np.ndindex(pointers.data.shape):
             if active[i]:
-                one = Handle(np.array([pointers.data[i]]), pointers.dtype)
-                before = self.create_load(one, None, None, False)
-                after = self.create_fadd(before, Handle(np.array([value.data[i]]), dtype))
-                self.create_store(one, after, None, None)
+                address = np.array([pointers.data[i]], np.uint64)
+                before = Handle(upstream._interpreter.load(address, true, one, one.dtype), dtype)
+                after = self.create_fadd(before, Handle(np.array([value.data[i]], np.uint16), dtype))
+                upstream._interpreter.store(address, after.data, true)
                 old[i] = before.data[0]
         return Handle(old, dtype)
 
@@ -383,6 +435,22 @@ def _repair(upstream: Any) -> None:
         return cas(self, pointers, *rest)
 
     Builder.create_atomic_cas = atomic_cas
+
+    patch_tensor = upstream._patch_lang_tensor
+
+    def truth(self: Any) -> bool:
+        # Triton's own code asks "is it given": a zero is given, too
+        if sys._getframe(1).f_globals["__name__"] in ("triton.language.semantic", "triton.language.core"):
+            return True
+        if self.handle.data.size != 1:
+            raise ValueError("the truth of a block is ambiguous: use & | ~ instead of and, or, not, if and a < b < c")
+        return bool(self.handle.data)
+
+    def patch_tensor_strictly(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__bool__", truth)
+
+    upstream._patch_lang_tensor = patch_tensor_strictly
 
     def widened(cls: Any, name: str) -> None:
         """Reductions and scans that numpy does in one go: bf16 in float32, rounded once at the end."""
