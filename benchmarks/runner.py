@@ -252,11 +252,26 @@ def _scale(tensor: Tensor) -> float:
     return finite.square().mean().sqrt().item() if finite.numel() else 0.0
 
 
+def _apart(got: Sequence[Tensor], plain: Sequence[Tensor]) -> str | None:
+    """How two results of the same precision differ by more than rounding explains, or None."""
+    for i, (g, p) in enumerate(zip(got, plain)):
+        if g.shape != p.shape:
+            return f"output {i} has shape {[*g.shape]} for {[*p.shape]}"
+        if g.is_floating_point() and g.dtype.itemsize > 1 and p.is_floating_point():
+            g, p = _some_rows(g, p)
+            found, scale = _errors(g, p)["rms"], _scale(p)
+            if not found <= 0.05 * scale + 1e-30:
+                return f"output {i} is off by rms {found:.2e} at a scale of {scale:.2e}"
+    return None
+
+
 def _nbytes(value: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, Tensor))
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, Failure):
+        return str(error)
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}"[:240] if text else type(error).__name__
 
@@ -355,7 +370,7 @@ class Runner:
         # after timing, on fresh inputs: a kernel that remembered an answer is found here
         again = check(case, ours, naive, small(self.device, self.generator(3)), self.generator(4))[0]
         if case.oracle_inputs:
-            self._check_full_size(case, ours, naive)
+            self._check_full_size(case, ours, naive, contestants, peers)
         return {
             "error": {k: max(error[k], again[k]) for k in error},
             "backends": self._kernels(case, small(self.device, self.generator(1))),
@@ -382,11 +397,13 @@ class Runner:
         error: Mapping[str, Any],
         contestants: dict[str, Contestant],
     ) -> dict[str, Any]:
+        if peer.peer.compile and peer.case.oracle_inputs:
+            # it would compile for the small shape too: checked at full size instead
+            contestants[name] = peer
+            return {}
         before = time.perf_counter()
         try:
             found = _check_peer(peer, inputs, expected, upstream, error)
-        except Failure as reason:
-            return {"missing": str(reason)}
         except Exception as reason:
             return {"missing": _first_line(reason)}
         finally:
@@ -435,6 +452,7 @@ class Runner:
                 del contestants[name]
             if contestant.peer.compile and case.oracle_inputs:
                 self.settings.compiled_so_far += time.perf_counter() - before
+                peers[name].setdefault("compile_seconds", round(time.perf_counter() - before, 2))
         measure = timing.measure_cuda if self.device.type == "cuda" else timing.measure_cpu
         # a forced backend is a process-wide setting: those contestants are timed one by one
         free = {n: c for n, c in bound.items() if contestants[n].backend is None}
@@ -481,7 +499,14 @@ class Runner:
                 )
         return result
 
-    def _check_full_size(self, case: Case, ours: Contestant, naive: Callable[..., Any]) -> None:
+    def _check_full_size(
+        self,
+        case: Case,
+        ours: Contestant,
+        naive: Callable[..., Any],
+        contestants: Mapping[str, Contestant],
+        peers: dict[str, dict[str, Any]],
+    ) -> None:
         """At the timed size the oracle would be too slow; a plain result of the same precision still finds blunders."""
         inputs = case.inputs(self.device, self.generator(5))
         upstream = None
@@ -489,18 +514,17 @@ class Runner:
             with torch.enable_grad():
                 outputs = _differentiable(case.run(*_require_grad(inputs, case.grads)))
             upstream = _upstream(outputs, self.generator(6))
+        got = ours.results(inputs, upstream)
         try:
             plain = _results(naive, inputs, case, upstream)
         except (RuntimeError, MemoryError):
             # no room for the naive computation at this size, which is why the op exists
-            return
-        for i, (g, p) in enumerate(zip(ours.results(inputs, upstream), plain)):
-            if g.is_floating_point() and g.dtype.itemsize > 1:
-                g, p = _some_rows(g, p)
-                scale = _scale(p)
-                found = _errors(g, p)["rms"]
-                if not found <= 0.05 * scale + 1e-30:
-                    raise Failure(f"output {i} at full size: rms {found:.2e} from the naive result of rms {scale:.2e}")
+            plain = got
+        if reason := _apart(got, plain):
+            raise Failure(f"at full size, against the naive result: {reason}")
+        for name, contestant in contestants.items():
+            if contestant.peer.compile and (reason := _apart(contestant.results(inputs, upstream), plain)):
+                peers[name] = {"missing": f"its output is another one: {reason}"}
 
     def _traced(self, case: Case, inputs: tuple[Any, ...]) -> dict[str, dict[str, str]]:
         if case.mode == "forward":

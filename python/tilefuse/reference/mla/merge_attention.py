@@ -1,0 +1,48 @@
+"""Two attention results over disjoint keys made into one, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .mla_compress_kv import compute_dtype
+
+
+def merged_weights(lse_a: Tensor, lse_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight of each side and the merged lse, [.., H, S] in ``dtype``; two empty sides weigh 0."""
+    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
+    lse = torch.logaddexp(lse_a, lse_b)
+    base = torch.where(lse == float("-inf"), 0.0, lse)
+    return torch.exp(lse_a - base), torch.exp(lse_b - base), lse
+
+
+def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(out_a)
+    w_a, w_b, lse = merged_weights(lse_a, lse_b, dtype)
+    # [.., H, S] -> [.., S, H, 1]
+    w_a, w_b = w_a.transpose(-1, -2).unsqueeze(-1), w_b.transpose(-1, -2).unsqueeze(-1)
+    # an empty side may hold anything: its product with 0 is not taken
+    out = torch.where(w_a == 0, 0.0, w_a * out_a.to(dtype)) + torch.where(w_b == 0, 0.0, w_b * out_b.to(dtype))
+    return out.to(out_a.dtype), lse.float()
+
+
+def merge_attention_bwd(
+    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of all four inputs."""
+    dtype = compute_dtype(out_a)
+    w_a, w_b, _ = merged_weights(lse_a, lse_b, dtype)
+    column_a, column_b = w_a.transpose(-1, -2).unsqueeze(-1), w_b.transpose(-1, -2).unsqueeze(-1)
+    grad = grad_out.to(dtype)
+    a = torch.where(column_a == 0, 0.0, out_a.to(dtype))
+    b = torch.where(column_b == 0, 0.0, out_b.to(dtype))
+    # d out / d lse_a = w_a (a - out) = w_a w_b (a - b)
+    inner = ((a - b) * grad).sum(-1).transpose(-1, -2) * w_a * w_b
+    grad_lse_a = w_a * grad_lse.to(dtype) + inner
+    grad_lse_b = w_b * grad_lse.to(dtype) - inner
+    return (
+        (column_a * grad).to(out_a.dtype),
+        grad_lse_a.to(lse_a.dtype),
+        (column_b * grad).to(out_b.dtype),
+        grad_lse_b.to(lse_b.dtype),
+    )

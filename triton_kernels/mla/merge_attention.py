@@ -1,0 +1,218 @@
+"""Two attention results over disjoint keys made into one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def merged_weights(lse_a, lse_b):
+    """Weight of each side and the merged lse; a side of -inf (or +inf, FlashMLA's mark) is empty."""
+    empty = float("-inf")
+    lse_a = tl.where(lse_a == float("inf"), empty, lse_a)
+    lse_b = tl.where(lse_b == float("inf"), empty, lse_b)
+    top = tl.maximum(lse_a, lse_b, propagate_nan=tl.PropagateNan.ALL)
+    base = tl.where(top == empty, 0.0, top)
+    e_a, e_b = tl.exp(lse_a - base), tl.exp(lse_b - base)
+    total = e_a + e_b
+    divisor = tl.where(total == 0.0, 1.0, total)
+    return e_a / divisor, e_b / divisor, tl.where(total == 0.0, empty, base + tl.log(divisor))
+
+
+@triton.jit
+def row_of(rows, queries, heads):
+    """Row numbers run over [.., S, H]; lse is [.., H, S]: both indices as (batch, query, head)."""
+    head = rows % heads
+    query = (rows // heads) % queries
+    batch = rows // (heads * queries)
+    return batch, query, head
+
+
+@triton.jit(do_not_specialize=["total", "queries"])
+def merge_kernel(
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    out,
+    lse,
+    total,
+    queries,
+    heads,
+    a_batch,
+    a_query,
+    a_head,
+    b_batch,
+    b_query,
+    b_head,
+    la_batch,
+    la_head,
+    la_query,
+    lb_batch,
+    lb_head,
+    lb_query,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    mask = rows < total
+    batch, query, head = row_of(rows, queries, heads)
+    column = tl.arange(0, D_PAD)
+    keep = mask[:, None] & (column < D)[None, :]
+    l_a = tl.load(lse_a + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
+    l_b = tl.load(lse_b + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
+    w_a, w_b, merged = merged_weights(l_a, l_b)
+    # a side of weight 0 may hold anything and is not read
+    from_a = out_a + batch * a_batch + query * a_query + head * a_head
+    from_b = out_b + batch * b_batch + query * b_query + head * b_head
+    a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0)  # [BM, D]
+    b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0)
+    value = w_a[:, None] * a.to(tl.float32) + w_b[:, None] * b.to(tl.float32)
+    tl.store(out + rows[:, None] * D + column[None, :], value.to(out.dtype.element_ty), mask=keep)
+    tl.store(lse + (batch * heads + head) * queries + query, merged, mask=mask)
+
+
+@triton.jit(do_not_specialize=["total", "queries"])
+def merge_backward_kernel(
+    grad_out,
+    grad_lse,
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    grad_a,
+    grad_lse_a,
+    grad_b,
+    grad_lse_b,
+    total,
+    queries,
+    heads,
+    g_batch,
+    g_query,
+    g_head,
+    a_batch,
+    a_query,
+    a_head,
+    b_batch,
+    b_query,
+    b_head,
+    gl_batch,
+    gl_head,
+    gl_query,
+    la_batch,
+    la_head,
+    la_query,
+    lb_batch,
+    lb_head,
+    lb_query,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    BM: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    mask = rows < total
+    batch, query, head = row_of(rows, queries, heads)
+    column = tl.arange(0, D_PAD)
+    keep = mask[:, None] & (column < D)[None, :]
+    l_a = tl.load(lse_a + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
+    l_b = tl.load(lse_b + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
+    g_lse = tl.load(grad_lse + batch * gl_batch + head * gl_head + query * gl_query, mask=mask, other=0.0)
+    w_a, w_b, _ = merged_weights(l_a, l_b)
+    from_a = out_a + batch * a_batch + query * a_query + head * a_head
+    from_b = out_b + batch * b_batch + query * b_query + head * b_head
+    from_g = grad_out + batch * g_batch + query * g_query + head * g_head
+    a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0).to(tl.float32)
+    b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0).to(tl.float32)
+    g = tl.load(from_g[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BM, D]
+    at = rows[:, None] * D + column[None, :]
+    tl.store(grad_a + at, (w_a[:, None] * g).to(grad_a.dtype.element_ty), mask=keep)
+    tl.store(grad_b + at, (w_b[:, None] * g).to(grad_b.dtype.element_ty), mask=keep)
+    # d out / d lse_a = w_a (a - out) = w_a w_b (a - b)
+    inner = tl.sum((a - b) * g, axis=1) * w_a * w_b
+    at = (batch * heads + head) * queries + query
+    tl.store(grad_lse_a + at, w_a * g_lse + inner, mask=mask)
+    tl.store(grad_lse_b + at, w_b * g_lse - inner, mask=mask)
+
+
+def tile(dim: int) -> dict[str, int]:
+    dim_pad = triton.next_power_of_2(dim)
+    return {"D": dim, "D_PAD": dim_pad, "BM": max(1, min(32, 2048 // dim_pad)), "num_warps": 4}
+
+
+def strides(out: Tensor) -> tuple[int, ...]:
+    """Batch, query and head strides of [B, S, H, D] or packed [T, H, D]."""
+    return (0, *out.stride()[:2]) if out.dim() == 3 else out.stride()[:3]
+
+
+def lse_strides(lse: Tensor) -> tuple[int, ...]:
+    return (0, *lse.stride()) if lse.dim() == 2 else lse.stride()
+
+
+def empty_outputs(out_a: Tensor, lse_a: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device),
+        torch.empty(lse_a.shape, dtype=torch.float32, device=lse_a.device),
+    )
+
+
+def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    out, lse = empty_outputs(out_a, lse_a)
+    *_, queries, heads, dim = out.shape
+    if lse.numel() == 0:
+        return out, lse
+    config = tile(dim)
+    merge_kernel[(triton.cdiv(lse.numel(), config["BM"]),)](
+        out_a,
+        lse_a,
+        out_b,
+        lse_b,
+        out,
+        lse,
+        lse.numel(),
+        queries,
+        heads,
+        *strides(out_a),
+        *strides(out_b),
+        *lse_strides(lse_a),
+        *lse_strides(lse_b),
+        **config,
+    )
+    return out, lse
+
+
+def merge_attention_bwd(
+    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_a, grad_lse_a = empty_outputs(out_a, lse_a)
+    grad_b, grad_lse_b = empty_outputs(out_b, lse_b)
+    *_, queries, heads, dim = out_a.shape
+    if lse_a.numel() == 0:
+        return grad_a, grad_lse_a, grad_b, grad_lse_b
+    config = tile(dim)
+    merge_backward_kernel[(triton.cdiv(lse_a.numel(), config["BM"]),)](
+        grad_out,
+        grad_lse,
+        out_a,
+        lse_a,
+        out_b,
+        lse_b,
+        grad_a,
+        grad_lse_a,
+        grad_b,
+        grad_lse_b,
+        lse_a.numel(),
+        queries,
+        heads,
+        *strides(grad_out),
+        *strides(out_a),
+        *strides(out_b),
+        *lse_strides(grad_lse),
+        *lse_strides(lse_a),
+        *lse_strides(lse_b),
+        **config,
+    )
+    return grad_a, grad_lse_a, grad_b, grad_lse_b

@@ -1,0 +1,254 @@
+"""RMSNorm of the latent part and RoPE of the rest of each row, one read and one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def rstd_of(x, RANK: tl.constexpr, eps):
+    # the float64 sum makes the result independent of its order: every backend rounds to the same bits
+    wide = x.to(tl.float64)
+    mean = (tl.sum(wide * wide, axis=1) / RANK).to(tl.float32)  # [BT]
+    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
+
+
+@triton.jit
+def load_pairs(rows, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Both members of every rotated pair as float32, [BT, HALF_PAD] each; ``rows`` [BT] points at the first."""
+    i = tl.arange(0, HALF_PAD)
+    if INTERLEAVED:
+        # one contiguous read, then apart
+        offset = 2 * i[:, None] + tl.arange(0, 2)[None, :]
+        keep = mask[:, None, None] & (i < HALF)[None, :, None]
+        both = tl.load(rows[:, None, None] + offset[None, :, :], mask=keep, other=0.0)  # [BT, HALF_PAD, 2]
+        first, second = tl.split(both)
+    else:
+        keep = mask[:, None] & (i < HALF)[None, :]
+        first = tl.load(rows[:, None] + i[None, :], mask=keep, other=0.0)
+        second = tl.load(rows[:, None] + (HALF + i)[None, :], mask=keep, other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def store_pairs(rows, first, second, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    i = tl.arange(0, HALF_PAD)
+    dtype = rows.dtype.element_ty
+    if INTERLEAVED:
+        offset = 2 * i[:, None] + tl.arange(0, 2)[None, :]
+        keep = mask[:, None, None] & (i < HALF)[None, :, None]
+        tl.store(rows[:, None, None] + offset[None, :, :], tl.join(first, second).to(dtype), mask=keep)
+    else:
+        keep = mask[:, None] & (i < HALF)[None, :]
+        tl.store(rows[:, None] + i[None, :], first.to(dtype), mask=keep)
+        tl.store(rows[:, None] + (HALF + i)[None, :], second.to(dtype), mask=keep)
+
+
+@triton.jit
+def load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+    i = tl.arange(0, HALF_PAD)
+    keep = mask[:, None] & (i < HALF)[None, :]
+    c = tl.load(cos + position[:, None] * cos_stride + i[None, :], mask=keep, other=0.0)  # [BT, HALF_PAD]
+    s = tl.load(sin + position[:, None] * sin_stride + i[None, :], mask=keep, other=0.0)
+    return c, s
+
+
+@triton.jit
+def position_of(positions, token, mask, table_rows):
+    """Row of the tables, clamped: a wild position reads a wrong angle, never foreign memory."""
+    if positions is None:
+        position = token
+    else:
+        position = tl.load(positions + token, mask=mask, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(position, 0), table_rows - 1)
+
+
+@triton.jit(do_not_specialize=["tokens", "table_rows"])
+def compress_kernel(
+    kv_a,
+    weight,
+    cos,
+    sin,
+    positions,
+    out,
+    tokens,
+    table_rows,
+    kv_stride,
+    cos_stride,
+    sin_stride,
+    eps,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    mask = token < tokens
+    column = tl.arange(0, RANK_PAD)
+    inside = column < RANK
+    keep = mask[:, None] & inside[None, :]
+    row_in = kv_a + token * kv_stride
+    row_out = out + token * (RANK + 2 * HALF)
+    x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    y = x * rstd_of(x, RANK, eps)[:, None] * w[None, :]
+    tl.store(row_out[:, None] + column[None, :], y.to(out.dtype.element_ty), mask=keep)
+    if HALF > 0:
+        position = position_of(positions, token, mask, table_rows)
+        c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+        a, b = load_pairs(row_in + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
+        store_pairs(row_out + RANK, a * c - b * s, b * c + a * s, mask, HALF, HALF_PAD, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["tokens", "table_rows", "rows_per_program"])
+def compress_backward_kernel(
+    grad,
+    kv_a,
+    weight,
+    cos,
+    sin,
+    positions,
+    grad_kv,
+    grad_weight,
+    tokens,
+    table_rows,
+    rows_per_program,
+    grad_stride,
+    kv_stride,
+    cos_stride,
+    sin_stride,
+    eps,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BT: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, tokens)
+    column = tl.arange(0, RANK_PAD)
+    inside = column < RANK
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([RANK_PAD], tl.float32)
+    for start in range(0, rows_per_program, BT):
+        token = first + start + tl.arange(0, BT)
+        mask = token < last
+        keep = mask[:, None] & inside[None, :]
+        row_in = kv_a + token * kv_stride
+        row_grad = grad + token * grad_stride
+        row_out = grad_kv + token * (RANK + 2 * HALF)
+        x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
+        g = tl.load(row_grad[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)
+        rstd = rstd_of(x, RANK, eps)[:, None]
+        normed = x * rstd
+        total += tl.sum(g * normed, axis=0)
+        scaled = g * w[None, :]
+        inner = tl.sum(scaled * normed, axis=1)[:, None] / RANK
+        dx = (scaled - normed * inner) * rstd
+        tl.store(row_out[:, None] + column[None, :], dx.to(grad_kv.dtype.element_ty), mask=keep)
+        if HALF > 0:
+            position = position_of(positions, token, mask, table_rows)
+            c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+            a, b = load_pairs(row_grad + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
+            store_pairs(row_out + RANK, a * c + b * s, b * c - a * s, mask, HALF, HALF_PAD, INTERLEAVED)
+    tl.store(grad_weight + tl.program_id(0).to(tl.int64) * RANK + column, total, mask=inside)
+
+
+# partial sums of the weight gradient: their number depends on the token count only, so two runs are bit-equal
+MAX_PARTIALS = 256
+
+
+def tile(rank: int) -> dict[str, int]:
+    """Rows per step and warps: about 4 KiB of float32 per warp."""
+    rank_pad = triton.next_power_of_2(rank)
+    rows = max(1, min(16, 2048 // rank_pad))
+    return {"BT": rows, "num_warps": 4 if rows * rank_pad >= 1024 else 1}
+
+
+def dims(rank: int, rope_dim: int, interleaved: bool) -> dict[str, int | bool]:
+    return {
+        "RANK": rank,
+        "RANK_PAD": triton.next_power_of_2(rank),
+        "HALF": rope_dim // 2,
+        "HALF_PAD": triton.next_power_of_2(max(1, rope_dim // 2)),
+        "INTERLEAVED": interleaved,
+    }
+
+
+def mla_compress_kv_fwd(
+    kv_a: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, eps: float, interleaved: bool
+) -> Tensor:
+    tokens, width = kv_a.shape
+    rank = weight.shape[0]
+    out = torch.empty_like(kv_a, memory_format=torch.contiguous_format)
+    if tokens == 0:
+        return out
+    config = tile(rank)
+    compress_kernel[(triton.cdiv(tokens, config["BT"]),)](
+        kv_a,
+        weight,
+        cos,
+        sin,
+        positions,
+        out,
+        tokens,
+        cos.shape[0],
+        kv_a.stride(0),
+        cos.stride(0),
+        sin.stride(0),
+        eps,
+        **dims(rank, width - rank, interleaved),
+        **config,
+        # a fused multiply-add would round RoPE differently from the other backends
+        enable_fp_fusion=False,
+    )
+    return out
+
+
+def mla_compress_kv_bwd(
+    grad: Tensor,
+    kv_a: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    tokens, width = kv_a.shape
+    rank = weight.shape[0]
+    grad_kv = torch.empty_like(kv_a, memory_format=torch.contiguous_format)
+    if tokens == 0:
+        return grad_kv, torch.zeros_like(weight)
+    config = tile(rank)
+    steps = triton.cdiv(tokens, config["BT"] * MAX_PARTIALS)
+    rows = steps * config["BT"]
+    programs = triton.cdiv(tokens, rows)
+    partial = torch.empty(programs, rank, dtype=torch.float32, device=kv_a.device)
+    compress_backward_kernel[(programs,)](
+        grad,
+        kv_a,
+        weight,
+        cos,
+        sin,
+        positions,
+        grad_kv,
+        partial,
+        tokens,
+        cos.shape[0],
+        rows,
+        grad.stride(0),
+        kv_a.stride(0),
+        cos.stride(0),
+        sin.stride(0),
+        eps,
+        **dims(rank, width - rank, interleaved),
+        **config,
+    )
+    return grad_kv, partial.sum(0).to(weight.dtype)
