@@ -86,27 +86,51 @@ def _ninja():
 
 def _nvcc():
     home = os.environ.get("CUDA_HOME")
-    return str(Path(home) / "bin/nvcc") if home else shutil.which("nvcc")
+    beside = Path(home) / "bin/nvcc" if home else None
+    return str(beside) if beside and beside.exists() else shutil.which("nvcc")
+
+
+def _cudart(nvcc):
+    """The folder of libcudart_static.a. nvcc is asked for its root, as the one on PATH may be a wrapper script."""
+    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    roots = [line.removeprefix("#$ TOP=").strip() for line in dry.splitlines() if line.startswith("#$ TOP=")]
+    for root in [*roots, Path(nvcc).resolve().parent.parent]:
+        for folder in [Path(root) / "lib64", Path(root) / "lib", *Path(root).glob("targets/*/lib")]:
+            if (folder / "libcudart_static.a").exists():
+                return folder.resolve()
+    return None
+
+
+def _arch_list(nvcc):
+    """The architectures to build for: those asked for, or of the default ones those that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if asked:
+        return [a for a in re.split(r"[;, ]+", asked.strip()) if a]
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return [a for a in DEFAULT_ARCHS.split(";") if "sm_" + a.rstrip("af").replace(".", "") in known]
 
 
 def _gencode(archs):
-    """nvcc flags for a TORCH_CUDA_ARCH_LIST such as ``8.0;9.0a+PTX``."""
-    flags, names = [], []
-    for i, arch in enumerate(re.split(r"[;, ]+", archs.strip())):
-        ptx = arch.endswith("+PTX") or i == 0
-        number = arch.removesuffix("+PTX").replace(".", "")
+    """nvcc flags for architectures such as ``8.0`` or ``9.0+PTX``; the first also gets PTX for GPUs yet to come."""
+    flags = []
+    for i, arch in enumerate(archs):
+        number = _number(arch)
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if ptx:
+        # architecture-specific PTX (9.0a) runs nowhere else
+        if arch.endswith("+PTX") or (i == 0 and number.isdigit()):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        names.append(f"sm_{number}")
-    return flags, names
+    return " ".join(flags)
 
 
-def _file_flags(source):
-    """Extra flags that a source asks for in a line ``// build-flags: ...`` among its first ten."""
+def _number(arch):
+    return arch.removesuffix("+PTX").replace(".", "")
+
+
+def _file_setting(source, name):
+    """What a source asks for in a comment among its first ten lines: ``// build-flags: -ffast-math``."""
     with open(source) as file:
         for _ in range(10):
-            match = re.match(r"// build-flags: (.*)", file.readline())
+            match = re.match(rf"// {name}: (.*)", file.readline())
             if match:
                 return match.group(1)
     return ""
@@ -131,7 +155,7 @@ def _ninja_build(build_dir, out, include, nvcc):
 
     objects = []
     for source in sorted((ROOT / "csrc").glob("*/*_cpu.cpp")):
-        extra = _file_flags(source)
+        extra = _file_setting(source, "build-flags")
         for isa, march in isas.items():
             obj = f"{source.parent.name}/{source.stem}.{isa}.o"
             define = f"-DTILEFUSE_ISA={isa}" + (" -DTILEFUSE_REGISTER" if isa == "baseline" else "")
@@ -144,12 +168,17 @@ def _ninja_build(build_dir, out, include, nvcc):
     defaults.append(str(out / "_cpu.abi3.so"))
 
     cuda_sources = sorted(s for s in (ROOT / "csrc").glob("*/*.cu") if s.parent.name != "emulation")
-    if nvcc and cuda_sources:
-        gencode, names = _gencode(os.environ.get("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS))
+    cudart = _cudart(nvcc) if nvcc else None
+    archs = _arch_list(nvcc) if nvcc else []
+    # `// build-archs: 9.0a` limits a file to architectures; without any of them there is nothing to build it for
+    wanted = {s: _file_setting(s, "build-archs").split() for s in cuda_sources}
+    cuda_archs = {s: [a for a in archs if not only or a.removesuffix("+PTX") in only] for s, only in wanted.items()}
+    cuda_sources = [s for s in cuda_sources if cuda_archs[s]]
+    if cudart and cuda_sources:
         rules.append(
             f"nvccflags = {common.replace('-fPIC -fvisibility=hidden', '')} -isystem {include} -DUSE_CUDA -lineinfo"
-            " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -static-global-template-stub=false"
-            f" --expt-relaxed-constexpr -diag-suppress 20012 {' '.join(gencode)}"
+            f" -ccbin {cxx} -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -static-global-template-stub=false"
+            " --expt-relaxed-constexpr -diag-suppress 20012"
         )
         # ptxas -v goes to a log beside the object: the resource gate and a curious reader use it
         rules.append(
@@ -159,18 +188,19 @@ def _ninja_build(build_dir, out, include, nvcc):
         objects = []
         for source in cuda_sources:
             obj = f"{source.parent.name}/{source.stem}.cu.o"
-            builds.append(f"build {obj}: nvcc {source}\n  flags = {_file_flags(source)}")
+            flags = f"{_gencode(cuda_archs[source])} {_file_setting(source, 'build-flags')}"
+            builds.append(f"build {obj}: nvcc {source}\n  flags = {flags}")
             objects.append(obj)
-        info = {"nvcc": _version(nvcc), "architectures": names}
+        info = {"nvcc": _version(nvcc), "architectures": [f"sm_{_number(a)}" for a in archs]}
         _write_info(build_dir / "cuda_info.cpp", "cuda", info)
         builds.append("build cuda_info.o: cxx cuda_info.cpp")
-        cudart = Path(nvcc).resolve().parent.parent / "lib64"
         libs = f"-L{cudart} -lcudart_static -ldl -lrt -lpthread"
         builds.append(f"build {out / '_cuda.abi3.so'}: link cuda_info.o {' '.join(objects)}\n  libs = {libs}")
         defaults.append(str(out / "_cuda.abi3.so"))
     else:
         (out / "_cuda.abi3.so").unlink(missing_ok=True)
-        print("tilefuse: CUDA library not built (no nvcc or no CUDA sources)", file=sys.stderr)
+        why = "no nvcc" if not nvcc else "no libcudart_static.a beside nvcc" if not cudart else "no CUDA sources"
+        print(f"tilefuse: CUDA library not built ({why})", file=sys.stderr)
 
     (build_dir / "build.ninja").write_text("\n".join([*rules, *builds, f"default {' '.join(defaults)}"]) + "\n")
     jobs = os.environ.get("MAX_JOBS") or str(max(1, min(os.cpu_count() or 1, _memory_gib() // 4)))

@@ -130,6 +130,12 @@ inline f16 from_float<f16>(float x) {
 
 #ifdef TILEFUSE_REGISTER
 
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -138,7 +138,13 @@ class Kernel:
             choices = self._choices[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
         for run, when in choices:
             if when is None or when(*args) is None:
-                return run(*args)
+                try:
+                    return run(*args)
+                except RuntimeError as error:
+                    # C++ on the stable ABI can only raise RuntimeError; its own messages are about values
+                    if str(error).startswith("tilefuse.") and type(error) is RuntimeError:
+                        raise ValueError(str(error)) from None
+                    raise
         usable, reasons = self.choices(*key)
         raise self._unavailable(first, reasons | {b: self.when[b](*args) for b in usable})
 

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import on_device
+
 
 @triton.jit
 def merged_weights(lse_a, lse_b):
@@ -165,22 +167,23 @@ def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tens
     if lse.numel() == 0:
         return out, lse
     config = tile(dim)
-    merge_kernel[(triton.cdiv(lse.numel(), config["BM"]),)](
-        out_a,
-        lse_a,
-        out_b,
-        lse_b,
-        out,
-        lse,
-        lse.numel(),
-        queries,
-        heads,
-        *strides(out_a),
-        *strides(out_b),
-        *lse_strides(lse_a),
-        *lse_strides(lse_b),
-        **config,
-    )
+    with on_device(out_a):
+        merge_kernel[(triton.cdiv(lse.numel(), config["BM"]),)](
+            out_a,
+            lse_a,
+            out_b,
+            lse_b,
+            out,
+            lse,
+            lse.numel(),
+            queries,
+            heads,
+            *strides(out_a),
+            *strides(out_b),
+            *lse_strides(lse_a),
+            *lse_strides(lse_b),
+            **config,
+        )
     return out, lse
 
 
@@ -193,26 +196,27 @@ def merge_attention_bwd(
     if lse_a.numel() == 0:
         return grad_a, grad_lse_a, grad_b, grad_lse_b
     config = tile(dim)
-    merge_backward_kernel[(triton.cdiv(lse_a.numel(), config["BM"]),)](
-        grad_out,
-        grad_lse,
-        out_a,
-        lse_a,
-        out_b,
-        lse_b,
-        grad_a,
-        grad_lse_a,
-        grad_b,
-        grad_lse_b,
-        lse_a.numel(),
-        queries,
-        heads,
-        *strides(grad_out),
-        *strides(out_a),
-        *strides(out_b),
-        *lse_strides(grad_lse),
-        *lse_strides(lse_a),
-        *lse_strides(lse_b),
-        **config,
-    )
+    with on_device(out_a):
+        merge_backward_kernel[(triton.cdiv(lse_a.numel(), config["BM"]),)](
+            grad_out,
+            grad_lse,
+            out_a,
+            lse_a,
+            out_b,
+            lse_b,
+            grad_a,
+            grad_lse_a,
+            grad_b,
+            grad_lse_b,
+            lse_a.numel(),
+            queries,
+            heads,
+            *strides(grad_out),
+            *strides(out_a),
+            *strides(out_b),
+            *lse_strides(grad_lse),
+            *lse_strides(lse_a),
+            *lse_strides(lse_b),
+            **config,
+        )
     return grad_a, grad_lse_a, grad_b, grad_lse_b

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.launch import on_device
+
 
 @triton.jit
 def rstd_of(x, RANK: tl.constexpr, eps):
@@ -190,24 +192,25 @@ def mla_compress_kv_fwd(
     if tokens == 0:
         return out
     config = tile(rank)
-    compress_kernel[(triton.cdiv(tokens, config["BT"]),)](
-        kv_a,
-        weight,
-        cos,
-        sin,
-        positions,
-        out,
-        tokens,
-        cos.shape[0],
-        kv_a.stride(0),
-        cos.stride(0),
-        sin.stride(0),
-        eps,
-        **dims(rank, width - rank, interleaved),
-        **config,
-        # a fused multiply-add would round RoPE differently from the other backends
-        enable_fp_fusion=False,
-    )
+    with on_device(kv_a):
+        compress_kernel[(triton.cdiv(tokens, config["BT"]),)](
+            kv_a,
+            weight,
+            cos,
+            sin,
+            positions,
+            out,
+            tokens,
+            cos.shape[0],
+            kv_a.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            eps,
+            **dims(rank, width - rank, interleaved),
+            **config,
+            # a fused multiply-add would round RoPE differently from the other backends
+            enable_fp_fusion=False,
+        )
     return out
 
 
@@ -231,24 +234,25 @@ def mla_compress_kv_bwd(
     rows = steps * config["BT"]
     programs = triton.cdiv(tokens, rows)
     partial = torch.empty(programs, rank, dtype=torch.float32, device=kv_a.device)
-    compress_backward_kernel[(programs,)](
-        grad,
-        kv_a,
-        weight,
-        cos,
-        sin,
-        positions,
-        grad_kv,
-        partial,
-        tokens,
-        cos.shape[0],
-        rows,
-        grad.stride(0),
-        kv_a.stride(0),
-        cos.stride(0),
-        sin.stride(0),
-        eps,
-        **dims(rank, width - rank, interleaved),
-        **config,
-    )
+    with on_device(kv_a):
+        compress_backward_kernel[(programs,)](
+            grad,
+            kv_a,
+            weight,
+            cos,
+            sin,
+            positions,
+            grad_kv,
+            partial,
+            tokens,
+            cos.shape[0],
+            rows,
+            grad.stride(0),
+            kv_a.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            eps,
+            **dims(rank, width - rank, interleaved),
+            **config,
+        )
     return grad_kv, partial.sum(0).to(weight.dtype)

@@ -1,7 +1,8 @@
 """Makes Triton's CPU interpreter (``TRITON_INTERPRET=1``) compute what an NVIDIA GPU computes.
 
 Triton stores bfloat16 and FP8 as unsigned integers in its interpreter, and several operations then work on those
-integers. ``install()`` replaces them; everything else stays Triton's. What differs from upstream (3.6 to 3.7):
+integers. ``install()`` replaces them; everything else stays Triton's. What differs from upstream (3.6 to 3.9;
+later versions have some of it):
 
 ==========================  ==================================================  ========================================
 operation                   upstream                                            here
@@ -17,6 +18,15 @@ bf16 sum, max, cumsum       on the bit patterns                                 
 float -> int                undefined out of range                              saturates, NaN gives 0
 bf16 atomic add             integer add                                         float32 add, rounded to bf16
 arithmetic on fp8           on the bit patterns                                 NotImplementedError: convert first
+argmax, argmin with NaN     first NaN                                           ValueError: a GPU's answer depends on
+                                                                                the order of the reduction
+masked load, no ``other``   zero                                                all bits set (NaN, -1, True): a GPU
+                                                                                promises nothing
+access out of bounds        reads or writes whatever is there                   IndexError
+``and``, ``if`` on a block  always true                                         ValueError
+int1 arithmetic             saturates                                           wraps around
+histogram                   counts ``bins`` in the last bin                     ignores it
+``fma``                     two roundings                                       one
 ==========================  ==================================================  ========================================
 
 Conversion to FP8 saturates as Triton's code for sm_90 and later does (``cvt.rn.satfinite.e4m3x2.f32`` and
@@ -31,6 +41,7 @@ the order of sums, the 14-bit accumulator of Hopper's FP8 tensor cores (``max_nu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +95,7 @@ def _repair(upstream: Any) -> None:
 
     tl, ir, Handle = upstream.tl, upstream._ir, upstream.TensorHandle
     Builder = upstream.InterpreterBuilder
-    get_np_dtype = upstream._get_np_dtype
+    get_np_dtype = functools.cache(upstream._get_np_dtype)
 
     # the formats that numpy stores as integers: numpy type, largest finite value (None: overflows to inf), NaN bits
     formats = {
@@ -112,7 +123,7 @@ def _repair(upstream: Any) -> None:
         if dtype not in formats:
             if dtype == tl.float8e4b15:
                 raise NotImplementedError("float8e4b15 is not supported by tilefuse's interpreter")
-            y = x.astype(get_np_dtype(dtype))
+            y = x.astype(get_np_dtype(dtype), copy=False)
             if to_zero and dtype in (tl.float16, tl.float32):
                 y = np.where(np.abs(y.astype(x.dtype)) > np.abs(x), np.nextafter(y, y.dtype.type(0)), y)
             return y
@@ -181,8 +192,41 @@ def _repair(upstream: Any) -> None:
         return method
 
     def fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        # float32 products are exact in float64: one rounding there, one to the result's type
-        return x * y + z if x.dtype == np.float64 else x.astype(np.float64) * y.astype(np.float64) + z
+        if x.dtype == np.float64:
+            return x * y + z
+        # the product is exact in float64; the sum is rounded to odd there, so that rounding it again is right
+        product, z = np.broadcast_arrays(x.astype(np.float64) * y.astype(np.float64), z.astype(np.float64))
+        total = product + z
+        part = total - product
+        lost = (product - (total - part)) + (z - part)
+        even = (total.view(np.int64) & 1) == 0
+        nudge = (lost != 0) & even & np.isfinite(total) & np.isfinite(lost)
+        return np.where(nudge, np.nextafter(total, np.where(lost > 0, np.inf, -np.inf)), total)
+
+    def integers(compute: Callable[..., np.ndarray], upstream_method: Callable[..., Any]) -> Callable[..., Any]:
+        def method(self: Any, a: Any, b: Any) -> Any:
+            if a.data.dtype == b.data.dtype == np.bool_:
+                # one-bit integers wrap around
+                return Handle((compute(a.data.astype(np.int8), b.data.astype(np.int8)) & 1).astype(np.bool_), tl.int1)
+            return upstream_method(self, a, b)
+
+        return method
+
+    def ashr(self: Any, a: Any, b: Any) -> Any:
+        signed = np.dtype(f"i{a.data.dtype.itemsize}")
+        return Handle((a.data.view(signed) >> b.data.astype(signed)).view(a.data.dtype), a.dtype.scalar)
+
+    def umulhi(self: Any, a: Any, b: Any) -> Any:
+        bits = 8 * a.data.dtype.itemsize
+        x, y = np.broadcast_arrays(*(h.data.view(f"u{bits // 8}").astype(object) for h in (a, b)))
+        return Handle(((x * y) >> bits).astype(f"u{bits // 8}").view(a.data.dtype), a.dtype.scalar)
+
+    def histogram(self: Any, data: Any, bins: int, mask: Any) -> Any:
+        valid = (data.data >= 0) & (data.data < bins)
+        if mask is not None:
+            valid &= mask.data
+        counts = np.bincount(data.data[valid].astype(np.int64), minlength=bins)
+        return Handle(counts.astype(np.int32), tl.int32)
 
     def clamp(self: Any, x: Any, low: Any, high: Any, propagate: Any) -> Any:
         keep = propagate == ir.PROPAGATE_NAN.ALL
@@ -193,7 +237,9 @@ def _repair(upstream: Any) -> None:
         "fadd": np.add,
         "fsub": np.subtract,
         "fmul": np.multiply,
+        "fneg": np.negative,
         "fdiv": np.divide,
+        "approx_divf": np.divide,
         "precise_divf": np.divide,
         "frem": np.fmod,
         "minimumf": np.minimum,
@@ -215,6 +261,11 @@ def _repair(upstream: Any) -> None:
     }.items():
         setattr(Builder, f"create_{name}", arithmetic(compute))
     Builder.create_clampf = clamp
+    for name, compute in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
+        setattr(Builder, f"create_{name}", integers(compute, getattr(Builder, f"create_{name}")))
+    Builder.create_ashr = ashr
+    Builder.create_umulhi = umulhi
+    Builder.create_histogram = histogram
 
     for name, compute in {
         "OLT": np.less,
@@ -251,6 +302,79 @@ def _repair(upstream: Any) -> None:
 
     Builder.create_dot = dot
 
+    # memory that a launch may touch: [start, end) of its arguments' storages; None does not check
+    bounds: list[tuple[int, int]] | None = None
+
+    def check_bounds(pointers: Any, mask: np.ndarray, what: str) -> None:
+        if bounds is None:
+            return
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.shape))
+        addresses = addresses[np.broadcast_to(mask, addresses.shape)].astype(np.uint64, copy=False)
+        if addresses.size == 0:
+            return
+        low, high = int(addresses.min()), int(addresses.max()) + size
+        if any(start <= low and high <= end for start, end in bounds):
+            return
+        inside = np.zeros(addresses.shape, np.bool_)
+        for start, end in bounds:
+            inside |= (addresses >= start) & (addresses <= max(start, end - size))
+        if not inside.all():
+            worst = int(addresses[~inside][0])
+            start, end = min(bounds, key=lambda b: min(abs(worst - b[0]), abs(worst - b[1])), default=(0, 0))
+            raise IndexError(
+                f"{what} of {size} bytes outside every argument's memory in {int((~inside).sum())} of"
+                f" {inside.size} active lanes: the first is at byte {worst - start} of a storage of {end - start} bytes"
+            )
+
+    def storages(value: Any) -> list[tuple[int, int]]:
+        if isinstance(value, tuple):
+            return [b for v in value for b in storages(v)]
+        if isinstance(value, upstream.TensorDescriptor):
+            return storages(value.base)
+        if not hasattr(value, "data_ptr"):
+            return []
+        storage = upstream._unwrap_tensor(value).untyped_storage()
+        return [(storage.data_ptr(), storage.data_ptr() + storage.nbytes())]
+
+    init_args = upstream.GridExecutor._init_args_hst
+
+    def init_args_and_bounds(self: Any, args: Any, kwargs: Any) -> Any:
+        nonlocal bounds
+        host_args, host_kwargs = init_args(self, args, kwargs)
+        bounds = sorted({b for v in (*host_args, *host_kwargs.values()) for b in storages(v)})
+        return host_args, host_kwargs
+
+    upstream.GridExecutor._init_args_hst = init_args_and_bounds
+
+    def int_to_ptr(self: Any, source: Any, target: Any) -> Any:
+        nonlocal bounds
+        # a table of addresses: what they point to is not among the arguments
+        bounds = None
+        return self.create_bitcast(source, target)
+
+    Builder.create_int_to_ptr = int_to_ptr
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+
+    def masked_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any) -> Any:
+        check_bounds(pointers, mask.data, "load")
+        if other is None:
+            np_dtype = get_np_dtype(pointers.get_element_ty())
+            undefined = np.full((*pointers.data.shape, np_dtype.itemsize), 0xFF, np.uint8)
+            if np_dtype == np.bool_:
+                undefined[:] = 1
+            other = Handle(undefined.view(np_dtype)[..., 0], pointers.get_element_ty())
+        return load(self, pointers, mask, other, *rest, **options)
+
+    def masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+        check_bounds(pointers, mask.data, "store")
+        # reversed scans leave views with negative strides
+        value = Handle(np.ascontiguousarray(value.data).reshape(value.data.shape), value.dtype)
+        return store(self, pointers, value, mask, *rest, **options)
+
+    Builder.create_masked_load = masked_load
+    Builder.create_masked_store = masked_store
+
     pad_nan = ir.PADDING_OPTION.PAD_NAN
 
     def padded(method: Callable[..., Any], padding_of: Callable[..., Any], places: Callable[..., Any]) -> Any:
@@ -261,16 +385,19 @@ def _repair(upstream: Any) -> None:
             if dtype not in formats or padding_of(source, *args) != pad_nan:
                 return method(self, source, *args, **kwargs)
             pointers, mask = places(source, *args)
+            mask = getattr(mask, "data", mask) if not isinstance(mask, np.ndarray) else mask
+            check_bounds(pointers, mask, "load")
             fill = np.full(pointers.data.shape, formats[dtype][2], get_np_dtype(dtype))
-            return self.create_masked_load(pointers, Handle(mask, tl.int1), Handle(fill, dtype), None, None, False)
+            return Handle(upstream._interpreter.load(pointers.data, mask, fill, fill.dtype), dtype)
 
         return load
 
-    Builder.create_tensor_pointer_load = padded(
-        Builder.create_tensor_pointer_load,
-        lambda pointer, check, padding, *rest: padding,
-        lambda pointer, check, *rest: pointer.materialize_pointers(check),
-    )
+    if hasattr(Builder, "create_tensor_pointer_load"):  # Triton 3.9 has no block pointers any more
+        Builder.create_tensor_pointer_load = padded(
+            Builder.create_tensor_pointer_load,
+            lambda pointer, check, padding, *rest: padding,
+            lambda pointer, check, *rest: pointer.materialize_pointers(check),
+        )
     Builder.create_descriptor_load = padded(
         Builder.create_descriptor_load,
         lambda descriptor, *rest: descriptor.padding,
@@ -280,6 +407,7 @@ def _repair(upstream: Any) -> None:
     rmw = Builder.create_atomic_rmw
 
     def atomic_rmw(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        check_bounds(pointers, mask.data, "atomic")
         dtype = value.dtype.scalar
         if dtype not in formats:
             return rmw(self, op, pointers, value, mask, *rest)
@@ -287,17 +415,38 @@ def _repair(upstream: Any) -> None:
             raise NotImplementedError(f"atomic {op} on {dtype}")
         old = np.zeros(pointers.data.shape, np.uint16)
         active = np.broadcast_to(mask.data, pointers.data.shape)
+        one, true = np.zeros(1, np.uint16), np.ones(1, np.bool_)
         # one element after the other: the same address may come twice
         for i in np.ndindex(pointers.data.shape):
             if active[i]:
-                one = Handle(np.array([pointers.data[i]]), pointers.dtype)
-                before = self.create_load(one, None, None, False)
-                after = self.create_fadd(before, Handle(np.array([value.data[i]]), dtype))
-                self.create_store(one, after, None, None)
+                address = np.array([pointers.data[i]], np.uint64)
+                before = Handle(upstream._interpreter.load(address, true, one, one.dtype), dtype)
+                after = self.create_fadd(before, Handle(np.array([value.data[i]], np.uint16), dtype))
+                upstream._interpreter.store(address, after.data, true)
                 old[i] = before.data[0]
         return Handle(old, dtype)
 
     Builder.create_atomic_rmw = atomic_rmw
+    cas = Builder.create_atomic_cas
+
+    def atomic_cas(self: Any, pointers: Any, *rest: Any) -> Any:
+        check_bounds(pointers, np.ones((), np.bool_), "atomic")
+        return cas(self, pointers, *rest)
+
+    Builder.create_atomic_cas = atomic_cas
+
+    patch_tensor = upstream._patch_lang_tensor
+
+    def truth(self: Any) -> bool:
+        if self.handle.data.size != 1:
+            raise ValueError("the truth of a block is ambiguous: use & | ~ instead of and, or, not, if and a < b < c")
+        return bool(self.handle.data)
+
+    def patch_tensor_strictly(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__bool__", truth)
+
+    upstream._patch_lang_tensor = patch_tensor_strictly
 
     def widened(cls: Any, name: str) -> None:
         """Reductions and scans that numpy does in one go: bf16 in float32, rounded once at the end."""
@@ -323,6 +472,19 @@ def _repair(upstream: Any) -> None:
 
         setattr(cls, name, run)
 
+    by_index = [
+        getattr(tl.standard, f"_arg{which}_combine_tie_break_{how}")
+        for which in ("min", "max")
+        for how in ("left", "fast")
+    ]
+    apply_impl = upstream.ReduceOps.apply_impl
+
+    def reduce(self: Any, input: Any) -> Any:
+        if self.combine_fn in by_index and np.isnan(decode(input[0].handle.data, input[0].dtype)).any():
+            raise ValueError("argmax or argmin over NaN: a GPU's answer depends on the order of the reduction")
+        return apply_impl(self, input)
+
+    upstream.ReduceOps.apply_impl = reduce
     widened(upstream.ReduceOps, "sum")
     widened(upstream.ReduceOps, "min_max")
     widened(upstream.ScanOps, "cumsum")

@@ -32,35 +32,25 @@ def quantize_blocks(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
     return encode(x / scale.unsqueeze(-1)), scale
 
 
-def empty_row_scale(like: Tensor, lead: tuple[int, ...], blocks: int) -> Tensor:
-    """Uninitialised ``[*lead, blocks]`` float32 scales of (1, 128) blocks in their physical layout.
-
-    Rows (leading dimensions flattened) are contiguous and blocks are ``round_up(rows, 4)`` elements apart, which
-    is what TMA and cuBLASLt read.
-    """
-    rows = 1
-    for size in lead:
-        rows *= size
-    strides = [1] * len(lead)
-    for i in range(len(lead) - 2, -1, -1):
-        strides[i] = strides[i + 1] * lead[i + 1]
-    pitch = -(-rows // 4) * 4
-    storage = like.new_empty((max(blocks, 1) * max(pitch, 4),), dtype=torch.float32)
-    return storage.as_strided((*lead, blocks), (*strides, max(pitch, 4)))
+def row_scale_layout(scale: Tensor) -> Tensor:
+    """``[M, KB]`` scales in the physical layout of (1, 128) blocks: M contiguous, blocks round_up(M, 4) apart."""
+    m, blocks = scale.shape
+    return scale.new_empty_strided((m, blocks), (1, max(-(-m // 4) * 4, 4))).copy_(scale)
 
 
-def fp8_quantize_fwd(x: Tensor, block_rows: int, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+def fp8_quantize_rows(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
     k = x.shape[-1]
     blocks = -(-k // 128)
-    if block_rows == 1:
-        padded = F.pad(x.to(torch.float32), (0, blocks * 128 - k)).unflatten(-1, (blocks, 128))
-        q, scale = quantize_blocks(padded, pow2, eps)
-        out = empty_row_scale(x, tuple(x.shape[:-1]), blocks)
-        return q.flatten(-2)[..., :k].contiguous(), out.copy_(scale)
-    m = x.shape[-2]
-    row_blocks = -(-m // 128)
+    padded = F.pad(x.to(torch.float32), (0, blocks * 128 - k)).unflatten(-1, (blocks, 128))
+    q, scale = quantize_blocks(padded, pow2, eps)
+    return q.flatten(-2)[..., :k].contiguous(), row_scale_layout(scale)
+
+
+def fp8_quantize_tiles(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+    m, k = x.shape[-2:]
+    row_blocks, blocks = -(-m // 128), -(-k // 128)
     padded = F.pad(x.to(torch.float32), (0, blocks * 128 - k, 0, row_blocks * 128 - m))
-    # [..., mb, kb, 128 * 128]
+    # [G, mb, kb, 128 * 128]
     tiles = padded.unflatten(-1, (blocks, 128)).unflatten(-3, (row_blocks, 128)).transpose(-3, -2).flatten(-2)
     q, scale = quantize_blocks(tiles, pow2, eps)
     q = q.unflatten(-1, (128, 128)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
@@ -68,9 +58,7 @@ def fp8_quantize_fwd(x: Tensor, block_rows: int, pow2: bool, eps: float) -> tupl
 
 
 def fp8_quantize_dual_fwd(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, scale = fp8_quantize_fwd(x, 1, pow2, eps)
-    q_t, scale_t = fp8_quantize_fwd(x.reshape(-1, x.shape[-1]).t(), 1, pow2, eps)
-    return q, scale, q_t, scale_t
+    return *fp8_quantize_rows(x, pow2, eps), *fp8_quantize_rows(x.t(), pow2, eps)
 
 
 def expand_scale(scale: Tensor, shape: tuple[int, ...], block_rows: int) -> Tensor:

@@ -1,0 +1,42 @@
+// Allocation helpers of the fp8 family's host code: the physical layout of 1 x 128 scales.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+namespace tilefuse::fp8 {
+
+inline int64_t blocks_of(int64_t size) { return (size + 127) / 128; }
+
+// distance of two blocks' scales: rows rounded up to 4, what TMA and cuBLASLt read
+inline int64_t pitch_of(int64_t rows) { return rows > 0 ? (rows + 3) / 4 * 4 : 4; }
+
+// rows per task of a parallel loop: about 32768 elements
+inline int64_t grain(int64_t elements_per_row) {
+  return elements_per_row >= 32768 ? 1 : 32768 / (elements_per_row > 0 ? elements_per_row : 1);
+}
+
+inline torch::stable::Tensor empty_codes(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
+                                  torch::headeronly::ScalarType::Float8_e4m3fn);
+}
+
+// [rows, blocks] float32 with stride 1 over rows
+inline torch::stable::Tensor empty_row_scale(const torch::stable::Tensor& like, int64_t rows, int64_t blocks) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int64_t sizes[] = {rows, blocks}, strides[] = {1, pitch_of(rows)};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(), device_type,
+                                                         device_index, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+}  // namespace tilefuse::fp8

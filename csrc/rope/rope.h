@@ -1,0 +1,212 @@
+// What the CPU kernels of the rope family share: the call in plain values, and positions resolved and checked.
+#pragma once
+
+#include "common/cpu.h"
+
+namespace tilefuse {
+
+// one tensor that a call rotates; batch, sequence and head strides in elements
+struct RopeTensor {
+  const void* in;
+  void* out;
+  int64_t in_strides[3];
+  int64_t out_strides[3];
+  int64_t heads;
+};
+
+struct RopeCall {
+  RopeTensor tensors[2];
+  int count;
+  Dtype dtype;
+  int64_t tokens, seq_len, dim, half, offset;
+  const float* cos;
+  const float* sin;
+  int64_t cos_stride, sin_stride;
+  // table row of every token (of every axis under mrope), or null: the row is the place in the sequence
+  const int64_t* rows;
+  bool interleaved, conjugate, mrope, mrope_interleaved;
+  int64_t section[3];
+};
+
+namespace TILEFUSE_ISA {
+
+// pairs whose cos and sin are prepared at a time
+constexpr int64_t kPairs = 128;
+
+static inline int mrope_axis(const RopeCall& call, int64_t pair) {
+  if (call.mrope_interleaved) {
+    if (pair % 3 == 1 && pair < 3 * call.section[1]) return 1;
+    if (pair % 3 == 2 && pair < 3 * call.section[2]) return 2;
+    return 0;
+  }
+  return (pair >= call.section[0]) + (pair >= call.section[0] + call.section[1]);
+}
+
+// cos and sin of `n` pairs from `first` for one token, copied to the buffers only if they must change
+static inline void token_table(const RopeCall& call, int64_t token, int64_t first, int64_t n, float* cos_buffer,
+                               float* sin_buffer, const float** cos, const float** sin) {
+  const int64_t row = call.rows != nullptr ? call.rows[token] : token % call.seq_len;
+  *cos = call.cos + row * call.cos_stride + first;
+  *sin = call.sin + row * call.sin_stride + first;
+  if (call.mrope) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t own = call.rows[mrope_axis(call, first + i) * call.tokens + token];
+      cos_buffer[i] = call.cos[own * call.cos_stride + first + i];
+      sin_buffer[i] = call.sin[own * call.sin_stride + first + i];
+    }
+    *cos = cos_buffer;
+    *sin = sin_buffer;
+  }
+  if (call.conjugate) {
+    for (int64_t i = 0; i < n; ++i) sin_buffer[i] = -(*sin)[i];
+    *sin = sin_buffer;
+  }
+}
+
+// in and out may be the same memory: an iteration reads what it writes and nothing else
+template <typename T>
+static inline void rotate_half(const T* in, T* out, int64_t half, const float* cos, const float* sin, int64_t n) {
+  const T* in_b = in + half;
+  T* out_b = out + half;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = to_float(in[i]), b = to_float(in_b[i]);
+    out[i] = from_float<T>(a * cos[i] - b * sin[i]);
+    out_b[i] = from_float<T>(b * cos[i] + a * sin[i]);
+  }
+}
+
+template <typename T>
+static inline void rotate_interleaved(const T* in, T* out, const float* cos, const float* sin, int64_t n) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const float a = to_float(in[2 * i]), b = to_float(in[2 * i + 1]);
+    out[2 * i] = from_float<T>(a * cos[i] - b * sin[i]);
+    out[2 * i + 1] = from_float<T>(b * cos[i] + a * sin[i]);
+  }
+}
+
+}  // namespace TILEFUSE_ISA
+
+#ifdef TILEFUSE_REGISTER
+
+using torch::stable::Tensor;
+
+// int32 or int64 values
+struct IndexData {
+  const void* data;
+  bool wide;
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+inline IndexData index_data(const Tensor& t) {
+  return {t.const_data_ptr(), t.scalar_type() == torch::headeronly::ScalarType::Long};
+}
+
+// Table rows of all tokens. Small calls stay on the stack.
+class TokenRows {
+ public:
+  // raises before anything is written
+  TokenRows(const char* op, int64_t batch, int64_t seq_len, int64_t table_rows, const std::optional<Tensor>& positions,
+            const std::optional<Tensor>& cu_seqlens, bool mrope) {
+    const int64_t tokens = batch * seq_len;
+    if (!positions && !cu_seqlens) return;
+    const int64_t total = mrope ? 3 * tokens : tokens;
+    if (total > kSmall) heap_.resize(total);
+    int64_t* rows = rows_ = total > kSmall ? heap_.data() : small_;
+    int64_t low = 0, high = 0;
+    if (positions) {
+      const IndexData data = index_data(*positions);
+      const int64_t lead = mrope ? 1 : 0;
+      const int64_t axis_stride = mrope ? positions->stride(0) : 0;
+      const bool packed = positions->dim() == 1 + lead;
+      const int64_t batch_stride = packed ? 0 : positions->stride(lead);
+      const int64_t stride = positions->stride(packed ? lead : lead + 1);
+      int64_t i = 0;
+      for (int64_t axis = 0; axis < (mrope ? 3 : 1); ++axis) {
+        for (int64_t b = 0; b < batch; ++b) {
+          const int64_t base = axis * axis_stride + b * batch_stride;
+          for (int64_t s = 0; s < seq_len; ++s, ++i) {
+            rows[i] = data[base + s * stride];
+            low = rows[i] < low ? rows[i] : low;
+            high = rows[i] > high ? rows[i] : high;
+          }
+        }
+      }
+    } else {
+      const IndexData bounds = index_data(*cu_seqlens);
+      const int64_t stride = cu_seqlens->stride(0), count = cu_seqlens->size(0);
+      for (int64_t t = 0; t < tokens; ++t) {
+        // number of boundaries at or before the token
+        int64_t first = 0, last = count;
+        while (first < last) {
+          const int64_t middle = (first + last) / 2;
+          if (bounds[middle * stride] <= t) {
+            first = middle + 1;
+          } else {
+            last = middle;
+          }
+        }
+        rows[t] = t - (first > 0 ? bounds[(first - 1) * stride] : 0);
+        low = rows[t] < low ? rows[t] : low;
+        high = rows[t] > high ? rows[t] : high;
+      }
+    }
+    if (low < 0 || high >= table_rows) {
+      const std::string worst = std::to_string(low < 0 ? low : high), limit = std::to_string(table_rows);
+      throw std::runtime_error(
+          std::string("tilefuse.") + op +
+          (positions ? ": positions must be in [0, " + limit + "), got " + worst
+                     : ": cos must be a table that holds every position, " + worst + " too, got " + limit + " rows"));
+    }
+  }
+
+  const int64_t* get() const { return rows_; }
+
+ private:
+  static constexpr int64_t kSmall = 64;
+  int64_t small_[kSmall];
+  std::vector<int64_t> heap_;
+  int64_t* rows_ = nullptr;
+};
+
+inline void set_strides(int64_t* strides, const Tensor& t) {
+  const bool packed = t.dim() == 3;
+  strides[0] = packed ? 0 : t.stride(0);
+  strides[1] = t.stride(packed ? 0 : 1);
+  strides[2] = t.stride(packed ? 1 : 2);
+}
+
+inline RopeTensor rope_tensor(const Tensor& in, const Tensor& out) {
+  RopeTensor tensor;
+  tensor.in = in.const_data_ptr();
+  tensor.out = out.mutable_data_ptr();
+  set_strides(tensor.in_strides, in);
+  set_strides(tensor.out_strides, out);
+  tensor.heads = in.size(in.dim() - 2);
+  return tensor;
+}
+
+// a contiguous tensor like `t`, without the cost of a dispatcher call
+inline Tensor empty_contiguous(const Tensor& t) {
+  const auto sizes = t.sizes();
+  int64_t strides[8];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  AtenTensorHandle handle;
+  int32_t dtype, device_type;
+  aoti_torch_get_dtype(t.get(), &dtype);
+  aoti_torch_get_device_type(t.get(), &device_type);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
+                                                         dtype, device_type, t.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+#endif  // TILEFUSE_REGISTER
+
+}  // namespace tilefuse

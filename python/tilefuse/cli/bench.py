@@ -1,0 +1,118 @@
+"""Benchmark every op against its peers on this machine.
+
+Peers (eager PyTorch, torch.compile, the best library) run in the same process on the same inputs. Each case is
+checked against its float64 oracle before and after timing, and against the roof of this machine. Results go to a
+JSONL file, one line per case; the table and the plots are made from those lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import tilefuse
+
+from . import FAILED, OK, UsageError
+from ._console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--suite", choices=("quick", "full"), default="quick", help="quick: minutes; full: all cases")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this family (repeatable)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose id contains this text")
+    parser.add_argument("--seconds", type=float, help="timing budget per case")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no case after this many seconds")
+    parser.add_argument("--each-backend", action="store_true", help="also time every other usable backend")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: benchmarks/results)")
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--report", action="store_true", help="measure nothing: table and plots of the stored lines")
+    parser.add_argument("--readme", action="store_true", help="renew the generated parts of README.md and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..benchmarks import harness, report, runner
+
+    console = Console(args.json)
+    folder = args.out or runner.results_folder()
+    if args.readme:
+        return _readme(console, folder)
+    kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here (python -m tilefuse doctor)")
+    families = sorted({family for family, _, _ in harness.modules()})
+    for family in args.family:
+        if family not in families:
+            raise UsageError(f"--family must be one of {', '.join(families)}, got {family!r}")
+    device = torch.device(kind)
+    path = folder / f"{runner.device_key(device)}.jsonl"
+    if args.report:
+        lines = runner.read_lines(path)
+        return _finish(console, lines, lines, path, folder, report)
+    cases = harness.discover(args.suite, kind, families=args.family, match=args.case)
+    if not cases:
+        raise UsageError("no benchmark case matches")
+    if args.list:
+        console.table(f"{len(cases)} cases", ["case"], [(case.id,) for case in cases])
+        console.result([case.id for case in cases])
+        return OK
+
+    limits = dict(runner.QUICK if args.suite == "quick" else runner.FULL)
+    if args.seconds:
+        limits["seconds"] = args.seconds
+    settings = runner.Settings(**limits, each_backend=args.each_backend)
+    console.say(f"Measuring the roof of {kind} ...")
+    began = time.monotonic()
+    engine = runner.Runner(device, settings)
+    lines = []
+    with console.progress(len(cases), "benchmarks") as progress:
+
+        def after(_: int, line: dict) -> None:
+            if line["status"] == "failed":
+                console.say(f"failed: {line['case']}: {line['reason']}")
+            progress.done()
+
+        for case in cases:
+            if args.limit and time.monotonic() - began > args.limit:
+                console.say(f"--limit: {len(cases) - len(lines)} of {len(cases)} cases not run")
+                break
+            lines += runner.run_all([case], engine, path, before=lambda _, case: progress.start(case.id), after=after)
+    console.say(f"{len(lines)} cases in {time.monotonic() - began:.0f} s")
+    return _finish(console, lines, runner.read_lines(path), path, folder, report)
+
+
+def _finish(console: Console, lines: list, stored: list, path: Path, folder: Path, report) -> int:
+    """Table of this run's lines; plots of all that are stored for this device."""
+    if lines:
+        console.table(f"{lines[0]['device']}: tilefuse and its speed-up over each peer", *report.rows(lines))
+    for name, reason in sorted(report.missing(lines).items()):
+        console.say(f"peer {name} did not run in some case: {reason}")
+    plots = report.plot(stored, folder)
+    for written in (path, *plots):
+        console.say(f"wrote {written}")
+    if not plots:
+        console.say("no plots: matplotlib is not installed, or no case succeeded")
+    failed = [line for line in lines if line["status"] == "failed"]
+    for line in failed:
+        console.say(f"failed: {line['case']}: {line['reason']}")
+    console.result({"lines": lines, "results": str(path), "plots": [str(p) for p in plots], "failed": len(failed)})
+    return FAILED if failed else OK
+
+
+def _readme(console: Console, folder: Path) -> int:
+    from ..benchmarks import report, runner
+
+    path = runner.HERE.parent / "README.md"
+    if not path.exists():
+        raise UsageError("--readme works in a source tree")
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in runner.read_lines(file)]
+    plots = [p.relative_to(path.parent) if p.is_relative_to(path.parent) else p for p in report.plot(lines, folder)]
+    # one picture on the first screen: a GPU's before a CPU's
+    roofs = sorted((p for p in map(str, plots) if p.endswith("_roof.png")), key=lambda p: "nvidia" not in p)
+    path.write_text(report.readme(path.read_text(), tilefuse.ops(), lines, roofs[:1]))
+    console.say(f"wrote {path}")
+    console.result({"readme": str(path), "lines": len(lines)})
+    return OK

@@ -1,0 +1,149 @@
+"""Check every op against its float64 oracle on every usable backend of this machine.
+
+Forward and gradients, on the sample inputs of the tests, bit for bit where the op promises bits. --record stores what
+passed on this GPU in tilefuse/verified.json, which is what makes a CUDA C++ kernel a default there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilefuse import arch, backends, library
+
+from . import FAILED, OK, UsageError
+from ._console import Console
+
+if TYPE_CHECKING:
+    from ..testing.verification import Check
+
+# samples per op and backend with --quick
+QUICK_SAMPLES = 6
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help=f"at most {QUICK_SAMPLES} samples per op, one dtype each")
+    parser.add_argument("--record", action="store_true", help="write verified.json for this GPU's architecture")
+    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this family (repeatable)")
+    parser.add_argument("--op", action="append", default=[], metavar="NAME", help="only this op (repeatable)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument(
+        "--backend",
+        action="append",
+        default=[],
+        choices=backends.BACKENDS,
+        help="only this backend (repeatable); triton on a CPU needs TRITON_INTERPRET=1",
+    )
+
+
+def _selected(args: argparse.Namespace) -> list[library.Op]:
+    ops = list(library.ops().values())
+    families = sorted({op.family for op in ops})
+    for family in args.family:
+        if family not in families:
+            raise UsageError(f"--family must be one of {', '.join(families)}, got {family!r}")
+    for name in args.op:
+        if name not in library.ops():
+            raise UsageError(f"--op must be one of tilefuse.ops(), got {name!r}")
+    return [op for op in ops if (not args.family or op.family in args.family) and (not args.op or op.name in args.op)]
+
+
+def _backends(op: library.Op, device: torch.device, asked: Sequence[str]) -> list[str]:
+    """What is worth checking: backends that could run here; the reference alone where there is nothing else."""
+    if asked:
+        return [b for b in op.backends if b in asked]
+    if device.type == "cuda":
+        fast = [b for b in op.backends if b in ("triton", "cuda")]
+    else:
+        fast = [b for b in op.backends if b == "cpu"]
+    kernels = [library.kernels()[k] for k in op.kernels]
+    usable = [b for b in fast if all(b in k.backends and k.implementation(b)[1] is None for k in kernels)]
+    return usable or ["reference"]
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..testing import verification
+
+    if args.record:
+        if not torch.cuda.is_available():
+            raise UsageError("--record needs a GPU: it states what passed on one, and torch sees none here")
+        if args.quick:
+            raise UsageError("--record needs every sample: leave out --quick")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU here (python -m tilefuse doctor)")
+    if "triton" in args.backend and not torch.cuda.is_available() and not backends.interpreting():
+        raise UsageError("--backend triton without a GPU needs TRITON_INTERPRET=1 in the environment")
+    console = Console(args.json)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    todo = [(op, backend) for op in _selected(args) for backend in _backends(op, device, args.backend)]
+    checks: list[Check] = []
+    with console.progress(len(todo), "verify") as progress:
+        for op, backend in todo:
+            progress.start(f"{op.name} on {backend}")
+            check = verification.check_op(
+                op.name, device, backend, limit=QUICK_SAMPLES if args.quick else None, all_dtypes=not args.quick
+            )
+            checks.append(check)
+            if check.status == "failed":
+                console.say(f"failed: {check.op} on {backend}: {check.reason}")
+            progress.done()
+    console.table(
+        f"Ops against their float64 oracles on {device} ({arch.of(device)}); error is relative to naive's, limit 2",
+        ["op", "backend", "result", "samples", "gradients", "worst error", "detail"],
+        [(c.op, c.backend, c.status, c.samples, c.gradients, f"{c.worst:.2f}", c.reason) for c in checks],
+    )
+    failed = [c for c in checks if c.status == "failed"]
+    console.say(f"{sum(c.status == 'ok' for c in checks)} ok, {len(failed)} failed, {len(checks)} checked")
+    recorded = _record(checks, device) if args.record else None
+    if recorded is not None:
+        console.say(f"wrote {backends.VERIFIED_PATH}: {len(recorded['kernels'])} kernels on {arch.of(device)}")
+    console.result(
+        {
+            "device": str(device),
+            "arch": arch.of(device),
+            "checks": [asdict(c) for c in checks],
+            "failed": len(failed),
+            "recorded": recorded,
+        }
+    )
+    return FAILED if failed or not checks else OK
+
+
+def _record(checks: Sequence[Check], device: torch.device) -> dict[str, Any]:
+    """Stores kernel -> backends for this architecture: those whose every check here passed."""
+    from ..benchmarks.runner import commit_of_checkout
+
+    passed: defaultdict[str, set[str]] = defaultdict(set)
+    failed: defaultdict[str, set[str]] = defaultdict(set)
+    for check in checks:
+        if check.backend not in ("triton", "cuda"):
+            continue
+        # what a failed op would have run is in doubt, all of it
+        names = check.kernels if check.status == "ok" else library.ops()[check.op].kernels
+        for name in names if check.status != "unavailable" else ():
+            (passed if check.status == "ok" else failed)[name].add(check.backend)
+    recorded = json.loads(backends.VERIFIED_PATH.read_text())
+    on = arch.of(device)
+    kernels = dict(recorded.get(on, {}).get("kernels", {}))
+    for name in passed.keys() | failed.keys():
+        # other backends of an earlier run stay, unless this run was about them
+        earlier = set(kernels.get(name, ())) - passed[name] - failed[name]
+        kernels[name] = sorted(earlier | (passed[name] - failed[name]))
+    commit, dirty = commit_of_checkout()
+    recorded[on] = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit and commit + ("-dirty" if dirty else ""),
+        "kernels": {name: names for name, names in sorted(kernels.items()) if names},
+    }
+    backends.VERIFIED_PATH.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
+    backends.verified.cache_clear()
+    return recorded[on]

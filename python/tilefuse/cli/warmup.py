@@ -1,0 +1,119 @@
+"""Compile kernels ahead of time, so that no first request pays for it.
+
+With a GPU: runs every op once on the shapes of the benchmark cases (and its sample inputs with --samples), which
+fills Triton's cache for that GPU. With --arch: compiles what the resource gate lists for that architecture; this
+needs no GPU and fills the same cache (TRITON_CACHE_DIR), say while a container image is built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from typing import Any
+
+import torch
+
+import tilefuse
+
+from .. import arch, backends
+from . import FAILED, OK, UsageError
+from ._console import Console
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--arch", choices=arch.COMPILE_TARGETS, help="compile for this architecture, GPU or not")
+    parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this family (repeatable)")
+    parser.add_argument("--samples", action="store_true", help="also the sample inputs of the tests")
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(args.json)
+    if missing := backends.triton_missing():
+        console.say(f"Nothing to compile: {missing}.")
+        console.result({"error": missing})
+        return FAILED
+    if args.arch:
+        if backends.interpreting():
+            raise UsageError("--arch compiles, so TRITON_INTERPRET must not be set")
+        return _ahead(console, args.arch, args.family)
+    if not torch.cuda.is_available():
+        console.say("torch sees no GPU here: name the architecture to compile for, such as --arch sm_90.")
+        console.result({"error": "no GPU and no --arch"})
+        return FAILED
+    return _on_gpu(console, args.family, args.samples)
+
+
+def _finish(console: Console, what: str, done: int, problems: list[str], began: float) -> int:
+    seconds = time.monotonic() - began
+    for problem in problems:
+        console.say(f"failed: {problem}")
+    console.say(f"{done} {what} compiled, {len(problems)} failed, {seconds:.0f} s")
+    console.result({"compiled": done, "failed": problems, "seconds": round(seconds, 1)})
+    return FAILED if problems else OK
+
+
+def _ahead(console: Console, target: str, families: list[str]) -> int:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ..testing import aot
+
+    found, _ = aot.cases(m for m in aot.modules() if not families or m[0] in families)
+    found = [(family, op, case) for family, op, case in found if case.targets is None or target in case.targets]
+    capability = arch.capability(target)
+    gpu = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", target, 64)
+    problems: list[str] = []
+    began = time.monotonic()
+    with console.progress(len(found), "compile") as progress:
+        for _, op, case in found:
+            progress.start(f"{op}: {case.name}")
+            try:
+                # not through the gate, which keeps figures and not binaries
+                source = ASTSource(case.jit, dict(case.signature), dict(case.constexprs), case.resolved_attrs())
+                triton.compile(source, target=gpu, options=dict(case.options))
+            except Exception as error:
+                problems.append(f"{op}: {case.name}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+            progress.done()
+    console.say(f"cache: {os.environ.get('TRITON_CACHE_DIR', triton.knobs.cache.dir)}")
+    return _finish(console, f"kernels for {target}", len(found) - len(problems), problems, began)
+
+
+def _on_gpu(console: Console, families: list[str], with_samples: bool) -> int:
+    from ..benchmarks import harness
+    from ..testing import sample
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    calls: list[tuple[str, Any]] = []
+    for case in harness.discover("full", "cuda", families=families):
+        generator = torch.Generator(device).manual_seed(0)
+        calls.append((case.id, lambda case=case, generator=generator: _run_case(case, device, generator)))
+    if with_samples:
+        for op in tilefuse.ops().values():
+            if not families or op.family in families:
+                calls += [
+                    (f"{op.name} {s.name}", lambda op=op, s=s: op.function(*s.args, **s.kwargs))
+                    for s in sample.samples(op.name, device)
+                ]
+    problems: list[str] = []
+    began = time.monotonic()
+    with console.progress(len(calls), "warm up") as progress:
+        for name, call in calls:
+            progress.start(name)
+            try:
+                call()
+                torch.cuda.synchronize()
+            except Exception as error:
+                problems.append(f"{name}: {type(error).__name__}: {error}")
+            progress.done()
+    return _finish(console, "calls", len(calls) - len(problems), problems, began)
+
+
+def _run_case(case: Any, device: torch.device, generator: torch.Generator) -> None:
+    from ..benchmarks import runner
+
+    inputs = case.inputs(device, generator)
+    contestant = runner.Contestant(case, runner.Peer(case.run))
+    with torch.no_grad():
+        contestant.bind(inputs, generator)()

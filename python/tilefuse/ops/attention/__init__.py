@@ -1,0 +1,1 @@
+"""Sliding-window, global, block-sparse and paged attention."""

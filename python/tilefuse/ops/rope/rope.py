@@ -1,0 +1,283 @@
+"""Rotary position embedding: ``rope``, ``rope_qk`` and their in-place forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import errors
+from ...library import kernel, op
+
+__all__ = ["rope", "rope_qk"]
+
+_MODULE = "rope/rope"
+_TABLES = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
+_OPTIONS = "bool interleaved, int rotary_offset, bool conjugate, int[] mrope_section, bool mrope_interleaved"
+_PUBLIC_TABLES = "Tensor cos, Tensor sin, Tensor? positions=None, Tensor? cu_seqlens=None, *"
+_PUBLIC_OPTIONS = (
+    "bool interleaved=False, int rotary_offset=0, bool conjugate=False, int[] mrope_section=[], "
+    "bool mrope_interleaved=False"
+)
+
+
+def check_rope(
+    name: str,
+    arg: str,
+    x: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    rotary_offset: int,
+    mrope_section: Sequence[int] = (),
+) -> None:
+    """The argument checks of every op of this family, for the public function and the fake alike."""
+    shape = x.shape
+    if len(shape) not in (3, 4):
+        errors.value_error(name, arg, "[B, S, H, D] or [T, H, D]", x)
+    if x.dtype not in errors.FLOATS:
+        errors.check_dtype(name, arg, x, errors.FLOATS)
+    if k is not None:
+        if k.shape[:-2] != shape[:-2] or k.shape[-1] != shape[-1]:
+            errors.value_error(name, "k", f"of {arg}'s shape but for the number of heads, {[*shape]}", k)
+        if k.dtype != x.dtype:
+            errors.type_error(name, "k", f"of {arg}'s dtype {errors.dtype_name(x.dtype)}", k)
+        if k.device != x.device:
+            errors.check_device(name, "k", k, x, arg)
+    if cos.ndim != 2 or cos.shape[1] == 0:
+        errors.value_error(name, "cos", "[P, rotary_dim / 2] float32", cos)
+    if cos.dtype != torch.float32:
+        errors.type_error(name, "cos", "[P, rotary_dim / 2] float32", cos)
+    if sin.shape != cos.shape:
+        errors.value_error(name, "sin", f"of cos's shape {[*cos.shape]}", sin)
+    if sin.dtype != torch.float32:
+        errors.type_error(name, "sin", "[P, rotary_dim / 2] float32", sin)
+    rotary_dim = 2 * cos.shape[1]
+    if rotary_offset < 0 or rotary_offset + rotary_dim > shape[-1]:
+        errors.value_error(
+            name, "rotary_offset", f"in [0, D - rotary_dim] with D = {shape[-1]}, rotary_dim = {rotary_dim}",
+            rotary_offset,
+        )  # fmt: skip
+    device = x.device
+    if cos.device != device or sin.device != device:
+        errors.check_device(name, "cos", cos, x, arg)
+        errors.check_device(name, "sin", sin, x, arg)
+    if positions is not None:
+        if cu_seqlens is not None:
+            errors.value_error(name, "cu_seqlens", "None when positions is given", cu_seqlens)
+        expected = (3, *shape[:-2]) if mrope_section else tuple(shape[:-2])
+        if tuple(positions.shape) != expected:
+            errors.value_error(name, "positions", f"{[*expected]} int32 or int64", positions)
+        if positions.dtype not in errors.INDEX_DTYPES:
+            errors.type_error(name, "positions", f"{[*expected]} int32 or int64", positions)
+        if positions.device != device:
+            errors.check_device(name, "positions", positions, x, arg)
+    elif cu_seqlens is not None:
+        if len(shape) != 3:
+            errors.value_error(name, "cu_seqlens", f"None unless {arg} is packed [T, H, D]", cu_seqlens)
+        if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] == 0:
+            errors.value_error(name, "cu_seqlens", "[B + 1] int32 or int64", cu_seqlens)
+        if cu_seqlens.dtype not in errors.INDEX_DTYPES:
+            errors.type_error(name, "cu_seqlens", "[B + 1] int32 or int64", cu_seqlens)
+        if cu_seqlens.device != device:
+            errors.check_device(name, "cu_seqlens", cu_seqlens, x, arg)
+    elif device.type == "cpu" and shape[-3] > cos.shape[0]:
+        errors.value_error(name, "cos", f"a table of at least {shape[-3]} rows, one per position", cos)
+    if mrope_section:
+        if positions is None:
+            errors.value_error(name, "positions", "given with mrope_section", positions)
+        if len(mrope_section) != 3 or min(mrope_section) < 0 or 2 * sum(mrope_section) != rotary_dim:
+            errors.value_error(
+                name, "mrope_section", f"3 sections that sum to {rotary_dim // 2}", [*mrope_section]
+            )  # fmt: skip
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    # kernels take any strides but a contiguous last dim
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _fake_x(name: str) -> Any:
+    def fake(x, cos, sin, positions, cu_seqlens, _interleaved, rotary_offset, _conjugate, mrope_section, _mrope):
+        check_rope(name, "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
+        return x.new_empty(x.shape)
+
+    return fake
+
+
+def _fake_qk(name: str) -> Any:
+    def fake(q, k, cos, sin, positions, cu_seqlens, _interleaved, rotary_offset, _conjugate, mrope_section, _mrope):
+        check_rope(name, "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
+        return q.new_empty(q.shape), k.new_empty(k.shape)
+
+    return fake
+
+
+_BACKENDS = ("reference", "cpu", "triton")
+rope_fwd = kernel(
+    f"rope_fwd(Tensor x, {_TABLES}, {_OPTIONS}) -> Tensor", module=_MODULE, fake=_fake_x("rope"), backends=_BACKENDS
+)
+rope_qk_fwd = kernel(
+    f"rope_qk_fwd(Tensor q, Tensor k, {_TABLES}, {_OPTIONS}) -> (Tensor, Tensor)",
+    module=_MODULE,
+    fake=_fake_qk("rope_qk"),
+    backends=_BACKENDS,
+)
+
+
+class _Rope(torch.autograd.Function):
+    """The rotation is linear and its transpose is the conjugate rotation, whatever factor the tables carry."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, section, mrope):
+        ctx.save_for_backward(cos, sin, positions, cu_seqlens)
+        ctx.options = (interleaved, rotary_offset, not conjugate, section, mrope)
+        return rope_fwd(x, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, section, mrope)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _apply(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 9
+
+
+class _RopeQK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, section, mrope):
+        ctx.save_for_backward(cos, sin, positions, cu_seqlens)
+        ctx.options = (interleaved, rotary_offset, not conjugate, section, mrope)
+        ctx.set_materialize_grads(False)
+        q_out, k_out = rope_qk_fwd(
+            q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, section, mrope
+        )
+        if not ctx.needs_input_grad[0]:
+            ctx.mark_non_differentiable(q_out)
+        if not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(k_out)
+        return q_out, k_out
+
+    @staticmethod
+    def backward(ctx, q_grad, k_grad):
+        rest = (*ctx.saved_tensors, *ctx.options)
+        if q_grad is not None and k_grad is not None:
+            q_grad, k_grad = _apply_qk(q_grad, k_grad, *rest)
+        elif q_grad is not None:
+            q_grad = _apply(q_grad, *rest)
+        elif k_grad is not None:
+            k_grad = _apply(k_grad, *rest)
+        return q_grad, k_grad, *(None,) * 9
+
+
+def _apply(x: Tensor, *rest: Any) -> Tensor:
+    if errors.needs_grad(x):
+        return _Rope.apply(_rows(x), *rest)
+    return rope_fwd(_rows(x), *rest)
+
+
+def _apply_qk(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if errors.needs_grad(q, k):
+        return _RopeQK.apply(_rows(q), _rows(k), *rest)
+    return rope_qk_fwd(_rows(q), _rows(k), *rest)
+
+
+@op(
+    f"rope(Tensor x, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> Tensor",
+    module=_MODULE,
+    kernels=("rope_fwd",),
+    differentiable=("x",),
+)
+def rope(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    mrope_section: Sequence[int] = (),
+    mrope_interleaved: bool = False,
+) -> Tensor:
+    """Rotary position embedding of one tensor.
+
+    Each pair ``(a, b)`` of the rotary slice at position ``p`` becomes
+    ``(a * cos[p, i] - b * sin[p, i], b * cos[p, i] + a * sin[p, i])``, computed in float32 and rounded once.
+
+    Args:
+        x: ``[B, S, H, D]`` or packed ``[T, H, D]``; float32, bfloat16 or float16 (float64 on the reference
+            backend). Any strides; a last dim that is not contiguous costs one copy.
+        cos, sin: ``[P, R / 2]`` float32 (see ``rope_tables``), ``R <= D`` even. They get no gradient.
+        positions: ``[T]`` or ``[B, S]`` int32 or int64; None counts 0, 1, .. in every sequence.
+        cu_seqlens: ``[B + 1]`` int32 or int64, start of each sequence in packed x; positions restart there.
+            Only without ``positions``. Tokens past the last boundary count from it.
+        interleaved: pairs are ``(2i, 2i + 1)`` (GPT-J) instead of ``(i, i + R / 2)`` (NeoX, Hugging Face).
+        rotary_offset: first dim of the rotary slice. Dims outside of it are copied bit for bit.
+        conjugate: rotate by the opposite angle (sin negated).
+        mrope_section: ``(t, h, w)`` pair counts that sum to ``R / 2``; positions is then ``[3, T]`` or
+            ``[3, B, S]`` and each pair takes its position from one of the three rows (Qwen2-VL).
+        mrope_interleaved: sections alternate t, h, w, t, h, w, .. (Qwen3-VL) instead of lying side by side.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype.
+
+    Gradient: for x, the conjugate rotation (the transpose; not the inverse when the tables carry an attention
+    factor). Twice differentiable. Deterministic and batch-invariant.
+
+    Raises:
+        ValueError: wrong shapes or combinations; on CPU also a position outside of the table, before anything is
+            written. (A GPU clamps it to the table's rows: the check would cost a synchronisation.)
+        TypeError: wrong dtypes.
+
+    Example::
+
+        cos, sin = tilefuse.rope_tables(64, 4096)
+        y = tilefuse.rope(torch.randn(2, 512, 8, 64), cos, sin)
+
+    Source: Su et al., RoFormer (arXiv 2104.09864); mRoPE: Wang et al., Qwen2-VL (arXiv 2409.12191).
+    """
+    check_rope("rope", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
+    errors.check_not_differentiated("rope", "tables get no gradient", cos=cos, sin=sin)
+    return _apply(
+        x, _rows(cos), _rows(sin), positions, cu_seqlens,
+        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
+    )  # fmt: skip
+
+
+@op(
+    f"rope_qk(Tensor q, Tensor k, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> (Tensor, Tensor)",
+    module=_MODULE,
+    kernels=("rope_qk_fwd", "rope_fwd"),
+    differentiable=("q", "k"),
+)
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    mrope_section: Sequence[int] = (),
+    mrope_interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Rotary position embedding of queries and keys in one launch.
+
+    The same as ``(rope(q, ...), rope(k, ...))``. ``q`` and ``k`` differ only in their number of heads (either may
+    have more); their dtypes must agree. A gradient flows to each of the two that requires it.
+    See ``rope`` for the arguments and errors.
+
+    Returns:
+        ``(q', k')``, contiguous.
+    """
+    check_rope("rope_qk", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
+    errors.check_not_differentiated("rope_qk", "tables get no gradient", cos=cos, sin=sin)
+    return _apply_qk(
+        q, k, _rows(cos), _rows(sin), positions, cu_seqlens,
+        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
+    )  # fmt: skip

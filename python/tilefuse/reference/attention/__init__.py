@@ -1,0 +1,1 @@
+"""PyTorch references of the attention family."""

@@ -1,0 +1,339 @@
+"""``rope`` and ``rope_qk``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+
+import pytest
+import torch
+
+import tilefuse
+from tilefuse import native
+from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs.rope.rope import cases, normal, packed_qkv, tables
+
+CPU_MISSING = native.load("cpu").missing
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("triton", "cpu"), id="interpreter"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+]
+CASES = [case[0] for case in cases("cpu", torch.float32)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Runs the test once per backend; the value is the device its tensors live on."""
+    name, where = request.param
+    with tilefuse.backend(name):
+        yield where
+
+
+def case(name, device="cpu", dtype=torch.float32):
+    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
+
+
+def oracle(x, cos, sin, positions=None, cu_seqlens=None, **options):
+    """The formula in float64, token by token and pair by pair."""
+    interleaved, offset = options.get("interleaved", False), options.get("rotary_offset", 0)
+    section, alternate = options.get("mrope_section"), options.get("mrope_interleaved", False)
+    out, half = x.double().clone(memory_format=torch.contiguous_format), cos.shape[1]
+    tokens = out.flatten(0, -3)
+    bounds = None if cu_seqlens is None else cu_seqlens.tolist()
+    sequence = x.shape[-3]
+    for t in range(tokens.shape[0]):
+        if positions is not None:
+            rows = positions.reshape(3, -1)[:, t].tolist() if section else [positions.reshape(-1)[t].item()]
+        elif bounds is not None:
+            rows = [t - max([b for b in bounds if b <= t], default=0)]
+        else:
+            rows = [t % sequence]
+        for i in range(half):
+            axis = 0
+            if section and alternate:
+                axis = i % 3 if i % 3 and i < 3 * section[i % 3] else 0
+            elif section:
+                axis = 0 if i < section[0] else 1 if i < section[0] + section[1] else 2
+            c, s = cos[rows[axis], i].double(), sin[rows[axis], i].double()
+            s = -s if options.get("conjugate") else s
+            first = offset + (2 * i if interleaved else i)
+            second = first + (1 if interleaved else half)
+            a, b = tokens[t, :, first].clone(), tokens[t, :, second].clone()
+            tokens[t, :, first], tokens[t, :, second] = a * c - b * s, b * c + a * s
+    return out
+
+
+def naive(x, rest, options):
+    """The low-precision formula: everything in x's dtype, as models write it."""
+    with tilefuse.backend("reference"):
+        cos, sin, *index = rest
+        low = tuple(t.to(x.dtype).float() for t in (cos, sin))
+        return tilefuse.rope(x, *low, *index, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_is_the_formula(name):
+    q, _, rest, options = case(name, dtype=torch.float64)
+    with tilefuse.backend("reference"):
+        out = tilefuse.rope(q, *rest, **options)
+    torch.testing.assert_close(out, oracle(q, *rest, **options), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name, dtype, device):
+    q, k, rest, options = case(name, device, dtype)
+    with poisoned():
+        q_out, k_out = tilefuse.rope_qk(q, k, *rest, **options)
+        alone = tilefuse.rope(q, *rest, **options)
+    for x, out in ((q, q_out), (k, k_out)):
+        with tilefuse.backend("reference"):
+            exact = tilefuse.rope(x.double(), *rest, **options)
+        assert out.is_contiguous() and out.dtype == dtype
+        assert_close(out, exact, naive(x, rest, options), name=name)
+    assert_bit_equal(alone, q_out)
+
+
+def test_4_gradient_is_the_conjugate(device):
+    """Also where the tables carry a factor, so that the conjugate is not the inverse."""
+    q, k, rest, options = case("factor", device)
+    q, k = q.requires_grad_(), k.requires_grad_()
+    out = tilefuse.rope_qk(q, k, *rest, **options)
+    grads = [normal(*o.shape, device=device, dtype=o.dtype, seed=1) for o in out]
+    dq, dk = torch.autograd.grad(out, (q, k), grads)
+    expected = tilefuse.rope_qk(*grads, *rest, conjugate=True)
+    assert_bit_equal(dq, expected[0])
+    assert_bit_equal(dk, expected[1])
+    (dq,) = torch.autograd.grad(tilefuse.rope(q, *rest).sum(), q)
+    assert_bit_equal(dq, tilefuse.rope(torch.ones_like(q), *rest, conjugate=True))
+
+
+@pytest.mark.parametrize("name", ["batched", "packed", "factor", "dim96_30_66_interleaved", "cu_seqlens", "mrope"])
+def test_4_gradcheck(name):
+    q, k, rest, options = case(name, dtype=torch.float64)
+    q, k = (t[..., :2, :].clone().requires_grad_() for t in (q, k))
+    with tilefuse.backend("reference"):
+        assert torch.autograd.gradcheck(lambda q, k: tilefuse.rope_qk(q, k, *rest, **options), (q, k), fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda q: tilefuse.rope(q, *rest, **options), (q,), fast_mode=True)
+
+
+def test_4_frozen(device):
+    q, k, rest, _ = case("batched", device)
+    q_out, k_out = tilefuse.rope_qk(q.requires_grad_(), k, *rest)
+    assert q_out.requires_grad and not k_out.requires_grad
+    q_out.sum().backward()
+    assert q.grad is not None and k.grad is None
+    q_out, k_out = tilefuse.rope_qk(q, k.requires_grad_(), *rest)
+    k_out.sum().backward()
+    assert k.grad is not None
+
+
+def test_5_nothing_is_mutated(device):
+    q, k, rest, _ = case("packed_qkv", device)
+    base = q._base.clone()
+    grads = [normal(*t.shape, device=device, dtype=t.dtype) for t in (q, k)]
+    kept = [g.clone() for g in grads]
+    leaves = [q.detach().requires_grad_(), k.detach().requires_grad_()]
+    torch.autograd.backward(tilefuse.rope_qk(*leaves, *rest), grads)
+    assert_bit_equal(q._base, base)
+    for grad, before in zip(grads, kept):
+        assert_bit_equal(grad, before)
+
+
+def test_7_other_dims_keep_their_bits(device):
+    """NaN payloads too."""
+    x = normal(6, 3, 96, device=device, dtype=torch.bfloat16)
+    bits = x.view(torch.int16)
+    bits[..., :40] = torch.arange(0x7F81, 0x7F81 + 40, dtype=torch.int16, device=device)
+    out = tilefuse.rope(x, *tables(32, 8, device), rotary_offset=40).view(torch.int16)
+    assert_bit_equal(out[..., :40], bits[..., :40])
+    assert_bit_equal(out[..., 72:], bits[..., 72:])
+    assert not torch.equal(out[..., 40:72], bits[..., 40:72])
+
+
+@pytest.mark.parametrize("index", [[0, 1, 64], [0, -1, 3], [2**40, 0, 0]], ids=str)
+def test_8_position_outside_of_the_table(index, device):
+    q, k, rest, _ = case("positions_packed", device)
+    cos, sin, positions = rest
+    positions[:3] = torch.tensor(index, device=device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"tilefuse.rope_qk: positions must be in \[0, 64\), got"):
+            tilefuse.rope_qk(q, k, cos, sin, positions)
+        with pytest.raises(ValueError, match=r"tilefuse.rope: cos must be a table that holds .* 10 too, got 8 rows"):
+            bounds = torch.tensor([0, 1], dtype=torch.int32)
+            tilefuse.rope(normal(12, 2, 64, dtype=torch.float32), cos[:8], sin[:8], None, bounds)
+    else:
+        out = tilefuse.rope(q, cos, sin, positions)
+        assert_bit_equal(out, tilefuse.rope(q, cos, sin, positions.clamp(0, 63)))
+
+
+def test_8_far_positions(device):
+    """Rows past 2**20, through an int64 offset."""
+    x = normal(2, 2, 4, device=device, dtype=torch.float32)
+    cos, sin = (t.expand(2**21, 2) for t in tables(4, 1, device))
+    far = torch.tensor([2**21 - 1, 2**20 + 1], device=device)
+    assert_bit_equal(tilefuse.rope(x, cos, sin, far), x)
+
+
+def test_12_packed_equals_batched(device):
+    q, k, rest, _ = case("batched", device)
+    bounds = torch.arange(0, 15, 7, device=device, dtype=torch.int32)
+    for x in (q, k):
+        packed = tilefuse.rope(x.reshape(14, *x.shape[2:]), *rest, None, bounds)
+        assert_bit_equal(packed.view(x.shape), tilefuse.rope(x, *rest))
+
+
+@pytest.mark.parametrize("alternate", [False, True])
+def test_13_mrope_of_equal_rows_is_rope(alternate, device):
+    q, _k, rest, _ = case("positions_packed", device)
+    cos, sin, positions = rest
+    options = {"mrope_section": (12, 10, 10), "mrope_interleaved": alternate}
+    out = tilefuse.rope(q, cos, sin, positions.expand(3, 7), **options)
+    assert_bit_equal(out, tilefuse.rope(q, cos, sin, positions))
+
+
+def test_a_row_does_not_depend_on_its_batch(device):
+    q, k, rest, _ = case("batched", device, torch.bfloat16)
+    whole = tilefuse.rope_qk(q, k, *rest)
+    again = tilefuse.rope_qk(q, k, *rest)
+    one = tilefuse.rope_qk(q[1:], k[1:], *rest)
+    for i in range(2):
+        assert_bit_equal(whole[i], again[i])
+        assert_bit_equal(whole[i][1:], one[i])
+
+
+def x3(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+ERRORS = {
+    "rank": (lambda a: a.update(x=x3(5, 64)), ValueError, r"x must be \[B, S, H, D\] or \[T, H, D\], got \[5, 64\]"),
+    "dtype": (lambda a: a.update(x=x3(5, 2, 64, dtype=torch.int32)), TypeError, "x must be float32 or .*int32"),
+    "cos_dtype": (lambda a: a.update(cos=a["cos"].bfloat16()), TypeError, r"cos must be .* float32, got \[8, 32\] bf"),
+    "sin_dtype": (lambda a: a.update(sin=a["sin"].double()), TypeError, "sin must be .* float32, got .*float64"),
+    "cos_rank": (lambda a: a.update(cos=a["cos"][None]), ValueError, "cos must be"),
+    "sin_shape": (lambda a: a.update(sin=a["sin"][:4]), ValueError, r"sin must be of cos's shape \[8, 32\]"),
+    "no_pairs": (lambda a: a.update(cos=a["cos"][:, :0]), ValueError, "cos must be"),
+    "too_wide": (lambda a: a.update(x=x3(5, 2, 32)), ValueError, "rotary_offset must be in .*D = 32, rotary_dim = 64"),
+    "offset": (lambda a: a.update(rotary_offset=1), ValueError, "rotary_offset must be"),
+    "offset_sign": (lambda a: a.update(rotary_offset=-1), ValueError, "rotary_offset must be"),
+    "short_table": (lambda a: a.update(x=x3(9, 2, 64)), ValueError, "cos must be a table of at least 9 rows"),
+    "device": (lambda a: a.update(cos=a["cos"].to("meta")), ValueError, "cos must be on the device of x"),
+    "positions_shape": (
+        lambda a: a.update(positions=torch.zeros(4, dtype=torch.int32)), ValueError, r"positions must be \[5\]",
+    ),
+    "positions_dtype": (lambda a: a.update(positions=x3(5)), TypeError, "positions must be .*int32 or int64"),
+    "positions_device": (
+        lambda a: a.update(positions=torch.zeros(5, dtype=torch.int32, device="meta")), ValueError,
+        "positions must be on the device of x",
+    ),
+    "both": (
+        lambda a: a.update(positions=torch.zeros(5, dtype=torch.int32), cu_seqlens=torch.zeros(2, dtype=torch.int32)),
+        ValueError, "cu_seqlens must be None when positions is given",
+    ),
+    "batched_cu_seqlens": (
+        lambda a: a.update(x=x3(1, 5, 2, 64), cu_seqlens=torch.zeros(2, dtype=torch.int32)), ValueError,
+        "cu_seqlens must be None unless x is packed",
+    ),
+    "cu_seqlens_dtype": (lambda a: a.update(cu_seqlens=x3(2)), TypeError, "cu_seqlens must be .*int32 or int64"),
+    "cu_seqlens_shape": (
+        lambda a: a.update(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ValueError, r"cu_seqlens must be \[B \+ 1\]",
+    ),
+    "mrope_alone": (lambda a: a.update(mrope_section=(8, 12, 12)), ValueError, "positions must be given with mrope"),
+    "mrope_shape": (
+        lambda a: a.update(mrope_section=(8, 12, 12), positions=torch.zeros(5, dtype=torch.int32)), ValueError,
+        r"positions must be \[3, 5\]",
+    ),
+    "mrope_sum": (
+        lambda a: a.update(mrope_section=(8, 12, 11), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
+        "mrope_section must be 3 sections that sum to 32",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("call", [tilefuse.rope, torch.ops.tilefuse.rope], ids=["function", "op"])
+def test_errors(name, call):
+    change, error, message = ERRORS[name]
+    cos, sin = tables(64, 8)
+    arguments = {"x": x3(5, 2, 64), "cos": cos, "sin": sin}
+    change(arguments)
+    with pytest.raises(error, match=f"^tilefuse.rope: {message}"):
+        call(**arguments)
+
+
+def test_errors_of_k_and_tables():
+    cos, sin = tables(64, 8)
+    q = x3(5, 2, 64)
+    for k, error in ((x3(4, 2, 64), ValueError), (x3(5, 2, 32), ValueError), (q.bfloat16(), TypeError)):
+        with pytest.raises(error, match=r"^tilefuse.rope_qk: k must be of q's"):
+            tilefuse.rope_qk(q, k, cos, sin)
+    with pytest.raises(ValueError, match="k must be on the device of q"):
+        tilefuse.rope_qk(q, q.to("meta"), cos, sin)
+    with pytest.raises(RuntimeError, match="tables get no gradient, but cos requires grad"):
+        tilefuse.rope(q, cos.requires_grad_(), sin)
+
+
+@pytest.mark.parametrize("name", ["batched", "dim96_30_66_interleaved", "cu_seqlens", "mrope", "packed_qkv"])
+def test_17_opcheck(name):
+    q, k, rest, options = case(name)
+    index = (*rest, *[None] * (4 - len(rest)))
+    full = {
+        "interleaved": False,
+        "rotary_offset": 0,
+        "conjugate": False,
+        "mrope_section": (),
+        "mrope_interleaved": False,
+    }
+    values = (full | options).values()
+    torch.library.opcheck(torch.ops.tilefuse.rope_fwd.default, (q, *index, *values))
+    torch.library.opcheck(torch.ops.tilefuse.rope_qk_fwd.default, (q, k, *index, *values))
+    leaf = q.detach().requires_grad_()
+    torch.library.opcheck(torch.ops.tilefuse.rope.default, (leaf, *rest), options)
+    torch.library.opcheck(torch.ops.tilefuse.rope_qk.default, (leaf, k.detach().requires_grad_(), *rest), options)
+
+
+def test_11_compile_fullgraph_without_recompiling():
+    cos, sin = tables(64, 64)
+    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=compiles, dynamic=True)
+    def step(q, k):
+        return tilefuse.rope_qk(q, k, cos, sin)
+
+    for tokens in (5, 9, 33):
+        q, k = (normal(tokens, h, 64, dtype=torch.float32).requires_grad_() for h in (4, 2))
+        out = step(q, k)
+        expected = tilefuse.rope_qk(q, k, cos, sin)
+        for i in range(2):
+            assert_bit_equal(out[i], expected[i])
+        grads = torch.autograd.grad([o.square().sum() for o in out], (q, k))
+        for grad, eager in zip(grads, torch.autograd.grad([o.square().sum() for o in expected], (q, k))):
+            assert_bit_equal(grad, eager)
+    assert compiles.frame_count == 1
+
+
+def test_11_export_keeps_one_node():
+    class Rotate(torch.nn.Module):
+        def forward(self, q, k, cos, sin):
+            return torch.ops.tilefuse.rope_qk(q, k, cos, sin)
+
+    q, k, rest, _ = case("batched")
+    program = torch.export.export(Rotate(), (q, k, *rest)).run_decompositions({})
+    nodes = [str(n.target) for n in program.graph.nodes if n.op == "call_function" and "tilefuse" in str(n.target)]
+    assert nodes == ["tilefuse.rope_qk.default"]
+    for out, expected in zip(program.module()(q, k, *rest), tilefuse.rope_qk(q, k, *rest)):
+        assert_bit_equal(out, expected)
+
+
+def test_autocast_changes_nothing():
+    q, _k, rest, _ = case("batched")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = tilefuse.rope(q, *rest)
+    assert_bit_equal(out, tilefuse.rope(q, *rest))
+
+
+def test_packed_qkv_is_read_in_place():
+    q, _k = packed_qkv(9, 4, 2, 64, "cpu", torch.bfloat16)
+    assert not q.is_contiguous() and q.stride(-1) == 1
+    with tilefuse.backend("reference"):
+        expected = tilefuse.rope(q.contiguous(), *tables(64, 9))
+    assert_bit_equal(tilefuse.rope(q, *tables(64, 9)), expected)

@@ -1,0 +1,136 @@
+"""RMSNorm, RoPE, quantisation and the paged store of latent rows, one read and one write."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilefuse.ops.mla import layout as layouts
+
+from ..common import fp8
+from ..common.launch import on_device
+from .mla_gather_kv import cache_parts
+from .mla_compress_kv import dims, load_pairs, load_tables, position_of, rstd_of, store_pairs, tile
+
+
+@triton.jit(do_not_specialize=["tokens", "table_rows", "pages"])
+def append_kernel(
+    kv_a,
+    weight,
+    cos,
+    sin,
+    positions,
+    slot_mapping,
+    latent,
+    scales,
+    rotated,
+    tokens,
+    table_rows,
+    pages,
+    kv_stride,
+    cos_stride,
+    sin_stride,
+    latent_page,
+    latent_row,
+    scale_page,
+    scale_row,
+    rotated_page,
+    rotated_row,
+    eps,
+    quantize_eps,
+    PAGE_SIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    slot = tl.load(slot_mapping + token, mask=token < tokens, other=-1).to(tl.int64)
+    page = slot // PAGE_SIZE
+    # a slot that is not in the pool is skipped: nothing of that row is read or written
+    mask = (slot >= 0) & (page < pages)
+    page = tl.where(mask, page, 0)
+    offset = tl.where(mask, slot % PAGE_SIZE, 0)
+    column = tl.arange(0, RANK_PAD)
+    inside = column < RANK
+    keep = mask[:, None] & inside[None, :]
+    row_in = kv_a + token * kv_stride
+    x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    y = x * rstd_of(x, RANK, eps)[:, None] * w[None, :]
+    row_out = latent + page * latent_page + offset * latent_row
+    if FP8:
+        groups: tl.constexpr = RANK_PAD // GROUP
+        blocks = tl.reshape(y, [BT, groups, GROUP])
+        amax = tl.max(fp8.finite_magnitude(blocks), axis=2)  # [BT, groups]
+        scale = fp8.block_scale(amax, quantize_eps, True)
+        codes = tl.reshape(fp8.quantize(blocks, scale[:, :, None], True, NATIVE), [BT, RANK_PAD])
+        tl.store(row_out[:, None] + column[None, :], codes, mask=keep)
+        group = tl.arange(0, groups)
+        row_scale = scales + page * scale_page + offset * scale_row
+        tl.store(row_scale[:, None] + group[None, :], scale, mask=mask[:, None] & (group < RANK // GROUP)[None, :])
+    else:
+        tl.store(row_out[:, None] + column[None, :], y.to(latent.dtype.element_ty), mask=keep)
+    if HALF > 0:
+        position = position_of(positions, token, mask, table_rows)
+        c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+        a, b = load_pairs(row_in + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
+        row_rope = rotated + page * rotated_page + offset * rotated_row
+        store_pairs(row_rope, a * c - b * s, b * c + a * s, mask, HALF, HALF_PAD, INTERLEAVED)
+
+
+def mla_append_kv_fwd(
+    kv_a: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    eps: float,
+    interleaved: bool,
+    layout: str,
+) -> None:
+    row = layouts.row_layout(layout, weight.shape[0], cache.shape[-1])
+    tokens = slot_mapping.shape[0]
+    if tokens == 0 or cache.numel() == 0:
+        return
+    latent, scales, rotated = cache_parts(cache, row)
+    config = tile(row.rank)
+    with on_device(kv_a):
+        append_kernel[(triton.cdiv(tokens, config["BT"]),)](
+            kv_a,
+            weight,
+            cos,
+            sin,
+            positions,
+            slot_mapping,
+            latent,
+            scales,
+            rotated,
+            tokens,
+            cos.shape[0],
+            cache.shape[0],
+            kv_a.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            *latent.stride()[:2],
+            *scales.stride()[:2],
+            *rotated.stride()[:2],
+            eps,
+            fp8.float_bits(1e-12),
+            PAGE_SIZE=cache.shape[1],
+            FP8=row.is_fp8,
+            NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
+            GROUP=layouts.GROUP,
+            **dims(row.rank, row.rope_dim, interleaved),
+            **config,
+            # a fused multiply-add would round RoPE differently from the other backends
+            enable_fp_fusion=False,
+        )

@@ -1,0 +1,458 @@
+"""Split-KV attention of absorbed queries over the latent cache, and the combination of the splits.
+
+One program takes a tile of (query, head) rows of one sequence and one split of its keys. A key row is loaded once and
+serves as key (all of it) and as value (its latent part). Sparse decode is the same kernel with a list of slots in
+place of the page table.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilefuse.ops.mla import layout as layouts
+
+from ..common import fp8
+from ..common.launch import on_device
+from .mla_gather_kv import cache_parts, e4m3_to_float32
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def key_span(length, queries, window, SPARSE: tl.constexpr):
+    """The first key that any query row of a sequence may see; the last is ``length - 1``."""
+    first = length * 0
+    if not SPARSE:
+        first = tl.where(window >= 0, tl.maximum(length - queries - window, 0), first)
+    return first
+
+
+@triton.jit
+def split_size(
+    span, seq_lens, batch, queries, window, capacity, num_splits, target, BALANCE: tl.constexpr, BN: tl.constexpr
+):
+    """Keys per split of one sequence, a multiple of BN.
+
+    BALANCE: as many splits as make ``target`` programs of about equal work out of the whole batch, ``num_splits`` at
+    most. Otherwise ``num_splits``, whatever else is in the batch.
+    """
+    size = tl.cdiv(span, num_splits)
+    if BALANCE:
+        total = tl.zeros([128], tl.int64)
+        for start in range(0, batch, 128):
+            index = start + tl.arange(0, 128)
+            length = tl.load(seq_lens + index, mask=index < batch, other=0).to(tl.int64)
+            length = tl.minimum(tl.maximum(length, 0), capacity)
+            total += tl.where(window >= 0, tl.minimum(length, queries + window), length)
+        size = tl.maximum(size, tl.cdiv(tl.sum(total), target))
+        # a shorter split costs more in the combination than it saves
+        size = tl.maximum(size, 4 * BN)
+    return tl.maximum(tl.cdiv(size, BN), 1) * BN
+
+
+@triton.jit
+def sequence_length(seq_lens, b, capacity, SPARSE: tl.constexpr):
+    length = capacity
+    if not SPARSE:
+        length = tl.minimum(tl.maximum(tl.load(seq_lens + b).to(tl.int64), 0), capacity)
+    return length
+
+
+@triton.jit(do_not_specialize=["batch", "queries", "columns", "pages", "num_splits", "max_splits", "target", "window"])
+def decode_kernel(
+    q,
+    latent,
+    scales,
+    rotated,
+    table,
+    seq_lens,
+    sinks,
+    out,
+    lse,
+    softmax_scale,
+    batch,
+    queries,
+    columns,
+    pages,
+    window,
+    num_splits,
+    max_splits,
+    target,
+    q_batch,
+    q_query,
+    q_head,
+    latent_page,
+    latent_row,
+    scale_page,
+    scale_row,
+    rotated_page,
+    rotated_row,
+    table_batch,
+    table_query,
+    HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BALANCE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIRECT: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    split = pid % max_splits
+    pid = pid // max_splits
+    rows = HEADS if SPARSE else queries * HEADS
+    tiles = tl.cdiv(rows, BM)
+    m = (pid % tiles) * BM + tl.arange(0, BM)
+    b = (pid // tiles).to(tl.int64)
+    live = m < rows
+    head = m % HEADS
+    # sparse: b counts (sequence, query) pairs and every pair has its own list of slots
+    if SPARSE:
+        query = tl.zeros_like(m) + (b % queries).to(tl.int32)
+        sequence = b // queries
+        table += sequence * table_batch + (b % queries) * table_query
+        capacity = columns.to(tl.int64)
+    else:
+        query = m // HEADS
+        sequence = b
+        table += sequence * table_batch
+        capacity = columns.to(tl.int64) * PAGE_SIZE
+    length = sequence_length(seq_lens, b, capacity, SPARSE)
+    first = key_span(length, queries, window, SPARSE)
+    size = split_size(length - first, seq_lens, batch, queries, window, capacity, num_splits, target, BALANCE, BN)
+    start = first + split * size
+    stop = tl.minimum(start + size, length)
+    # out and the partial results are [b, m, split, R]
+    at = ((b * rows + m) * max_splits + split) * RANK
+    column = tl.arange(0, RANK_PAD)
+    column_r = tl.arange(0, ROPE_PAD)
+    if DIRECT or start < length:
+        keep = live[:, None] & (column < RANK)[None, :]
+        q_row = q + sequence * q_batch + query.to(tl.int64) * q_query + head.to(tl.int64) * q_head
+        q_latent = tl.load(q_row[:, None] + column[None, :], mask=keep, other=0.0)  # [BM, R]
+        if ROPE > 0:
+            keep_r = live[:, None] & (column_r < ROPE)[None, :]
+            q_rope = tl.load(q_row[:, None] + RANK + column_r[None, :], mask=keep_r, other=0.0)  # [BM, r]
+        # the newest key is the last query row's own
+        own = length - queries + query  # [BM]
+        if SPARSE or not CAUSAL:
+            last = tl.zeros([BM], tl.int64) + length
+        else:
+            last = own + 1
+        lowest = tl.zeros([BM], tl.int64)
+        if not SPARSE:
+            lowest = tl.where(window >= 0, own - window, lowest)
+        scale2 = softmax_scale * LOG2E
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
+        acc = tl.zeros([BM, RANK_PAD], tl.float32)
+        for key_start in range(start, stop, BN):
+            key = key_start + tl.arange(0, BN)
+            exists = key < stop
+            if SPARSE:
+                slot = tl.load(table + key, mask=exists, other=-1).to(tl.int64)
+                page = slot // PAGE_SIZE
+                offset = slot % PAGE_SIZE
+                exists &= slot >= 0
+            else:
+                page = tl.load(table + key // PAGE_SIZE, mask=exists, other=-1).to(tl.int64)
+                offset = key % PAGE_SIZE
+            # an entry outside of the pool is a key that does not exist: never dereferenced
+            exists &= (page >= 0) & (page < pages)
+            page = tl.where(exists, page, 0)
+            offset = tl.where(exists, offset, 0)
+            k_row = latent + page * latent_page + offset * latent_row
+            inside = exists[:, None] & (column < RANK)[None, :]
+            k = tl.load(k_row[:, None] + column[None, :], mask=inside, other=0)  # [BN, R]
+            if FP8:
+                s_row = scales + page * scale_page + offset * scale_row
+                scale = tl.load(s_row[:, None] + column[None, :] // GROUP, mask=inside, other=0.0)
+                k = (e4m3_to_float32(k, NATIVE) * scale).to(q_latent.dtype)
+            scores = tl.dot(q_latent, tl.trans(k), input_precision="ieee")  # [BM, BN]
+            if ROPE > 0:
+                r_row = rotated + page * rotated_page + offset * rotated_row
+                inside_r = exists[:, None] & (column_r < ROPE)[None, :]
+                k_rope = tl.load(r_row[:, None] + column_r[None, :], mask=inside_r, other=0.0)  # [BN, r]
+                scores += tl.dot(q_rope, tl.trans(k_rope.to(q_rope.dtype)), input_precision="ieee")
+            visible = exists[None, :] & (key[None, :] < last[:, None]) & (key[None, :] >= lowest[:, None])
+            scores = tl.where(visible, scores * scale2, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            p = tl.exp2(scores - base[:, None])
+            shrink = tl.exp2(top - base)
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = acc * shrink[:, None]
+            acc = tl.dot(p.to(k.dtype), k, acc, input_precision="ieee")
+            top = new_top
+        base = tl.where(top == float("-inf"), 0.0, top)
+        if DIRECT:
+            divisor = total
+            if sinks is not None:
+                divisor += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - base)
+            divisor = tl.where(total == 0.0, 1.0, divisor)
+            at_lse = (sequence * HEADS + head) * queries + query
+            value = tl.where(total == 0.0, float("-inf"), (base + tl.log2(total)) / LOG2E)
+            tl.store(lse + at_lse, value, mask=live)
+        else:
+            # partial statistics stay in base 2: [b, m, split]
+            divisor = tl.where(total == 0.0, 1.0, total)
+            value = tl.where(total == 0.0, float("-inf"), base + tl.log2(total))
+            tl.store(lse + (b * rows + m) * max_splits + split, value, mask=live)
+        acc = acc / divisor[:, None]
+        tl.store(out + at[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["batch", "queries", "columns", "num_splits", "max_splits", "target", "window"])
+def combine_kernel(
+    partial,
+    partial_lse,
+    seq_lens,
+    sinks,
+    out,
+    lse,
+    batch,
+    queries,
+    columns,
+    window,
+    num_splits,
+    max_splits,
+    target,
+    HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BALANCE: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One row of the output: its splits in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = HEADS if SPARSE else queries * HEADS
+    b = row // rows
+    m = row % rows
+    head = m % HEADS
+    if SPARSE:
+        query = b % queries
+        sequence = b // queries
+        capacity = columns.to(tl.int64)
+    else:
+        query = m // HEADS
+        sequence = b
+        capacity = columns.to(tl.int64) * PAGE_SIZE
+    length = sequence_length(seq_lens, b, capacity, SPARSE)
+    first = key_span(length, queries, window, SPARSE)
+    size = split_size(length - first, seq_lens, batch, queries, window, capacity, num_splits, target, BALANCE, BN)
+    splits = tl.cdiv(length - first, size)
+    column = tl.arange(0, RANK_PAD)
+    inside = column < RANK
+    top = float("-inf")
+    for split in range(0, splits):
+        top = tl.maximum(top, tl.load(partial_lse + row * max_splits + split))
+    base = tl.where(top == float("-inf"), 0.0, top)
+    total = 0.0
+    acc = tl.zeros([RANK_PAD], tl.float32)
+    for split in range(0, splits):
+        weight = tl.exp2(tl.load(partial_lse + row * max_splits + split) - base)
+        values = tl.load(partial + (row * max_splits + split) * RANK + column, mask=inside, other=0.0)  # [R]
+        total += weight
+        acc += weight * values
+    divisor = total
+    if sinks is not None:
+        divisor += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - base)
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, divisor)
+    tl.store(out + row * RANK + column, acc.to(out.dtype.element_ty), mask=inside)
+    value = tl.where(empty, float("-inf"), (base + tl.log2(total)) / LOG2E)
+    tl.store(lse + (sequence * HEADS + head) * queries + query, value)
+
+
+def tile(rows: int, rank: int, itemsize: int) -> dict[str, int]:
+    """A tile of query rows no larger than there are, and the keys per step.
+
+    The accumulator is BM x R float32: 64 x 512 takes 128 registers of each of 256 threads.
+    """
+    rank_pad = triton.next_power_of_2(rank)
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    block_n = 32 if itemsize <= 2 else 16
+    # without a whole 16-bit latent tile in shared memory per stage, deeper pipelines fit
+    stages = 2 if rank_pad >= 512 else 3
+    return {
+        "BM": block_m,
+        "BN": block_n,
+        "num_warps": 8 if block_m * rank_pad >= 16384 else 4,
+        "num_stages": stages if itemsize <= 2 else 1,
+    }
+
+
+def plan(batch: int, tiles: int, capacity: int, num_splits: int, block_n: int, processors: int) -> tuple[int, int, int]:
+    """``(num_splits, max_splits, target)`` for the kernels.
+
+    ``max_splits`` sizes the grid and the partial results: it comes from shapes alone, so the host never waits for
+    lengths. With ``num_splits`` = 0 the kernels share ``target`` programs out by the lengths.
+    """
+    possible = max(1, -(-capacity // block_n))
+    if num_splits > 0:
+        splits = min(num_splits, possible)
+        return splits, splits, 0
+    target = max(1, 2 * processors // tiles)
+    longest = max(1, -(-capacity // (4 * block_n)))
+    splits = min(longest, max(1, -(-2 * target // max(1, batch))))
+    return splits, splits, 0 if splits == 1 else target
+
+
+# listed keys per split of sparse decode
+SPARSE_SPLIT = 512
+
+
+def processors_of(tensor: Tensor) -> int:
+    if tensor.device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+def attend(
+    q: Tensor,
+    cache: Tensor,
+    table: Tensor,
+    seq_lens: Tensor | None,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    causal: bool,
+    window: int,
+    layout: str,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    """Launches both kernels; ``seq_lens`` None means that ``table`` [B, Sq, topk] lists slots."""
+    sparse = seq_lens is None
+    row = layouts.row_layout(layout, kv_lora_rank, cache.shape[-1])
+    batch, queries, heads, _ = q.shape
+    out = torch.empty(batch, queries, heads, row.rank, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)
+    if lse.numel() == 0:
+        return out, lse
+    if cache.numel() == 0 or table.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    latent, scales, rotated = cache_parts(cache, row)
+    page_size = cache.shape[1]
+    columns = table.shape[-1]
+    capacity = columns if sparse else columns * page_size
+    rows = heads if sparse else queries * heads
+    sequences = batch * queries if sparse else batch
+    config = tile(rows, row.rank, q.element_size())
+    tiles = triton.cdiv(rows, config["BM"])
+    if sparse:
+        # from the length of the lists alone, so that a result does not depend on the batch
+        num_splits = triton.cdiv(capacity, SPARSE_SPLIT)
+    splits, max_splits, target = plan(batch, tiles, capacity, num_splits, config["BN"], processors_of(q))
+    direct = max_splits == 1
+    if direct:
+        partial, partial_lse = out, lse
+    else:
+        partial = torch.empty(sequences, rows, max_splits, row.rank, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(sequences, rows, max_splits, dtype=torch.float32, device=q.device)
+    common = {
+        "HEADS": heads,
+        "PAGE_SIZE": page_size,
+        "SPARSE": sparse,
+        "BALANCE": target > 0,
+        "RANK": row.rank,
+        "RANK_PAD": triton.next_power_of_2(row.rank),
+        "BN": config["BN"],
+    }
+    with on_device(q):
+        decode_kernel[(sequences * tiles * max_splits,)](
+            q,
+            latent,
+            scales,
+            rotated,
+            table,
+            seq_lens,
+            sinks,
+            partial,
+            partial_lse,
+            softmax_scale,
+            batch,
+            queries,
+            columns,
+            cache.shape[0],
+            window,
+            splits,
+            max_splits,
+            target,
+            *q.stride()[:3],
+            *latent.stride()[:2],
+            *scales.stride()[:2],
+            *rotated.stride()[:2],
+            table.stride(0),
+            table.stride(1) if sparse else 0,
+            CAUSAL=causal,
+            DIRECT=direct,
+            FP8=row.is_fp8,
+            NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
+            GROUP=layouts.GROUP,
+            ROPE=row.rope_dim,
+            ROPE_PAD=max(16, triton.next_power_of_2(max(1, row.rope_dim))),
+            **common,
+            **{name: value for name, value in config.items() if name != "BN"},
+        )
+        if not direct:
+            combine_kernel[(sequences * rows,)](
+                partial,
+                partial_lse,
+                seq_lens,
+                sinks,
+                out,
+                lse,
+                batch,
+                queries,
+                columns,
+                window,
+                splits,
+                max_splits,
+                target,
+                **common,
+                num_warps=4 if row.rank >= 256 else 1,
+            )
+    return out, lse
+
+
+def mla_decode_fwd(
+    q: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    causal: bool,
+    window: int,
+    layout: str,
+    num_splits: int,
+) -> tuple[Tensor, Tensor]:
+    return attend(
+        q, cache, block_table, seq_lens, sinks, softmax_scale, kv_lora_rank, causal, window, layout, num_splits
+    )
+
+
+def mla_sparse_decode_fwd(
+    q: Tensor,
+    cache: Tensor,
+    indices: Tensor,
+    sinks: Tensor | None,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    return attend(q, cache, indices, None, sinks, softmax_scale, kv_lora_rank, False, -1, layout, 0)

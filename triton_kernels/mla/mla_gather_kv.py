@@ -1,0 +1,148 @@
+"""Paged latent rows to one packed tensor, dequantised on the way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tilefuse.ops.mla import layout as layouts
+
+from ..common import fp8
+from ..common.launch import on_device
+
+
+@triton.jit
+def e4m3_to_float32(codes, NATIVE: tl.constexpr):
+    if NATIVE:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    return fp8.decode(codes)
+
+
+@triton.jit(do_not_specialize=["tokens", "num_bounds", "columns", "pages"])
+def gather_kernel(
+    latent,
+    scales,
+    rotated,
+    block_table,
+    cu_seqlens,
+    out,
+    tokens,
+    num_bounds,
+    columns,
+    pages,
+    table_stride,
+    latent_page,
+    latent_row,
+    scale_page,
+    scale_row,
+    rotated_page,
+    rotated_row,
+    PAGE_SIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE: tl.constexpr,
+    GROUP: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_PAD: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
+    BT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    mask = token < tokens
+    # binary search: how many bounds are at or before each token
+    low = tl.zeros_like(token)
+    high = low + num_bounds
+    steps = num_bounds
+    while steps > 0:
+        middle = (low + high) // 2
+        active = low < high
+        bound = tl.load(cu_seqlens + middle, mask=mask & active, other=0).to(tl.int64)
+        below = bound <= token
+        low = tl.where(active & below, middle + 1, low)
+        high = tl.where(active & (bound > token), middle, high)
+        steps = steps // 2
+    # past the last bound, or before the first: a zero row
+    found = mask & (low > 0) & (low < num_bounds)
+    sequence = tl.where(found, low - 1, 0)
+    key = token - tl.load(cu_seqlens + sequence, mask=found, other=0).to(tl.int64)
+    found &= key // PAGE_SIZE < columns
+    page = tl.load(block_table + sequence * table_stride + key // PAGE_SIZE, mask=found, other=-1).to(tl.int64)
+    found &= (page >= 0) & (page < pages)
+    page = tl.where(found, page, 0)
+    offset = tl.where(found, key % PAGE_SIZE, 0)
+    column = tl.arange(0, RANK_PAD)
+    row_in = latent + page * latent_page + offset * latent_row
+    row_out = out + token * (RANK + ROPE)
+    dtype = out.dtype.element_ty
+    inside = (column < RANK)[None, :]
+    x = tl.load(row_in[:, None] + column[None, :], mask=found[:, None] & inside, other=0)  # [BT, R]
+    if FP8:
+        row_scale = scales + page * scale_page + offset * scale_row
+        scale = tl.load(row_scale[:, None] + column[None, :] // GROUP, mask=found[:, None] & inside, other=0.0)
+        x = e4m3_to_float32(x, NATIVE) * scale
+    tl.store(row_out[:, None] + column[None, :], x.to(dtype), mask=mask[:, None] & inside)
+    if ROPE > 0:
+        column_r = tl.arange(0, ROPE_PAD)
+        inside_r = (column_r < ROPE)[None, :]
+        row_rope = rotated + page * rotated_page + offset * rotated_row
+        y = tl.load(row_rope[:, None] + column_r[None, :], mask=found[:, None] & inside_r, other=0.0)
+        tl.store(row_out[:, None] + RANK + column_r[None, :], y.to(dtype), mask=mask[:, None] & inside_r)
+
+
+def tile(rank: int) -> dict[str, int]:
+    return {"BT": max(1, min(16, 4096 // triton.next_power_of_2(rank))), "num_warps": 4}
+
+
+def cache_parts(cache: Tensor, row: layouts.RowLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of the latent values or codes, their scales (fp8 only), and the rotated part."""
+    if row.is_fp8:
+        return layouts.fp8_parts(cache, row)
+    return cache, cache, cache[..., row.rope_offset :]
+
+
+def mla_gather_kv_fwd(
+    cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    total_tokens: int,
+    kv_lora_rank: int,
+    layout: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    row = layouts.row_layout(layout, kv_lora_rank, cache.shape[-1])
+    out = torch.empty(total_tokens, row.rank + row.rope_dim, dtype=out_dtype, device=cache.device)
+    if total_tokens == 0:
+        return out
+    if cache.numel() == 0 or block_table.numel() == 0:
+        return out.zero_()
+    latent, scales, rotated = cache_parts(cache, row)
+    config = tile(row.rank)
+    with on_device(cache):
+        gather_kernel[(triton.cdiv(total_tokens, config["BT"]),)](
+            latent,
+            scales,
+            rotated,
+            block_table,
+            cu_seqlens,
+            out,
+            total_tokens,
+            cu_seqlens.shape[0],
+            block_table.shape[1],
+            cache.shape[0],
+            block_table.stride(0),
+            *latent.stride()[:2],
+            *scales.stride()[:2],
+            *rotated.stride()[:2],
+            PAGE_SIZE=cache.shape[1],
+            FP8=row.is_fp8,
+            NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
+            GROUP=layouts.GROUP,
+            RANK=row.rank,
+            RANK_PAD=triton.next_power_of_2(row.rank),
+            ROPE=row.rope_dim,
+            ROPE_PAD=triton.next_power_of_2(max(1, row.rope_dim)),
+            **config,
+        )
+    return out

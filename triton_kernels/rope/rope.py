@@ -1,0 +1,228 @@
+"""Rotary embedding: one program rotates a block of tokens by a block of heads, of q or of k."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...reference.rope.rope import token_positions
+from ..common.launch import on_device, vector_width
+
+
+@triton.jit
+def token_rows(pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows):
+    """Table row of every token, int64, never outside of the table."""
+    if pos_ptr is not None:
+        row = tl.load(pos_ptr + batch * pos_sb + place * pos_ss, mask, 0).to(tl.int64)
+    elif cu_ptr is not None:
+        # binary search for the number of boundaries at or before each token
+        low = tl.zeros_like(token)
+        high = low + num_bounds
+        steps = num_bounds
+        while steps > 0:
+            middle = (low + high) // 2
+            open_ = low < high
+            bound = tl.load(cu_ptr + middle, mask & open_, 0).to(tl.int32)
+            below = bound <= token
+            low = tl.where(open_ & below, middle + 1, low)
+            high = tl.where(open_ & ~below, middle, high)
+            steps = steps // 2
+        start = tl.load(cu_ptr + low - 1, mask & (low > 0), 0).to(tl.int64)
+        row = token.to(tl.int64) - start
+    else:
+        row = place.to(tl.int64)
+    return tl.minimum(tl.maximum(row, 0), table_rows - 1)
+
+
+@triton.jit
+def load_tables(
+    cos_ptr, sin_ptr, cos_st, sin_st, row, row_h, row_w, mask,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, TABLE_VEC: tl.constexpr, CONJUGATE: tl.constexpr,
+    MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr,
+    SECTION_W: tl.constexpr,
+):  # fmt: skip
+    """cos and sin of a block of tokens, [BT, BLOCK_HALF]."""
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    mask = mask[:, None] & (pair < HALF)
+    row = row[:, None]
+    if MROPE:
+        if MROPE_INTERLEAVED:
+            is_h = (pair % 3 == 1) & (pair < 3 * SECTION_H)
+            is_w = (pair % 3 == 2) & (pair < 3 * SECTION_W)
+        else:
+            is_h = (pair >= SECTION_T) & (pair < SECTION_T + SECTION_H)
+            is_w = pair >= SECTION_T + SECTION_H
+        row = tl.where(is_h, row_h[:, None], tl.where(is_w, row_w[:, None], row))
+    cos = tl.load(cos_ptr + row * cos_st * TABLE_VEC + pair, mask, 0.0)
+    sin = tl.load(sin_ptr + row * sin_st * TABLE_VEC + pair, mask, 0.0)
+    if CONJUGATE:
+        sin = -sin
+    return cos, sin
+
+
+@triton.jit
+def rotate_half(a, b, cos, sin):
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit
+def _rotate_block(
+    x_ptr, x_sb, x_ss, x_sh, out_ptr, out_sb, out_ss, out_sh, head_block,
+    batch, place, token_mask, cos, sin,
+    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    COPY: tl.constexpr, VEC: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+):  # fmt: skip
+    head = head_block * BH + tl.arange(0, BH)
+    mask = token_mask[:, None] & (head < HEADS)[None, :]
+    mask = mask[:, :, None]
+    head = head.to(tl.int64)[None, :]
+    # strides come in units of VEC elements, so that the compiler knows how far every row is aligned
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * VEC  # [BT, BH, 1]
+    out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * VEC
+    cos = cos[:, None, :]
+    sin = sin[:, None, :]
+    if INTERLEAVED:
+        # one contiguous access, the pairs are parted in registers
+        dim = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+        inside = mask & (dim < 2 * HALF)
+        x = tl.load(x_row + OFFSET + dim, inside, 0.0)  # [BT, BH, R]
+        a, b = tl.split(tl.reshape(x, (BT, BH, BLOCK_HALF, 2)))
+        a, b = rotate_half(a.to(tl.float32), b.to(tl.float32), cos, sin)
+        out = tl.reshape(tl.join(a, b), (BT, BH, 2 * BLOCK_HALF))
+        tl.store(out_row + OFFSET + dim, out.to(out_ptr.dtype.element_ty), inside)
+    else:
+        pair = tl.arange(0, BLOCK_HALF)[None, None, :]
+        inside = mask & (pair < HALF)
+        a = tl.load(x_row + OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
+        b = tl.load(x_row + OFFSET + HALF + pair, inside, 0.0).to(tl.float32)
+        a, b = rotate_half(a, b, cos, sin)
+        tl.store(out_row + OFFSET + pair, a.to(out_ptr.dtype.element_ty), inside)
+        tl.store(out_row + OFFSET + HALF + pair, b.to(out_ptr.dtype.element_ty), inside)
+    if COPY:
+        dim = tl.arange(0, BLOCK_COPY)[None, None, :]
+        for start in tl.static_range(0, OFFSET, BLOCK_COPY):
+            inside = mask & (dim < OFFSET - start)
+            tl.store(out_row + start + dim, tl.load(x_row + start + dim, inside), inside)
+        for start in tl.static_range(OFFSET + 2 * HALF, D, BLOCK_COPY):
+            inside = mask & (dim < D - start)
+            tl.store(out_row + start + dim, tl.load(x_row + start + dim, inside), inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "seq_len", "table_rows", "num_bounds", "cos_st", "sin_st", "pos_sa", "pos_sb", "pos_ss",
+        "q_sb", "q_ss", "q_sh", "qo_sb", "qo_ss", "qo_sh", "k_sb", "k_ss", "k_sh", "ko_sb", "ko_ss", "ko_sh",
+    ]
+)  # fmt: skip
+def rope_kernel(
+    q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh,
+    k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh,
+    cos_ptr, sin_ptr, cos_st, sin_st, pos_ptr, pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds,
+    tokens, seq_len, table_rows,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, COPY: tl.constexpr,
+    MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr,
+    SECTION_W: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    mask = token < tokens
+    batch = (token // seq_len).to(tl.int64)
+    place = (token % seq_len).to(tl.int64)
+    row = token_rows(pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows)
+    row_h = row
+    row_w = row
+    if MROPE:
+        row_h = token_rows(
+            pos_ptr + pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows
+        )  # fmt: skip
+        row_w = token_rows(
+            pos_ptr + 2 * pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows
+        )  # fmt: skip
+    cos, sin = load_tables(
+        cos_ptr, sin_ptr, cos_st, sin_st, row, row_h, row_w, mask, HALF, BLOCK_HALF, TABLE_VEC, CONJUGATE,
+        MROPE, MROPE_INTERLEAVED, SECTION_T, SECTION_H, SECTION_W,
+    )  # fmt: skip
+    block = tl.program_id(1)
+    q_blocks: tl.constexpr = (HQ + BH - 1) // BH
+    if block < q_blocks:
+        _rotate_block(
+            q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, block, batch, place, mask, cos, sin,
+            HQ, D, HALF, OFFSET, INTERLEAVED, COPY, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
+        )  # fmt: skip
+    elif k_ptr is not None:
+        _rotate_block(
+            k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh, block - q_blocks, batch, place, mask, cos, sin,
+            HK, D, HALF, OFFSET, INTERLEAVED, COPY, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
+        )  # fmt: skip
+
+
+def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int) -> dict[str, int]:
+    """Tile of one program: a power of two of heads that wastes none, then tokens up to about 4096 elements."""
+    block_heads = 8
+    while block_heads > 1 and any(h % block_heads for h in heads):
+        block_heads //= 2
+    width = triton.next_power_of_2(rotary_dim)
+    return {
+        "BT": max(1, min(32, 4096 // (block_heads * width))),
+        "BH": block_heads,
+        "BLOCK_HALF": width // 2,
+        "BLOCK_COPY": min(128, triton.next_power_of_2(max(pass_dim, 1))),
+        "num_warps": 4,
+    }
+
+
+def _strides(x):
+    """Batch, sequence and head stride; packed input is one batch."""
+    return x.stride() if x.ndim == 4 else (0, *x.stride())
+
+
+def _launch(
+    name, q, k, q_out, k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
+    mrope_section, mrope_interleaved,
+):  # fmt: skip
+    if q.device.type == "cpu":
+        token_positions(name, q.shape[:-2], cos.shape[0], positions, cu_seqlens, q.device)
+    seq_len = q.shape[-3]
+    tokens = seq_len if q.ndim == 3 else q.shape[0] * seq_len
+    heads_q, heads_k = q.shape[-2], 0 if k is None else k.shape[-2]
+    if tokens == 0 or heads_q + heads_k == 0:
+        return
+    strides = [_strides(t)[:3] if t is not None else (0, 0, 0) for t in (q, q_out, k, k_out)]
+    vec = vector_width(q.element_size(), *(s for each in strides for s in each))
+    table_vec = vector_width(4, cos.stride(0), sin.stride(0))
+    (q_st, qo_st, k_st, ko_st) = [tuple(s // vec for s in each) for each in strides]
+    pos_st = (0, 0, 0)
+    if positions is not None:
+        pos_st = positions.stride()
+        pos_st = pos_st if mrope_section else (0, *pos_st)
+        pos_st = pos_st if q.ndim == 4 else (pos_st[0], 0, pos_st[1])
+    half = cos.shape[1]
+    section = tuple(mrope_section) or (0, 0, 0)
+    heads = (heads_q, heads_k) if k is not None else (heads_q,)
+    tile = config(heads, 2 * half, q.shape[-1] - 2 * half)
+    grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in heads))
+    with on_device(q):
+        rope_kernel[grid](
+            q, *q_st, q_out, *qo_st, k, *k_st, k_out, *ko_st,
+            cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec, positions, *pos_st,
+            cu_seqlens, 0 if cu_seqlens is None else cu_seqlens.shape[0], tokens, seq_len, cos.shape[0],
+            HQ=heads_q, HK=heads_k, D=q.shape[-1], HALF=half, OFFSET=rotary_offset, INTERLEAVED=interleaved,
+            CONJUGATE=conjugate, COPY=q_out is not q, MROPE=bool(mrope_section), MROPE_INTERLEAVED=mrope_interleaved,
+            SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2], VEC=vec, TABLE_VEC=table_vec, **tile,
+        )  # fmt: skip
+
+
+def rope_fwd(x, *rest):
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch("rope", x, None, out, None, *rest)
+    return out
+
+
+def rope_qk_fwd(q, k, *rest):
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    _launch("rope_qk", q, k, q_out, k_out, *rest)
+    return q_out, k_out
