@@ -1,13 +1,8 @@
 // Launch and registration of the Hopper FP8 matmul (matmul_sm90.cuh).
+// build-archs: 9.0a
 #include <cuda.h>
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "common/launch.h"
@@ -15,9 +10,6 @@
 
 namespace tilefuse::fp8 {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
@@ -93,7 +85,7 @@ void launch(const Arguments& args) {
   // the storage is aligned to 1024 bytes inside the dynamic shared memory
   constexpr int kShared = sizeof(MatmulStorage<BM, BN, Stages>) + 1024;
   static_assert(kShared <= 232448, "more shared memory than a Hopper block can have");
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
+  allow_shared_memory(kernel, kShared);
 
   const int tiles = ceil_div(shape.m, BM * Cluster) * ceil_div(shape.n, BN);
   const int clusters = std::min(tiles, args.multiprocessors / Cluster);
@@ -140,19 +132,21 @@ int choose_tile(int64_t m, int64_t n, int multiprocessors) {
   return best;
 }
 
-template <typename Out, bool TmaStore>
+template <typename Out>
 void launch_tile(int tile, const Arguments& args) {
+  // float32 rows go straight from the accumulators
+  constexpr bool kTmaStore = sizeof(Out) == 2;
   switch (tile) {
     case 0:
-      return launch<Out, 128, 128, 5, 1, TmaStore>(args);
+      return launch<Out, 128, 128, 5, 1, kTmaStore>(args);
     case 1:
-      return launch<Out, 128, 128, 5, 2, TmaStore>(args);
+      return launch<Out, 128, 128, 5, 2, kTmaStore>(args);
     case 2:
-      return launch<Out, 128, 160, 4, 1, TmaStore>(args);
+      return launch<Out, 128, 160, 4, 1, kTmaStore>(args);
     case 3:
-      return launch<Out, 128, 160, 4, 2, TmaStore>(args);
+      return launch<Out, 128, 160, 4, 2, kTmaStore>(args);
     default:
-      return launch<Out, 256, 128, 3, 1, TmaStore>(args);
+      return launch<Out, 256, 128, 3, 1, kTmaStore>(args);
   }
 }
 
@@ -165,15 +159,13 @@ Tensor matmul(
     ScalarType out_dtype,
     int64_t tile) {
   STD_TORCH_CHECK(tile >= -1 && tile < kTileCount, "tilefuse.fp8_matmul_sm90: config must be in [-1, ", kTileCount, "), got ", tile);
-  const DeviceGuard guard(a);
+  const CudaCall call(a);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
   if (m == 0 || n == 0) return out;
 
   std::optional<Tensor> bias_f32;
   if (bias.has_value()) bias_f32 = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-  int multiprocessors = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, a.get_device_index()));
   const Arguments args{
       a.const_data_ptr(),
       static_cast<const float*>(a_scale.const_data_ptr()),
@@ -186,17 +178,16 @@ Tensor matmul(
       a_scale.stride(1),
       MatmulShape{static_cast<int32_t>(m), static_cast<int32_t>(n), static_cast<int32_t>(k), n,
                   static_cast<int32_t>(b_scale.stride(0))},
-      multiprocessors,
-      current_stream(a),
+      multiprocessors(call.device),
+      call.stream,
   };
-  const int chosen = tile >= 0 ? static_cast<int>(tile) : choose_tile(m, n, multiprocessors);
+  const int chosen = tile >= 0 ? static_cast<int>(tile) : choose_tile(m, n, args.multiprocessors);
   if (out_dtype == ScalarType::Float) {
-    launch_tile<float, false>(chosen, args);
+    launch_tile<float>(chosen, args);
   } else if (out_dtype == ScalarType::BFloat16) {
-    // a TMA store needs rows that are multiples of 16 bytes
-    n % 8 == 0 ? launch_tile<__nv_bfloat16, true>(chosen, args) : launch_tile<__nv_bfloat16, false>(chosen, args);
+    launch_tile<__nv_bfloat16>(chosen, args);
   } else {
-    n % 8 == 0 ? launch_tile<__half, true>(chosen, args) : launch_tile<__half, false>(chosen, args);
+    launch_tile<__half>(chosen, args);
   }
   return out;
 }

@@ -119,7 +119,7 @@ __device__ __forceinline__ __half convert<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// straight from registers, for float32 outputs and rows that are no multiple of 16 bytes
+// straight from registers, for float32 outputs
 template <typename Out, int BN>
 __device__ __forceinline__ void store_wave_direct(
     const float (&sum)[BN / 2], Out* out, const MatmulShape& shape, int row, int column) {
