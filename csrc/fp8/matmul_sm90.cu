@@ -18,8 +18,10 @@ EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* pointer = nullptr;
     cudaDriverEntryPointQueryResult found;
-    STD_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found));
-    STD_TORCH_CHECK(found == cudaDriverEntryPointSuccess, "tilefuse.fp8_matmul: the driver has no cuTensorMapEncodeTiled");
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &pointer, 12000, cudaEnableDefault, &found);
+    STD_TORCH_CHECK(error == cudaSuccess && found == cudaDriverEntryPointSuccess,
+                    "tilefuse.fp8_matmul: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeTiled>(pointer);
   }();
   return function;
@@ -101,8 +103,9 @@ void launch(const Arguments& args) {
   attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(
-      &config, kernel, map_a, map_b, map_scale, map_out, static_cast<Out*>(args.out), args.b_scale, args.bias, shape));
+  const cudaError_t error = cudaLaunchKernelEx(
+      &config, kernel, map_a, map_b, map_scale, map_out, static_cast<Out*>(args.out), args.b_scale, args.bias, shape);
+  STD_TORCH_CHECK(error == cudaSuccess, "tilefuse.fp8_matmul: CUDA launch failed: ", cudaGetErrorString(error));
 }
 
 // tile shapes, in the order of the `config` argument of fp8_matmul_sm90; the relative costs per output element follow
