@@ -277,7 +277,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _compile_settings() -> Any:
+def compile_settings() -> Any:
     """torch.compile as a peer needs it: no silent fallback to eager, and graphs that can run backward twice."""
     import torch._dynamo
     import torch._functorch.config
@@ -327,7 +327,7 @@ class Runner:
         }
         before = time.perf_counter()
         try:
-            with _compile_settings(), torch.no_grad():
+            with compile_settings(), torch.no_grad():
                 line |= self._run(case)
             line["status"] = "ok"
         except Failure as reason:
@@ -383,7 +383,7 @@ class Runner:
             raise Failure(f"not on {self.device.type}")
         if peer.compile and self.settings.compiled_so_far >= self.settings.compile_seconds:
             raise Failure(
-                f"the quick suite spends at most {self.settings.compile_seconds:.0f} s on compiling (--suite full: all)"
+                f"this run compiles peers for {self.settings.compile_seconds:.0f} s at most (--suite full: no limit)"
             )
         return peer
 

@@ -34,7 +34,9 @@ def launch_forgotten(x):
 
 def aot_cases():
     pointers = {"x": "*bf16", "out": "*bf16", "n": "i32", "BLOCK": "constexpr"}
-    yield AotCase("wide", scale, pointers, {"BLOCK": 1024}, {"num_warps": 4}, divisible=("x", "out", "n"), expect=("LDG.128",))
+    yield AotCase(
+        "wide", scale, pointers, {"BLOCK": 1024}, {"num_warps": 4}, divisible=("x", "out", "n"), expect=("LDG.128",)
+    )
     # without known alignment the accesses are 16 bits wide
     yield AotCase("narrow", scale, pointers, {"BLOCK": 1024}, {"num_warps": 4}, divisible=(), expect=("LDG.128",))
     tiles = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "k": "i32"} | dict.fromkeys("MNK", "constexpr")
@@ -45,7 +47,13 @@ def aot_cases():
         {"M": 64, "N": 64, "K": 64},
         {"num_warps": 4, "num_stages": 2},
         divisible=("a", "b", "c", "k"),
-        expect={"sm_80": ("HMMA",), "sm_90": ("HGMMA",), "sm_100": ("UTCHMMA|HMMA",), "nvidia": ("MMA",), "gfx942": ("MMA",)},
+        expect={
+            "sm_80": ("HMMA",),
+            "sm_90": ("HGMMA",),
+            "sm_100": ("UTCHMMA|HMMA",),
+            "nvidia": ("MMA",),
+            "gfx942": ("MMA",),
+        },
     )
     big = {"M": 256, "N": 256, "K": 64}
     yield AotCase("spilling", matmul, tiles, big, {"num_warps": 4, "num_stages": 2}, targets=("sm_80",))

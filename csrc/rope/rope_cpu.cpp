@@ -106,17 +106,35 @@ static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Te
   return {q_out, k_out};
 }
 
+static void rope_inplace(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
+                         std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
+                         std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+  run("rope_", x, nullptr, x, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
+      mrope_section, mrope_interleaved);
+}
+
+static void rope_qk_inplace(Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions,
+                            std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
+                            std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+  run("rope_qk_", q, &k, q, &k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section,
+      mrope_interleaved);
+}
+
 #define TABLES "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
 #define OPTIONS "bool interleaved, int rotary_offset, bool conjugate, int[] mrope_section, bool mrope_interleaved"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
   m.def("rope_fwd(Tensor x, " TABLES ", " OPTIONS ") -> Tensor");
   m.def("rope_qk_fwd(Tensor q, Tensor k, " TABLES ", " OPTIONS ") -> (Tensor, Tensor)");
+  m.def("rope_inplace(Tensor(a!) x, " TABLES ", " OPTIONS ") -> ()");
+  m.def("rope_qk_inplace(Tensor(a!) q, Tensor(b!) k, " TABLES ", " OPTIONS ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("rope_fwd", TORCH_BOX(&rope_fwd));
   m.impl("rope_qk_fwd", TORCH_BOX(&rope_qk_fwd));
+  m.impl("rope_inplace", TORCH_BOX(&rope_inplace));
+  m.impl("rope_qk_inplace", TORCH_BOX(&rope_qk_inplace));
 }
 
 #endif  // TILEFUSE_REGISTER

@@ -423,6 +423,18 @@ def test_a_masked_lane_without_other_is_not_zero():
         assert (out[:8].float() == 1).all()
 
 
+@triton.jit
+def one_kernel(x, out):
+    offsets = tl.arange(0, 1)
+    tl.store(out + offsets, tl.load(x + offsets, mask=offsets > 0, other=0.0))
+
+
+def test_other_of_a_single_element_block_counts():
+    out = torch.ones(1)
+    one_kernel[(1,)](torch.ones(1), out)
+    assert out.item() == 0
+
+
 @pytest.mark.parametrize("n, m, what", [(16, 8, "load"), (8, 16, "store")])
 def test_access_out_of_bounds_is_caught(n, m, what):
     with pytest.raises(Exception, match=f"{what} of 4 bytes outside every argument's memory in 8 of 16 active lanes"):

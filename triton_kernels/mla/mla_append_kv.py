@@ -10,8 +10,8 @@ from tilefuse.ops.mla import layout as layouts
 
 from ..common import fp8
 from ..common.launch import on_device
-from .mla_gather_kv import cache_parts
 from .mla_compress_kv import dims, load_pairs, load_tables, position_of, rstd_of, store_pairs, tile
+from .mla_gather_kv import cache_parts
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows", "pages"])

@@ -257,12 +257,12 @@ def combine_kernel(
     column = tl.arange(0, RANK_PAD)
     inside = column < RANK
     top = float("-inf")
-    for split in range(0, splits):
+    for split in range(splits):
         top = tl.maximum(top, tl.load(partial_lse + row * max_splits + split))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
     acc = tl.zeros([RANK_PAD], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         weight = tl.exp2(tl.load(partial_lse + row * max_splits + split) - base)
         values = tl.load(partial + (row * max_splits + split) * RANK + column, mask=inside, other=0.0)  # [R]
         total += weight

@@ -226,3 +226,11 @@ def rope_qk_fwd(q, k, *rest):
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     _launch("rope_qk", q, k, q_out, k_out, *rest)
     return q_out, k_out
+
+
+def rope_inplace(x, *rest):
+    _launch("rope_", x, None, x, None, *rest)
+
+
+def rope_qk_inplace(q, k, *rest):
+    _launch("rope_qk_", q, k, q, k, *rest)

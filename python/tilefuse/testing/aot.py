@@ -120,10 +120,14 @@ class AotCase:
         """Raises ValueError for a case that does not fit its function."""
         names = list(self.jit.arg_names)
         if list(self.signature) != names:
-            raise ValueError(f"aot case {self.name}: signature must name {names} in this order, got {list(self.signature)}")
+            raise ValueError(
+                f"aot case {self.name}: signature must name {names} in this order, got {list(self.signature)}"
+            )
         constants = {n for n, kind in self.signature.items() if kind == "constexpr"}
         if constants != set(self.constexprs):
-            raise ValueError(f"aot case {self.name}: constexprs must be {sorted(constants)}, got {sorted(self.constexprs)}")
+            raise ValueError(
+                f"aot case {self.name}: constexprs must be {sorted(constants)}, got {sorted(self.constexprs)}"
+            )
         unknown = set(self.targets or ()) - set(arch.COMPILE_TARGETS)
         if unknown:
             raise ValueError(f"aot case {self.name}: targets must be of {arch.COMPILE_TARGETS}, got {sorted(unknown)}")
@@ -146,7 +150,11 @@ def launched(module: Any) -> set[str]:
     """Names of the JIT functions that a module launches, by their ``kernel[grid](...)`` calls."""
     names = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Subscript)
+            and isinstance(node.func.value, ast.Name)
+        ):
             value = getattr(module, node.func.value.id, None)
             if value is not None and type(value).__module__.startswith("triton."):
                 names.add(node.func.value.id)
@@ -356,7 +364,9 @@ def _demangle(names: Sequence[str]) -> dict[str, str]:
     filt = shutil.which("c++filt")
     if filt is None or not names:
         return {n: n for n in names}
-    lines = subprocess.run([filt], input="\n".join(names), capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(
+        [filt], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     return {n: _short(line) for n, line in zip(names, lines, strict=True)}
 
 

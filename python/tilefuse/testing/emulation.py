@@ -18,7 +18,8 @@ says what it checks. A binding ``csrc/emulation/<family>_<op>.cpp`` launches the
       });
     }
 
-The launch shape should come from the function of the ``.cuh`` that the real launch uses too. In a test::
+Keep every tensor in a variable: the memory of ``f(x).data_ptr()`` is freed before the kernel runs. The launch shape should
+come from the function of the ``.cuh`` that the real launch uses too. In a test::
 
     module = emulation.load_or_skip("rope", "rope")
 
@@ -177,7 +178,17 @@ def load_source(source: Path, *, sources: tuple[str, ...] = ()) -> ModuleType:
     key = _digest(environment, headers, _contents("common/*", *sources), name, source.read_bytes())
     library = _build(
         cache / f"{name}-{key}.so",
-        [*base, *python, *checks, f"-DTILEFUSE_EMULATION_NAME={name}", "-shared", "-o", "{out}", str(source), str(scheduler)],
+        [
+            *base,
+            *python,
+            *checks,
+            f"-DTILEFUSE_EMULATION_NAME={name}",
+            "-shared",
+            "-o",
+            "{out}",
+            str(source),
+            str(scheduler),
+        ],
     )
     spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)

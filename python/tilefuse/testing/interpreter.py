@@ -42,6 +42,7 @@ the order of sums, the 14-bit accumulator of Hopper's FP8 tensor cores (``max_nu
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -438,6 +439,9 @@ def _repair(upstream: Any) -> None:
     patch_tensor = upstream._patch_lang_tensor
 
     def truth(self: Any) -> bool:
+        # Triton's own code asks "is it given": a zero is given, too
+        if sys._getframe(1).f_globals["__name__"] in ("triton.language.semantic", "triton.language.core"):
+            return True
         if self.handle.data.size != 1:
             raise ValueError("the truth of a block is ambiguous: use & | ~ instead of and, or, not, if and a < b < c")
         return bool(self.handle.data)

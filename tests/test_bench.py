@@ -1,0 +1,365 @@
+"""The benchmark harness must catch what it is there to catch; shown on a toy op."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from tilefuse.benchmarks import harness, report, roofline, runner, shapes, timing
+from tilefuse.benchmarks.harness import Case, Peer, compiled, normal
+
+CPU = torch.device("cpu")
+# a roof that nothing here reaches: only the test of the floor asks for it
+ROOF = roofline.Roof(1e4, 1e4, 1e4, 1e4, {"float32": 1e3, "bfloat16": 1e3})
+
+
+def inputs(device, generator):
+    return (normal((64, 256), torch.bfloat16, device, generator),)
+
+
+def toy(x):
+    y = x.float() if x.dtype != torch.float64 else x
+    return (y * torch.sigmoid(y)).to(x.dtype)
+
+
+def eager(x):
+    return x * torch.sigmoid(x)
+
+
+def make(**changes) -> Case:
+    base = {
+        "op": "toy",
+        "name": "64 x 256",
+        "dtype": "bfloat16",
+        "inputs": inputs,
+        "run": toy,
+        "peers": {"eager": eager},
+        "bytes": 64 * 256 * 4,
+        "family": "toy",
+    }
+    return Case(**(base | changes))
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    monkeypatch.setattr(runner, "MAX_SETS", 3)
+    monkeypatch.setattr(roofline, "measure", lambda device: ROOF)
+    return runner.Runner(CPU, runner.Settings(seconds=0.01), roof=ROOF)
+
+
+def test_a_good_case_has_every_number(engine):
+    line = engine.run(make())
+    assert line["status"] == "ok", line
+    for key in ("median_us", "p20_us", "p80_us", "gbps", "tflops", "roof_percent", "floor_us"):
+        assert math.isfinite(line[key])
+    assert line["p20_us"] <= line["median_us"] <= line["p80_us"]
+    assert line["gbps"] == pytest.approx(line["bytes"] / line["median_us"] / 1e3)
+    assert line["peers"]["eager"]["speedup"] > 0
+    assert 0 < line["error"]["max"] < line["error"]["naive_max"] * 2
+    assert line["versions"]["torch"] == torch.__version__
+    assert line["threads"] == torch.get_num_threads()
+    assert line["roof"]["copy_gbps"] == ROOF.copy_gbps
+    json.dumps(line)
+
+
+def test_wrong_output_fails(engine):
+    line = engine.run(make(run=lambda x: toy(x) * (1.02 if x.dtype == torch.bfloat16 else 1)))
+    assert line["status"] == "failed"
+    assert "output 0" in line["reason"]
+    assert "median_us" not in line
+
+
+def test_one_wrong_element_fails(engine):
+    def run(x):
+        y = toy(x)
+        if x.dtype == torch.bfloat16:
+            y[3, 5] += 0.25
+        return y
+
+    assert engine.run(make(run=run))["status"] == "failed"
+
+
+def test_remembered_output_is_found_after_timing(engine):
+    first = []
+
+    def run(x):
+        if x.dtype == torch.float64:
+            return toy(x)
+        first.append(toy(x))
+        return first[0]
+
+    line = engine.run(make(run=run))
+    assert line["status"] == "failed"
+    assert "output 0" in line["reason"]
+
+
+def test_time_below_the_floor_fails(engine):
+    line = engine.run(make(bytes=10**12))
+    assert line["status"] == "failed"
+    assert "roof allows no less" in line["reason"]
+    line = engine.run(make(flops=10**18))
+    assert "roof allows no less" in line["reason"]
+
+
+def test_floor_violation_measures_the_roof_again(engine, monkeypatch):
+    slow = dataclasses.replace(ROOF, copy_gbps=1e-6, read_gbps=1e-6, fill_gbps=1e-6, cached_gbps=1e-6)
+    engine.roof = slow
+    line = engine.run(make())
+    assert line["status"] == "ok"
+    assert line["roof"]["copy_gbps"] == ROOF.copy_gbps
+
+
+def test_missing_and_failing_peers_keep_their_reasons(engine):
+    def load():
+        import a_library_nobody_has  # noqa: F401
+
+    def broken(x):
+        raise RuntimeError("needs a newer GPU\nand more")
+
+    peers = {
+        "eager": eager,
+        "library": Peer(load=load),
+        "broken": broken,
+        "gpu only": Peer(eager, devices=("cuda",)),
+        "other function": torch.neg,
+        "wrong shape": lambda x: eager(x)[:3],
+    }
+    found = engine.run(make(peers=peers))["peers"]
+    assert "a_library_nobody_has" in found["library"]["missing"]
+    assert found["broken"]["missing"] == "RuntimeError: needs a newer GPU"
+    assert found["gpu only"]["missing"] == "not on cpu"
+    assert "another one" in found["other function"]["missing"]
+    assert "shape" in found["wrong shape"]["missing"]
+    assert "median_us" in found["eager"]
+
+
+def test_compile_budget_is_a_reason(engine):
+    engine.settings.compile_seconds = 0
+    line = engine.run(make(peers={"eager": eager, "torch.compile": compiled(eager)}))
+    assert line["status"] == "ok"
+    assert "compiling" in line["peers"]["torch.compile"]["missing"]
+
+
+def test_prepared_peer_has_its_own_layout(engine):
+    peer = Peer(eager, prepare=lambda x: (x.t().contiguous(),), post=lambda y: y.t(), grads=(0,))
+    for mode in harness.MODES:
+        line = engine.run(make(peers={"eager": eager, "transposed": peer}, mode=mode, grads=(0,)))
+        assert "speedup" in line["peers"]["transposed"], line
+
+
+@pytest.mark.parametrize("mode", ["backward", "forward+backward"])
+def test_gradients_are_checked(engine, mode):
+    assert engine.run(make(mode=mode, grads=(0,)))["status"] == "ok"
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return toy(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            s = torch.sigmoid(x)
+            scale = 1 if x.dtype == torch.float64 else 1.05
+            return grad * s * (1 + x * (1 - s)) * scale
+
+    line = engine.run(make(mode=mode, grads=(0,), run=Wrong.apply))
+    assert line["status"] == "failed"
+
+
+def test_exact_case_compares_bits(engine):
+    assert engine.run(make(run=eager, exact=True, oracle=eager))["error"] == {"exact": True}
+    line = engine.run(make(run=toy, exact=True, oracle=eager))
+    assert line["status"] == "failed"
+    assert "bits" in line["reason"]
+
+
+def test_in_place_op_is_checked_on_untouched_inputs(engine):
+    def run(x):
+        return x.copy_(toy(x))
+
+    assert engine.run(make(run=run))["status"] == "ok"
+
+
+def test_smaller_inputs_for_the_oracle_still_check_the_timed_size(engine):
+    def small(device, generator):
+        return (normal((8, 256), torch.bfloat16, device, generator),)
+
+    assert engine.run(make(oracle_inputs=small))["status"] == "ok"
+
+    def wrong_when_large(x):
+        return toy(x) if x.shape[0] == 8 else torch.zeros_like(x)
+
+    line = engine.run(make(oracle_inputs=small, run=wrong_when_large))
+    assert line["status"] == "failed"
+    assert "full size" in line["reason"]
+
+
+def test_call_cost_is_reported(engine):
+    line = engine.run(make(call_cost=True))
+    assert line["call_us"] > 0
+    assert line["peers"]["eager"]["call_us"] > 0
+
+
+def test_op_without_backend_is_unavailable_not_failed(engine):
+    def run(x):
+        raise NotImplementedError("tilefuse.toy: no backend for cpu")
+
+    assert engine.run(make(run=run))["status"] == "unavailable"
+
+
+def test_case_refuses_nonsense():
+    with pytest.raises(ValueError, match="mode"):
+        make(mode="sideways")
+    with pytest.raises(ValueError, match="needs grads"):
+        make(mode="backward")
+    with pytest.raises(ValueError, match="least work"):
+        make(bytes=0)
+    with pytest.raises(ValueError, match="suite"):
+        make(suite="huge")
+    with pytest.raises(ValueError, match="either"):
+        Peer()
+
+
+def test_slow_contestants_sit_out_rounds_but_stay_paired():
+    clock = {"a": 0, "b": 0}
+
+    def sampler(name, cost):
+        def sample():
+            clock[name] += 1
+            return cost
+
+        return sample
+
+    samples = timing._rounds({"a": sampler("a", 0.001), "b": sampler("b", 0.05)}, {"a": 0.001, "b": 0.05}, 0.2)
+    assert len(samples["a"]) == len(samples["b"])
+    assert clock["a"] > clock["b"] >= timing.FEWEST_ROUNDS
+    both = [timing._summary(samples[name], 1, "test") for name in ("b", "a")]
+    assert timing.paired_ratio(*both) == pytest.approx(50)
+
+
+def test_measure_cpu_rotates_over_the_sets():
+    seen = []
+    sets = [lambda i=i: seen.append(i) for i in range(3)]
+    timing.measure_cpu({"x": sets}, 0.01)
+    assert set(seen) == {0, 1, 2}
+    assert all((b - a) % 3 == 1 for a, b in itertools.pairwise(seen))
+
+
+def test_roof_of_this_machine():
+    roof = roofline.measure(CPU, seconds=0.1)
+    assert roof.copy_gbps > 0.1
+    assert roof.tflops["float32"] > 0
+    seconds, bound = roof.attainable_seconds(10**9, 1, "float32")
+    assert bound == "memory"
+    assert seconds == pytest.approx(1 / roof.copy_gbps)
+    assert roof.attainable_seconds(1, 10**12, "float32")[1] == "compute"
+    assert roof.floor_seconds(10**9, 0, "cpu", True) <= roof.floor_seconds(10**9, 0, "cpu", False)
+
+
+def line_of(case="toy | a", device="CPU X, 2 threads", **changes):
+    base = {
+        "case": case,
+        "op": "toy",
+        "family": "toy",
+        "name": "a",
+        "dtype": "bfloat16",
+        "mode": "forward",
+        "device": device,
+        "device_key": "cpu_x",
+        "date": "2026-01-01T00:00:00+00:00",
+        "status": "ok",
+        "bytes": 1000,
+        "flops": 0,
+        "median_us": 2.0,
+        "gbps": 0.5,
+        "tflops": 0.0,
+        "roof_percent": 50.0,
+        "bound": "memory",
+        "peers": {
+            "eager": {"median_us": 8.0, "speedup": 4.0},
+            "torch.compile": {"median_us": 3.0, "speedup": 1.5},
+            "lib": {"missing": "ModuleNotFoundError: No module named 'lib'"},
+        },
+        "versions": {"torch": "2", "triton": None},
+        "commit": "a" * 40,
+        "dirty": False,
+        "roof": ROOF.as_dict(),
+    }
+    return base | changes
+
+
+def test_a_run_replaces_its_own_lines_only(tmp_path):
+    path = tmp_path / "r.jsonl"
+    runner.write_lines(path, [line_of(median_us=1.0), line_of("toy | b"), line_of(device="GPU")])
+    runner.write_lines(path, [line_of(median_us=1.23456789)])
+    lines = runner.read_lines(path)
+    assert len(lines) == 3
+    (replaced,) = [line for line in lines if line["case"] == "toy | a" and line["device"] != "GPU"]
+    assert replaced["median_us"] == 1.2346
+
+
+def test_report_holds_what_the_lines_hold():
+    lines = [
+        line_of(),
+        line_of("toy | b", name="b", status="failed", reason="wrong"),
+        line_of("toy | c", name="c", call_cost=True, call_us=1.5),
+    ]
+    text = report.markdown(lines)
+    assert "4.0x" in text and "1.5x" in text and "50% memory" in text
+    assert "failed: wrong" in text
+    assert "1.50 us per call" in text
+    assert "No module named 'lib'" in text
+    assert report.best_peer(lines[0]) == ("torch.compile", 1.5)
+
+
+def test_plots_are_drawn_from_lines(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    paths = report.plot([line_of(), line_of("toy | b", name="b")], tmp_path)
+    assert [p.name for p in paths] == ["cpu_x_roof.png", "cpu_x_speedup.png"]
+    assert all(p.stat().st_size > 1000 for p in paths)
+    assert report.plot([line_of(status="failed", reason="x")], tmp_path) == []
+
+
+def test_readme_parts_are_replaced_between_marks():
+    marks = "".join(
+        "\n".join(mark.format(name=name) for mark in report.README_MARKS) + "\n" for name in ("plot", "ops", "numbers")
+    )
+    text = report.readme(f"# Title\n{marks}end\n", {}, [], [])
+    assert text.startswith("# Title\n") and text.endswith("end\n")
+    assert "not run on any GPU yet" in text
+    assert report.readme(text, {}, [], []) == text
+    with pytest.raises(ValueError, match="once"):
+        report.readme("no marks", {}, [], [])
+
+
+def test_cases_of_every_family_are_well_formed():
+    cases = harness.discover("full", "cpu") + harness.discover("full", "cuda")
+    assert len({case.id for case in harness.discover("full", "cpu")}) == len(harness.discover("full", "cpu"))
+    for case in cases:
+        assert "eager" in case.peers and "torch.compile" in case.peers, case.id
+    quick = {case.id for case in harness.discover("quick", "cpu")}
+    assert quick <= {case.id for case in harness.discover("full", "cpu")}
+
+
+def test_shapes_are_consistent():
+    for model in shapes.MODELS:
+        assert model.heads % model.kv_heads == 0
+        assert model.experts % model.n_group == 0
+        assert bool(model.experts) == bool(model.top_k) == bool(model.moe_intermediate)
+        if model.kv_lora_rank:
+            assert model.head_dim == model.nope_dim + model.rope_dim
+
+
+@pytest.mark.gpu
+def test_cuda_timer_agrees_with_the_roof():
+    device = torch.device("cuda")
+    x = torch.randn(2**28, device=device)
+    y = torch.empty_like(x)
+    found = timing.measure_cuda({"copy": [lambda: y.copy_(x)]}, 0.2)["copy"]
+    assert found.method == "graph"
+    roof = roofline.measure(device)
+    assert 2 * x.nbytes / found.median / 1e9 == pytest.approx(roof.copy_gbps, rel=0.1)

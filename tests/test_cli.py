@@ -1,0 +1,251 @@
+"""The command line: exit codes, JSON, usage errors, and that `verify` sees a broken kernel."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tilefuse
+from tilefuse import backends, cli, library
+from tilefuse.cli import _console, doctor, verify
+from tilefuse.testing import verification
+from tilefuse.testing.sample import Sample
+from tilefuse.testing.verification import Check
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="what is said on a machine without a GPU")
+
+
+def run(capsys, *argv):
+    code = cli.main(argv)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_every_command_has_help_and_json(capsys):
+    assert {"bench", "doctor", "tune", "verify", "warmup"} <= set(cli.commands())
+    code, out, _ = run(capsys, "--help")
+    assert code == cli.OK
+    for name in cli.commands():
+        assert name in out
+        code, text, _ = run(capsys, name, "--help")
+        assert code == cli.OK
+        assert "--json" in text
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("frobnicate",),
+        ("doctor", "--no-such-option"),
+        ("bench", "--suite", "huge"),
+        ("bench", "--family", "nonsense"),
+        ("bench", "--case", "no case is called this"),
+        ("verify", "--family", "nonsense"),
+        ("verify", "--op", "nonsense"),
+        ("verify", "--record", "--quick"),
+        ("tune", "--kernel", "nonsense"),
+        ("warmup", "--arch", "sm_1"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(capsys, argv):
+    code, out, err = run(capsys, *argv)
+    assert code == cli.USAGE
+    assert "usage:" in err
+    assert out == ""
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    "argv", [("verify", "--record"), ("verify", "--device", "cuda"), ("bench", "--device", "cuda")]
+)
+def test_asking_for_a_gpu_that_is_not_there_is_wrong_usage(capsys, argv):
+    code, _, err = run(capsys, *argv)
+    assert code == cli.USAGE
+    assert "GPU" in err
+
+
+@NO_GPU
+@pytest.mark.parametrize("argv", [("tune",), ("warmup",)])
+def test_commands_that_need_a_gpu_say_so(capsys, argv):
+    code, out, _ = run(capsys, *argv)
+    assert code == cli.FAILED
+    assert "GPU" in out
+    code, out, _ = run(capsys, *argv, "--json")
+    assert code == cli.FAILED
+    assert "GPU" in json.loads(out)["error"]
+
+
+def test_doctor_json(capsys):
+    code, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert code == (cli.FAILED if any(f["broken"] for f in found["findings"]) else cli.OK)
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["ops"] == len(tilefuse.ops())
+    assert set(found["native"]) == {"cpu", "cuda"}
+    assert all(f["fix"] for f in found["findings"])
+
+
+def test_doctor_in_words(capsys):
+    _code, out, _ = run(capsys, "doctor")
+    assert "Devices" in out and "Backends" in out
+    if not torch.cuda.is_available():
+        assert "What is missing for full speed" in out
+
+
+def test_doctor_fails_on_a_library_that_cannot_be_loaded(capsys, monkeypatch, tmp_path):
+    path = tmp_path / "_cpu.abi3.so"
+    path.write_bytes(b"not a library")
+    broken = SimpleNamespace(name="cpu", path=path, missing="_cpu.abi3.so cannot be loaded: bad magic", info={})
+    real = doctor.native.load
+    monkeypatch.setattr(doctor.native, "load", lambda name: broken if name == "cpu" else real(name))
+    code, out, _ = run(capsys, "doctor")
+    assert code == cli.FAILED
+    assert "bad magic" in out
+
+
+def test_as_a_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "tilefuse", "doctor", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == cli.OK, done.stderr
+    assert json.loads(done.stdout)["versions"]["tilefuse"] == tilefuse.__version__
+    done = subprocess.run([sys.executable, "-m", "tilefuse", "nothing"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == cli.USAGE
+
+
+def test_plain_text_without_rich(capsys, monkeypatch):
+    monkeypatch.setattr(_console, "rich", None)
+    _code, out, _ = run(capsys, "doctor")
+    assert "Versions" in out and "┃" not in out
+    console = _console.Console(False)
+    with console.progress(2, "work") as progress:
+        progress.start("first")
+        progress.done()
+    assert "[1/2]" in capsys.readouterr().out
+
+
+def test_json_keeps_stdout_clean(capsys):
+    code, out, err = run(capsys, "verify", "--quick", "--op", "rope", "--json")
+    found = json.loads(out)
+    assert code == cli.OK, err
+    assert found["failed"] == 0
+    assert {c["op"] for c in found["checks"]} == {"rope"}
+    assert all(c["samples"] > 0 and c["gradients"] > 0 for c in found["checks"])
+
+
+def test_failed_check_is_exit_code_1(capsys, monkeypatch):
+    def check_op(name, device, backend, **options):
+        return Check(name, "rope", backend, str(device), "failed", 1, 0, 9.0, (), "output 0: off")
+
+    monkeypatch.setattr(verification, "check_op", check_op)
+    code, out, _ = run(capsys, "verify", "--quick", "--op", "rope")
+    assert code == cli.FAILED
+    assert "off" in out
+
+
+def broken_kernel(monkeypatch, name, spoil):
+    """The reference kernel, spoiled, as the CPU backend of a kernel."""
+    kernel = library.kernels()[name]
+    real = kernel.implementation
+
+    def implementation(backend):
+        if backend == "reference":
+            return real(backend)
+        return (lambda *args: spoil(real("reference")[0](*args))), None
+
+    monkeypatch.setattr(kernel, "implementation", implementation)
+    # kernels cache their choice until the setting changes
+    monkeypatch.setattr(backends, "generation", backends.generation + 1)
+
+
+def one_row_off(out):
+    out = out.clone()
+    if out.numel():
+        out[0] *= 1.05
+    return out
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda out: out * 1.02, one_row_off, torch.empty_like, lambda out: out + torch.rand(()) * 1e-2]
+)
+def test_verify_sees_a_broken_kernel(monkeypatch, spoil):
+    good = verification.check_op("rope", "cpu", "reference", limit=4)
+    assert good.status == "ok", good.reason
+    assert good.samples == 4 and good.gradients > 0
+    broken_kernel(monkeypatch, "rope_fwd", spoil)
+    assert verification.check_op("rope", "cpu", "cpu", limit=4).status == "failed"
+
+
+def test_verify_accepts_the_reference_under_another_name(monkeypatch):
+    broken_kernel(monkeypatch, "rope_fwd", lambda out: out)
+    check = verification.check_op("rope", "cpu", "cpu", limit=4, all_dtypes=True)
+    assert check.status == "ok", check.reason
+    assert check.samples > 4
+    assert "rope_fwd" in check.kernels
+
+
+def test_backend_that_refuses_every_sample_is_unavailable():
+    check = verification.check_op("rope", "cpu", "cuda", limit=2)
+    assert check.status == "unavailable"
+    assert "rope" in check.reason
+
+
+def test_recast_leaves_operands_that_must_be_float32():
+    x, table = torch.randn(5, 2, 64), torch.rand(8, 32)
+    sample = Sample((x, table, table), {})
+    wide = verification.recast(tilefuse.rope, sample, torch.float64)
+    assert [a.dtype for a in wide.args] == [torch.float64, torch.float32, torch.float32]
+    narrow = verification.recast(tilefuse.rope, sample, torch.bfloat16)
+    assert [a.dtype for a in narrow.args] == [torch.bfloat16, torch.float32, torch.float32]
+    assert verification.recast(tilefuse.rope, sample, torch.int32) is None
+
+
+def test_record_writes_what_passed_and_nothing_else(monkeypatch, tmp_path):
+    path = tmp_path / "verified.json"
+    path.write_text(json.dumps({"sm_80": {"kernels": {"other": ["cuda"]}}}))
+    monkeypatch.setattr(backends, "VERIFIED_PATH", path)
+    monkeypatch.setattr(verify.arch, "of", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+
+    def check(backend, status, kernels=("rope_fwd",)):
+        return Check("rope", "rope", backend, "cuda", status, 3, 1, 0.5, kernels)
+
+    device = torch.device("cuda")
+    verify._record([check("cuda", "ok"), check("triton", "failed"), check("reference", "ok")], device)
+    found = json.loads(path.read_text())
+    assert found["sm_80"]["kernels"] == {"other": ["cuda"]}
+    assert found["sm_90"]["kernels"] == {"rope_fwd": ["cuda"]}
+    assert found["sm_90"]["device"] == "NVIDIA H100"
+    # a later failure takes the record back
+    verify._record([check("cuda", "failed"), check("triton", "ok")], device)
+    assert json.loads(path.read_text())["sm_90"]["kernels"] == {"rope_fwd": ["triton"]}
+    backends.verified.cache_clear()
+
+
+def test_bench_writes_lines_table_and_plots(capsys, monkeypatch, tmp_path):
+    from tilefuse.benchmarks import harness, runner
+
+    def inputs(device, generator):
+        return (harness.normal((4, 64), torch.float32, device, generator),)
+
+    case = harness.Case(
+        op="toy", name="4 x 64", dtype="float32", inputs=inputs, run=torch.exp, oracle=torch.exp,
+        peers={"eager": torch.exp}, bytes=2048, family="rope",
+    )  # fmt: skip
+    monkeypatch.setattr(harness, "discover", lambda *args, **options: [case])
+    monkeypatch.setattr(runner, "MAX_SETS", 2)
+    code, out, err = run(capsys, "bench", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--json")
+    found = json.loads(out)
+    assert code == cli.OK, err
+    assert [line["status"] for line in found["lines"]] == ["ok"]
+    assert len(runner.read_lines(tmp_path / f"{runner.device_key(torch.device('cpu'))}.jsonl")) == 1
+    assert all((tmp_path / p).exists() for p in found["plots"])
+    code, out, _ = run(capsys, "bench", "--device", "cpu", "--out", str(tmp_path), "--report")
+    assert code == cli.OK
+    assert "4 x 64" in out and "toy" in out
+    code, out, _ = run(capsys, "bench", "--list", "--json")
+    assert json.loads(out) == [case.id]
