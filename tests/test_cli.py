@@ -159,7 +159,7 @@ def broken_kernel(monkeypatch, name, spoil):
 
     monkeypatch.setattr(kernel, "implementation", implementation)
     # kernels cache their choice until the setting changes
-    monkeypatch.setattr(backends, "generation", backends.generation + 1)
+    backends.forget()
 
 
 def one_row_off(out):

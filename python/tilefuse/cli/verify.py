@@ -197,5 +197,5 @@ def _record(checks: Sequence[Check], device: torch.device) -> dict[str, Any]:
         "kernels": {name: names for name, names in sorted(kernels.items()) if names},
     }
     backends.VERIFIED_PATH.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
-    backends.verified.cache_clear()
+    backends.forget()
     return recorded[on]
