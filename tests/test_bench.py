@@ -381,7 +381,15 @@ def test_cuda_timer_agrees_with_the_roof():
     device = torch.device("cuda")
     x = torch.randn(2**28, device=device)
     y = torch.empty_like(x)
-    found = timing.measure_cuda({"copy": [lambda: y.copy_(x)]}, 0.2)["copy"]
-    assert found.method == "graph"
+    leaf = torch.randn(2**20, device=device, requires_grad=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = leaf.exp()
+        calls = {
+            "copy": [lambda: y.copy_(x)],
+            "backward": [lambda: torch.autograd.grad(out, leaf, out, retain_graph=True)],
+        }
+        timings = timing.measure_cuda(calls, 0.2)
+    assert {t.method for t in timings.values()} == {"graph"}
+    found = timings["copy"]
     roof = roofline.measure(device)
     assert 2 * x.nbytes / found.median / 1e9 == pytest.approx(roof.copy_gbps, rel=0.1)
