@@ -72,13 +72,13 @@ def _rounds(
         fewest = MIN_ROUNDS if estimate * MIN_ROUNDS < 2 * share else FEWEST_ROUNDS
         wanted[name] = min(MAX_ROUNDS, max(fewest, int(share / max(estimate, 1e-9))))
     total = max(wanted.values())
+    # powers of two: the rounds of a slow contestant are rounds of every faster one too, so all stay paired
+    stride = {name: 2 ** int(math.log2(total / count)) for name, count in wanted.items()}
     samples: dict[str, list[float | None]] = {name: [] for name in samplers}
     names = list(samplers)
     for i in range(total):
         for name in names:
-            # spread a contestant's samples evenly over all rounds
-            due = (i * wanted[name]) // total != ((i + 1) * wanted[name]) // total
-            samples[name].append(samplers[name]() if due else None)
+            samples[name].append(samplers[name]() if i % stride[name] == 0 else None)
         # another order each round: nobody always runs after the same neighbour
         names.append(names.pop(0))
     return samples
