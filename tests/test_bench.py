@@ -135,11 +135,33 @@ def test_missing_and_failing_peers_keep_their_reasons(engine):
     assert "median_us" in found["eager"]
 
 
+def test_compile_budget_is_shared_by_family():
+    settings = runner.Settings(compile_seconds=10, families=2)
+    settings.compiling("rope", 6)
+    assert not settings.may_compile("rope")
+    assert settings.may_compile("moe")
+
+
 def test_compile_budget_is_a_reason(engine):
     engine.settings.compile_seconds = 0
     line = engine.run(make(peers={"eager": eager, "torch.compile": compiled(eager)}))
     assert line["status"] == "ok"
-    assert "compiling" in line["peers"]["torch.compile"]["missing"]
+    assert "compiles peers" in line["peers"]["torch.compile"]["missing"]
+
+
+def test_yardstick_is_timed_but_is_no_peer(engine):
+    line = engine.run(make(peers={"eager": eager, "copy": Peer(torch.clone, yardstick=True)}))
+    assert line["peers"]["copy"]["yardstick"] and line["peers"]["copy"]["speedup"] > 0
+    assert report.best_peer(line)[0] == "eager"
+    assert "vs copy" in report.rows([line])[0]
+
+
+def test_yardstick_below_the_floor_is_recorded_as_missing(engine):
+    peers = {"eager": eager, "nothing": Peer(lambda x: x, yardstick=True)}
+    nothing_is_as_fast = 0.5e-6 * ROOF.copy_gbps * 1e9
+    line = engine.run(make(peers=peers, bytes=int(nothing_is_as_fast)))
+    assert line["status"] == "ok", line
+    assert "roof allows no less" in line["peers"]["nothing"]["missing"]
 
 
 def test_prepared_peer_has_its_own_layout(engine):
