@@ -355,11 +355,12 @@ Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, c
                       const Tensor& offsets, ScalarType out_dtype) {
   const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
-  const auto* bounds = static_cast<const int32_t*>(offsets.const_data_ptr());
-  const int64_t stride = stride_or_zero(offsets, 0);
-  // bounds clamped and made ascending, as every backend reads them: no bound can lead out of memory
+  const void* bounds = offsets.const_data_ptr();
+  const bool wide = offsets.scalar_type() == ScalarType::Long;
+  // clamped and made ascending: no bound can lead out of memory
   const auto bound = [&](int64_t i, int64_t least) {
-    const int64_t value = bounds[i * stride] < m ? bounds[i * stride] : m;
+    const int64_t given = wide ? static_cast<const int64_t*>(bounds)[i] : static_cast<const int32_t*>(bounds)[i];
+    const int64_t value = given < m ? given : m;
     return value > least ? value : least;
   };
   std::vector<Segment> segments;

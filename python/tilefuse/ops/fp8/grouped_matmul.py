@@ -55,7 +55,7 @@ def fp8_grouped_matmul(
         b: ``[E, N, K]`` float8_e4m3fn. E = 0 is legal.
         b_scale: ``[E, ceil(N / 128), ceil(K / 128)]`` or ``[E, N, ceil(K / 128)]`` float32, told apart by its shape.
         offsets: ``[E + 1]`` int32 or int64, ascending, read on the device: nothing waits for the host. Groups may be
-            empty and of any size. Values are clamped to [0, T] and to the largest value before them.
+            empty and of any size. Values are clamped to [0, T]; nothing outside of the tensors is touched whatever they are.
         out_dtype: bfloat16, float16, float32, or float64 (reference backend).
 
     Returns:
@@ -83,6 +83,4 @@ def fp8_grouped_matmul(
     errors.check_device(name, "offsets", offsets, a, "a")
     check_out_dtype(name, out_dtype)
     a, b = errors.check_last_dim_contiguous(a), errors.check_last_dim_contiguous(b)
-    # clamped before they narrow: an int64 beyond int32 must not wrap around
-    bounds = offsets.clamp(0, a.shape[0]).to(torch.int32)
-    return fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, bounds, out_dtype)
+    return fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets.contiguous(), out_dtype)
