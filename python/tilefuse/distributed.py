@@ -152,9 +152,7 @@ class ExpertParallel:
         rows = _rows_or_zero(x, sources, used)
         arrived = _AllToAll.apply(rows, self, None, None, "dispatch")
         ids = self._exchange(ids, None, None, "dispatch (ids)")
-        inverse = torch.where(
-            inverse >= 0, target[inverse.long().clamp(min=0)] if total else inverse.long(), slots
-        )
+        inverse = torch.where(inverse >= 0, target[inverse.long().clamp(min=0)] if total else inverse.long(), slots)
         inverse = torch.where(inverse < slots, inverse, -1).to(torch.int32)
         return Dispatched(arrived, ids[:, None], inverse, None, None)
 

@@ -19,7 +19,15 @@ def launch(folder, world, *cases):
     results = [folder / f"rank{rank}.json" for rank in range(world)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(world), str(folder / "rendezvous"), str(results[rank]), *cases],
+            [
+                sys.executable,
+                str(WORKER),
+                str(rank),
+                str(world),
+                str(folder / "rendezvous"),
+                str(results[rank]),
+                *cases,
+            ],
             stdout=subprocess.DEVNULL,
             stderr=(folder / f"rank{rank}.log").open("w"),
         )
