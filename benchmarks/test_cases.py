@@ -6,7 +6,6 @@ rounds are paired and whose buffers rotate.
 
 import pytest
 import torch
-
 from tilefuse.benchmarks import harness, runner
 
 pytest.importorskip("pytest_benchmark", reason="pytest benchmarks needs pytest-benchmark")

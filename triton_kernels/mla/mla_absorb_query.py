@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import aot
 from ..common.launch import on_device
 from .mla_compress_kv import load_pairs, load_tables, position_of, store_pairs
 
@@ -174,3 +175,23 @@ def mla_absorb_query_bwd(
                 q, grad, grad_w, q.shape[0], *q.stride()[:2], *grad.stride()[:2], K=nope, N=rank, **config
             )
     return grad_q, grad_w
+
+
+def aot_cases():
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
+        for name, tokens in (("decode", 8), ("prefill", 4096)):
+            if itemsize == 4 and name == "decode":
+                continue
+            pointers = {"x": kind, "weight": kind, "cos": "fp32", "sin": "fp32", "positions": "i32", "out": kind}
+            constants = {
+                "HEADS": 128, "K": 128, "N": 512, "HALF": 32, "HALF_PAD": 32, "INTERLEAVED": True, "CONJUGATE": False,
+                **tile(tokens, 512, 128, itemsize),
+            }  # fmt: skip
+            pinned = {"w_n": 1}
+            yield aot.case(f"{name}_{kind}", absorb_kernel, pointers, constants | pinned, expect=expect)
+            constants |= {"K": 512, "N": 128, "CONJUGATE": True, **tile(tokens, 128, 512, itemsize)}
+            yield aot.case(f"{name}_backward_{kind}", absorb_kernel, pointers, constants | {"w_k": 1}, expect=expect)
+        pointers = {"q": kind, "grad": kind, "grad_w": kind}
+        constants = {"K": 128, "N": 512, **tile(128, 512, 4096, itemsize)}
+        yield aot.case(f"weight_{kind}", absorb_weight_kernel, pointers, constants, expect=expect)

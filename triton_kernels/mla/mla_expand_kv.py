@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import aot
 from ..common.launch import on_device
 from .mla_absorb_query import tile
 
@@ -251,3 +252,20 @@ def mla_expand_kv_bwd(
             grad_k, grad_v, latent, grad_w, tokens, *strides, latent.stride(0), **shape, **config
         )
     return grad_latent, grad_w
+
+
+def aot_cases():
+    shape = {"RANK": 512, "P": 128, "V": 128}
+    rope = {"HEADS": 128, "ROPE": 64, "ROPE_PAD": 64}
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
+        pointers = {"latent": kind, "weight": kind, "k_out": kind, "v_out": kind}
+        for name, tokens in (("few", 8), ("many", 4096)):
+            constants = {**shape, **rope, **tile(tokens, 128, 512, itemsize)}
+            yield aot.case(f"{name}_{kind}", expand_kernel, pointers, constants, expect=expect)
+        pointers = dict.fromkeys(("grad_k", "grad_v", "weight", "grad_latent"), kind)
+        constants = {**shape, **rope, **tile(4096, 512, 128, itemsize)}
+        yield aot.case(f"latent_{kind}", expand_backward_kernel, pointers, constants, expect=expect)
+        pointers = dict.fromkeys(("grad_k", "grad_v", "latent", "grad_w"), kind)
+        constants = {**shape, **tile(128, 512, 4096, itemsize)}
+        yield aot.case(f"weight_{kind}", expand_weight_kernel, pointers, constants, expect=expect)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         limits["seconds"] = args.seconds
     if args.compile_seconds is not None:
         limits["compile_seconds"] = args.compile_seconds
-    settings = runner.Settings(**limits, each_backend=args.each_backend)
+    settings = runner.Settings(**limits, each_backend=args.each_backend, families=len({case.family for case in cases}))
     console.say(f"Measuring the roof of {kind} ...")
     began = time.monotonic()
     engine = runner.Runner(device, settings)

@@ -103,8 +103,8 @@ def check_in_place(name: str, **tensors: Tensor) -> None:
             errors.value_error(name, arg, "a tensor without overlapping elements", f"strides {[*tensor.stride()]}")
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    # kernels take any strides but a contiguous last dim
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """Kernels take any strides but a contiguous last dim: elsewhere this costs a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -191,14 +191,14 @@ class _RopeQK(torch.autograd.Function):
 
 def _apply(x: Tensor, *rest: Any) -> Tensor:
     if errors.needs_grad(x):
-        return _Rope.apply(_rows(x), *rest)
-    return rope_fwd(_rows(x), *rest)
+        return _Rope.apply(contiguous_rows(x), *rest)
+    return rope_fwd(contiguous_rows(x), *rest)
 
 
 def _apply_qk(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if errors.needs_grad(q, k):
-        return _RopeQK.apply(_rows(q), _rows(k), *rest)
-    return rope_qk_fwd(_rows(q), _rows(k), *rest)
+        return _RopeQK.apply(contiguous_rows(q), contiguous_rows(k), *rest)
+    return rope_qk_fwd(contiguous_rows(q), contiguous_rows(k), *rest)
 
 
 @op(
@@ -260,7 +260,7 @@ def rope(
     check_rope("rope", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     errors.check_not_differentiated("rope", "tables get no gradient", cos=cos, sin=sin)
     return _apply(
-        x, _rows(cos), _rows(sin), positions, cu_seqlens,
+        x, contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
 
@@ -297,7 +297,7 @@ def rope_qk(
     check_rope("rope_qk", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     errors.check_not_differentiated("rope_qk", "tables get no gradient", cos=cos, sin=sin)
     return _apply_qk(
-        q, k, _rows(cos), _rows(sin), positions, cu_seqlens,
+        q, k, contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
 
@@ -335,7 +335,7 @@ def rope_(
     check_in_place("rope_", x=x)
     errors.check_not_differentiated("rope_", "works in place and has no gradient", x=x, cos=cos, sin=sin)
     rest = (
-        _rows(cos), _rows(sin), positions, cu_seqlens,
+        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
     if x.stride(-1) == 1:
@@ -375,12 +375,12 @@ def rope_qk_(
     check_in_place("rope_qk_", q=q, k=k)
     errors.check_not_differentiated("rope_qk_", "works in place and has no gradient", q=q, k=k, cos=cos, sin=sin)
     rest = (
-        _rows(cos), _rows(sin), positions, cu_seqlens,
+        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
     if q.stride(-1) == 1 and k.stride(-1) == 1:
         rope_qk_inplace(q, k, *rest)
     else:
-        for x, rotated in zip((q, k), rope_qk_fwd(_rows(q), _rows(k), *rest)):
+        for x, rotated in zip((q, k), rope_qk_fwd(contiguous_rows(q), contiguous_rows(k), *rest)):
             x.copy_(rotated)
     return q, k
