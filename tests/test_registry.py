@@ -73,14 +73,13 @@ def test_a_module_has_its_file_in_every_layer(module):
             )
             if backend == "cuda":
                 wanted.add(f"csrc/{kernel.module}.cuh")
-    assert sorted(path for path in wanted if not (ROOT / path).exists()) == []
+    missing = sorted(path for path in wanted if not (ROOT / path).exists())
+    assert not missing, f"{module} lacks {', '.join(missing)}"
 
 
 @each_module
 def test_a_module_has_benchmark_cases(module):
-    path = ROOT / f"benchmarks/{module}.py"
-    assert path.exists()
-    assert "cases" in defined_functions(path)
+    assert "cases" in defined_functions(ROOT / f"benchmarks/{module}.py")
 
 
 @each_kernel
@@ -108,9 +107,10 @@ def test_a_kernel_belongs_to_an_op(name):
 def test_schemas_of_a_kernel_agree(name):
     schema = getattr(torch.ops.tilefuse, name).default._schema
     assert not any(a.has_default_value() for a in schema.arguments)
-    for backend in ("cpu", "cuda"):
-        if backend in KERNELS[name].backends and native.load(backend).missing is None:
-            theirs = native.find(backend, name)[0]._schema
+    for backend in {"cpu", "cuda"} & set(KERNELS[name].backends):
+        found, _ = native.find(backend, name)
+        if found is not None:
+            theirs = found._schema
             assert [(a.name, str(a.type)) for a in theirs.arguments] == [
                 (a.name, str(a.type)) for a in schema.arguments
             ]
