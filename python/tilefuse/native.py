@@ -36,11 +36,12 @@ def load(name: str) -> Library:
         compiler = "g++" if name == "cpu" else "nvcc"
         return Library(name, path, f"{path.name} was not built (needs {compiler}, ninja and torch at build time)")
     try:
-        torch.ops.load_library(str(path))
+        # ctypes first: its error names the missing symbol, torch's does not
         build_info = getattr(ctypes.CDLL(str(path)), f"tilefuse_{name}_build_info")
+        torch.ops.load_library(str(path))
         build_info.restype = ctypes.c_char_p
         return Library(name, path, None, MappingProxyType(json.loads(build_info().decode())))
-    except OSError as error:
+    except (OSError, RuntimeError, AttributeError) as error:
         # a library built for another torch or glibc must not take the package down
         return Library(name, path, f"{path.name} cannot be loaded: {error}")
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.flash import (
+    aot_arguments,
     LOG2E,
     load_rows,
     logit_gradient,
@@ -823,3 +824,59 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """-sum exp(sink - lse) * delta over batch and rows: a small ordered sum."""
     p = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == float("-inf"), 0)
     return -(p * delta).transpose(0, -2).flatten(1).sum(1).to(sinks.dtype)
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    float32 = dict.fromkeys(("LSE", "DLSE", "DELTA", "SINKS", "SLOPES", "DK_PART", "DV_PART"), "fp32")
+    index = dict.fromkeys(("CU_Q", "CU_K", "PREFIX_AT"), "i32") | {"HIDDEN": "u8"}
+
+    def case(name, kernel, fn, head_dims, dtype, span, **flags):
+        d, dv = head_dims
+        size = 4 if dtype == "fp32" else 2
+        tile = config(kernel, max(padded(d), padded(dv)), size, span)
+        constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
+        constants |= {"CHUNK": PREFIX_CHUNK}
+        constants |= {f: False for f in ("VARLEN", "DILATED", "SKIP", "SINK", "ALIBI", "SOFTCAP", "DLSE_GIVEN")}
+        constants |= {"PREFIX": 0} | flags
+        if fn is _prefix_reduce_kernel:
+            constants["BN"] = 16
+        absent = [
+            *(() if constants["VARLEN"] else ("CU_Q", "CU_K")),
+            *(() if constants["PREFIX"] == 2 else ("PREFIX_AT",)),
+            *(() if constants["PREFIX"] == 2 or kernel == "prefix" else ("PK", "PV")),
+            *(() if constants["SKIP"] else ("HIDDEN",)),
+            *(() if constants["SINK"] else ("SINKS",)),
+            *(() if constants["ALIBI"] else ("SLOPES",)),
+            *(() if constants["DLSE_GIVEN"] else ("DLSE",)),
+        ]
+        return AotCase(
+            f"{kernel}_{name}",
+            fn,
+            **aot_arguments(
+                fn,
+                {"": dtype} | float32 | index,
+                {n: value for n, value in constants.items() if n in fn.arg_names},
+                [n for n in absent if n in fn.arg_names],
+            ),
+            options={"num_warps": tile.warps, "num_stages": tile.stages},
+            expect=("MMA",) if size == 2 and fn is not _prefix_reduce_kernel else None,
+        )
+
+    kernels = {"fwd": _fwd_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel, "prefix": _prefix_dkdv_kernel}
+    for kernel, fn in kernels.items():
+        prefix = {"PREFIX": 1} if kernel == "prefix" else {}
+        for head_dims in ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128)):
+            name = f"bf16_d{head_dims[0]}" + (f"_dv{head_dims[1]}" if head_dims[0] != head_dims[1] else "")
+            yield case(name, kernel, fn, head_dims, "bf16", 1024, **prefix)
+        yield case("bf16_d64_narrow", kernel, fn, (64, 64), "bf16", 128, SINK=True, **prefix)
+        yield case("bf16_d128_narrow", kernel, fn, (128, 128), "bf16", 128, SINK=True, **prefix)
+        yield case("fp16_d128_packed", kernel, fn, (128, 128), "fp16", 1024, VARLEN=True, ALIBI=True, **prefix)
+        full = {"DILATED": True, "SOFTCAP": True, "ALIBI": True, "DLSE_GIVEN": True, "VARLEN": True, "PREFIX": 1}
+        yield case("bf16_d128_all", kernel, fn, (128, 128), "bf16", 1024, **full)
+        yield case("bf16_d64_global", kernel, fn, (64, 64), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
+        yield case("bf16_d128_global", kernel, fn, (128, 128), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
+        yield case("fp32_d64", kernel, fn, (64, 64), "fp32", 1024, **prefix)
+        yield case("fp32_d128", kernel, fn, (128, 128), "fp32", 1024, **prefix)
+    yield case("reduce_bf16_d128", "prefix", _prefix_reduce_kernel, (128, 128), "bf16", 1024, PREFIX=1)

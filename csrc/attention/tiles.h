@@ -1,0 +1,527 @@
+// Flash attention on the CPU, a tile at a time: the part that every op of this family shares.
+//
+// A tile has up to L "lanes" (queries; keys when the gradients of keys are computed), which run across the vector
+// registers, and up to kRows "rows" of the other side. Scores are stored transposed, [row][lane], so that the
+// softmax over keys needs no horizontal operation and the rows are read in their natural layout, one broadcast
+// element (bf16: one pair) at a time. Two products do everything, forward and backward:
+//
+//   rows_by_lanes   C[r][lane]  = sum_d B[r][d] A[d][lane]      scores, dP
+//   sum_over_rows   O[d][lane] += sum_r B[r][d] P[r][lane]      P V, dS K, and their transposes
+//
+// bf16 on a CPU with AVX512-BF16 multiplies pairs (vdpbf16ps); everything else is widened to float32.
+#pragma once
+
+#include "common/cpu.h"
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+namespace tilefuse {
+namespace TILEFUSE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kVectors = 4, kBlock = 6;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kVectors = 2, kBlock = 6;
+#else
+constexpr int kWidth = 4, kVectors = 2, kBlock = 4;
+#endif
+constexpr int kRows = 48;
+constexpr int32_t kNowhere = INT32_MAX;  // position of a row that nobody sees
+constexpr float kInfinity = __builtin_inff();
+
+typedef float vec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+
+static inline vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
+static inline ivec load(const int32_t* p) { return *reinterpret_cast<const ivec*>(p); }
+static inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
+static inline vec splat(float x) { return vec{} + x; }
+static inline vec max(vec a, vec b) { return a > b ? a : b; }
+
+// e^x for x <= ~0, relative error below 2e-7; NaN stays NaN
+static inline vec exp(vec x) {
+  const vec t = (x < -87.0f ? splat(-87.0f) : x) * 1.44269504f;
+  const vec shifted = t + 12582912.0f;  // 1.5 * 2^23 rounds to an integer in the low bits
+  const vec f = t - (shifted - 12582912.0f);
+  vec p = splat(1.5403530e-4f);
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const ivec exponent = ((ivec)shifted - 0x4b400000) << 23;
+  const vec result = (vec)((ivec)p + exponent);
+  return x != x ? x : (x < -87.0f ? splat(0.0f) : result);
+}
+
+static inline vec tanh(vec x) {
+  const vec e = exp((x < 0.0f ? x : -x) * 2.0f);
+  const vec y = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -y : y;
+}
+
+// how operands of type T are multiplied: float32, or pairs of bf16 in a 32-bit word
+template <typename T>
+struct Operand {
+  using type = float;
+  static constexpr int per_word = 1;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Operand<bf16> {
+  using type = uint32_t;
+  static constexpr int per_word = 2;
+};
+#endif
+
+static inline int64_t words(int64_t n, int per_word) { return (n + per_word - 1) / per_word; }
+
+static inline vec multiply_add(float b, const float* a, vec c) { return load(a) * b + c; }
+#if defined(__AVX512BF16__)
+static inline vec multiply_add(uint32_t b, const uint32_t* a, vec c) {
+  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
+}
+#endif
+
+// NR rows of C [.][L] (+)= sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
+template <int L, int NR, bool kAdd, typename W>
+static inline void block_product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, float* c) {
+  constexpr int kV = L / kWidth < kVectors ? L / kWidth : kVectors;
+  for (int lane = 0; lane < L; lane += kV * kWidth) {
+    vec acc[NR][kV];
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) acc[r][v] = kAdd ? load(c + r * L + lane + v * kWidth) : vec{};
+    const W* at = a + lane;
+    const W* row = b;
+    for (int64_t k = 0; k < depth; ++k, at += L, row += depth_step) {
+#pragma GCC unroll 16
+      for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+        for (int v = 0; v < kV; ++v) acc[r][v] = multiply_add(row[r * row_step], at + v * kWidth, acc[r][v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) store(c + r * L + lane + v * kWidth, acc[r][v]);
+  }
+}
+
+template <int L, bool kAdd, typename W>
+static void product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, int64_t rows, float* c) {
+  int64_t r = 0;
+  for (; r + kBlock <= rows; r += kBlock)
+    block_product<L, kBlock, kAdd>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+  for (; r + 2 <= rows; r += 2)
+    block_product<L, 2, kAdd>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+  for (; r < rows; ++r) block_product<L, 1, kAdd>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+}
+
+// C[r][lane] = sum_d: lanes packed [depth][L], rows packed [r][depth]
+template <int L, typename W>
+static inline void rows_by_lanes(const W* lanes, const W* rows, int64_t depth, int64_t count, float* c) {
+  product<L, false>(lanes, rows, depth, 1, depth, count, c);
+}
+
+// O[d][lane] += sum_r: p packed [count][L], values packed [count][dim]
+template <int L, typename W>
+static inline void sum_over_rows(const W* p, const W* values, int64_t count, int64_t dim, float* o) {
+  product<L, true>(p, values, 1, dim, count, dim, o);
+}
+
+static inline uint32_t pair_of(bf16 low, bf16 high) {
+  return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
+}
+
+// L vectors x [d] -> [d words][L]; a null pointer is a row of zeros
+template <int L, typename T>
+static void pack_lanes(const T* const* x, int64_t dim, float* out) {
+  for (int lane = 0; lane < L; ++lane)
+    for (int64_t d = 0; d < dim; ++d) out[d * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][d]);
+}
+template <int L>
+static void pack_lanes(const bf16* const* x, int64_t dim, uint32_t* out) {
+  for (int lane = 0; lane < L; ++lane)
+    for (int64_t d = 0; d < dim; d += 2)
+      out[d / 2 * L + lane] =
+          x[lane] == nullptr ? 0 : pair_of(x[lane][d], d + 1 < dim ? x[lane][d + 1] : bf16{0});
+}
+
+// rows for rows_by_lanes: [count][d words]
+template <typename T>
+static void pack_rows(const T* const* x, int64_t count, int64_t dim, float* out) {
+  for (int64_t r = 0; r < count; ++r, out += dim) {
+    if (x[r] == nullptr) {
+      std::memset(out, 0, dim * sizeof(float));
+    } else {
+      const T* row = x[r];
+      for (int64_t d = 0; d < dim; ++d) out[d] = to_float(row[d]);
+    }
+  }
+}
+static inline void pack_rows(const bf16* const* x, int64_t count, int64_t dim, uint32_t* out) {
+  const int64_t n = words(dim, 2);
+  for (int64_t r = 0; r < count; ++r, out += n) {
+    out[n - 1] = 0;
+    if (x[r] == nullptr) {
+      std::memset(out, 0, n * 4);
+    } else {
+      std::memcpy(out, x[r], dim * 2);
+    }
+  }
+}
+
+// rows for sum_over_rows: [row words][dim]
+template <typename T>
+static void pack_values(const T* const* x, int64_t count, int64_t dim, float* out) {
+  pack_rows(x, count, dim, out);
+}
+static inline void pack_values(const bf16* const* x, int64_t count, int64_t dim, uint32_t* out) {
+  for (int64_t r = 0; r < count; r += 2, out += dim) {
+    const bf16* low = x[r];
+    const bf16* high = r + 1 < count ? x[r + 1] : nullptr;
+    if (low != nullptr && high != nullptr) {
+      for (int64_t d = 0; d < dim; ++d) out[d] = pair_of(low[d], high[d]);
+    } else {
+      for (int64_t d = 0; d < dim; ++d)
+        out[d] = pair_of(low == nullptr ? bf16{0} : low[d], high == nullptr ? bf16{0} : high[d]);
+    }
+  }
+}
+
+// p [count][L] float32 -> the operand of sum_over_rows; the float32 one is used as it is
+template <int L>
+static inline const float* pack_weights(const float* p, int64_t, float*) {
+  return p;
+}
+template <int L>
+static inline const uint32_t* pack_weights(float* p, int64_t count, uint32_t* out) {
+  if (count % 2) std::memset(p + count * L, 0, L * sizeof(float));
+  for (int64_t r = 0; r < count; r += 2) {
+    const float *low = p + r * L, *high = low + L;
+    uint32_t* to = out + r / 2 * L;
+    for (int lane = 0; lane < L; ++lane) {
+      const uint32_t a = float_to_bits(low[lane]), b = float_to_bits(high[lane]);
+      to[lane] = ((a + 0x7fffu + ((a >> 16) & 1u)) >> 16) | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+    }
+  }
+  return out;
+}
+
+// bump allocator over one aligned block, freed with it
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : base_(static_cast<char*>(std::malloc(bytes + 64))) {
+    at_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(base_) + 63) & ~static_cast<uintptr_t>(63));
+  }
+  ~Scratch() { std::free(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <typename W>
+  W* take(int64_t count) {
+    W* p = reinterpret_cast<W*>(at_);
+    at_ += (count * sizeof(W) + 63) & ~static_cast<size_t>(63);
+    return p;
+  }
+
+ private:
+  char* base_;
+  char* at_;
+};
+
+static inline size_t tile_bytes(int lanes, int64_t dim, int64_t dim_v) {
+  return 4 * (6 * (kRows + 2) * static_cast<size_t>(lanes) + (4 * lanes + 4 * (kRows + 2)) * (dim + dim_v + 4)) + 8192;
+}
+
+// what turns a dot product into a logit
+struct Score {
+  float scale;
+  float softcap;  // 0 = off
+  bool alibi;
+  int32_t step;  // distance between neighbouring positions, for ALiBi
+};
+
+// lanes are queries: which positions each sees, where it stands, its ALiBi slope
+template <int L>
+struct Queries {
+  int32_t low[L], high[L], at[L];
+  float slope[L];
+};
+
+// Scores [count][L] in place -> logits, -inf where masked. `tanh_out` keeps the soft cap's tanh for the backward.
+template <int L>
+static void finish_scores(float* s, const int32_t* position, int64_t count, const Queries<L>& q, const Score& score,
+                          bool mask, float* tanh_out) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int lane = 0; lane < L; lane += kWidth) {
+      vec x = load(s + r * L + lane) * score.scale;
+      if (score.softcap > 0) {
+        const vec t = tanh(x / score.softcap);
+        if (tanh_out != nullptr) store(tanh_out + r * L + lane, t);
+        x = t * score.softcap;
+      }
+      const ivec at = ivec{} + position[r];
+      if (score.alibi) {
+        const ivec offset = at - load(q.at + lane);
+        const vec distance = __builtin_convertvector(offset < 0 ? -offset : offset, vec);
+        x -= load(q.slope + lane) * (distance * static_cast<float>(score.step));
+      }
+      if (mask) {
+        const ivec seen = (at >= load(q.low + lane)) & (at <= load(q.high + lane));
+        x = seen ? x : splat(-kInfinity);
+      }
+      store(s + r * L + lane, x);
+    }
+  }
+}
+
+// Forward of one tile of queries over any number of key tiles.
+template <typename T, int L>
+class Forward {
+  using W = typename Operand<T>::type;
+  static constexpr int kPer = Operand<T>::per_word;
+
+ public:
+  Queries<L> queries;
+
+  Forward(Scratch& scratch, int64_t dim, int64_t dim_v)
+      : dim_(dim),
+        dim_v_(dim_v),
+        q_(scratch.take<W>(words(dim, kPer) * L)),
+        k_(scratch.take<W>(words(dim, kPer) * kRows)),
+        v_(scratch.take<W>((kRows + 1) * dim_v)),
+        s_(scratch.take<float>((kRows + 1) * L)),
+        p_(scratch.take<W>((kRows + 1) * L)),
+        acc_(scratch.take<float>(dim_v * L)) {}
+
+  // rows of lanes past the tile are null; sinks [L] or null
+  void begin(const T* const* q, const float* sinks) {
+    pack_lanes<L>(q, dim_, q_);
+    std::memset(acc_, 0, dim_v_ * L * sizeof(float));
+    for (int lane = 0; lane < L; ++lane) {
+      top_[lane] = sinks == nullptr ? -kInfinity : sinks[lane];
+      total_[lane] = sinks == nullptr || sinks[lane] == -kInfinity ? 0.0f : 1.0f;
+    }
+  }
+
+  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score, bool mask) {
+    pack_rows(k, count, dim_, k_);
+    rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
+    finish_scores<L>(s_, position, count, queries, score, mask, nullptr);
+    for (int lane = 0; lane < L; lane += kWidth) {
+      const vec old = load(top_ + lane);
+      vec top = old;
+      for (int64_t r = 0; r < count; ++r) {
+        const vec x = load(s_ + r * L + lane);
+        top = top > x ? top : x;
+      }
+      const vec safe = top == -kInfinity ? splat(0.0f) : top;
+      vec sum = {};
+      for (int64_t r = 0; r < count; ++r) {
+        const vec p = exp(load(s_ + r * L + lane) - safe);
+        store(s_ + r * L + lane, p);
+        sum += p;
+      }
+      const vec alpha = old == -kInfinity ? splat(0.0f) : exp(old - safe);
+      store(alpha_ + lane, alpha);
+      store(top_ + lane, top);
+      store(total_ + lane, load(total_ + lane) * alpha + sum);
+    }
+    bool rescale = false;
+    for (int lane = 0; lane < L; ++lane) rescale |= alpha_[lane] != 1.0f;
+    if (rescale) {
+      for (int64_t d = 0; d < dim_v_; ++d)
+        for (int lane = 0; lane < L; lane += kWidth)
+          store(acc_ + d * L + lane, load(acc_ + d * L + lane) * load(alpha_ + lane));
+    }
+    pack_values(v, count, dim_v_, v_);
+    sum_over_rows<L>(pack_weights<L>(s_, count, p_), v_, words(count, kPer), dim_v_, acc_);
+  }
+
+  // a null row is not written
+  void end(T* const* out, float* const* lse) {
+    for (int lane = 0; lane < L; ++lane) {
+      if (out[lane] == nullptr) continue;
+      const float total = total_[lane];
+      const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      for (int64_t d = 0; d < dim_v_; ++d) out[lane][d] = from_float<T>(acc_[d * L + lane] * inverse);
+      *lse[lane] = total == 0.0f ? -kInfinity : top_[lane] + std::log(total);
+    }
+  }
+
+ private:
+  const int64_t dim_, dim_v_;
+  W *q_, *k_, *v_;
+  float* s_;
+  W* p_;
+  float* acc_;
+  float top_[L], total_[L], alpha_[L];
+};
+
+// p = exp(logit - lse), ds = p (dp - delta) (1 - tanh^2), over [count][L]; lse and delta per lane or per row
+template <int L, bool kPerLane>
+static void logit_gradient(float* s, float* dp, const float* tanh_in, int64_t count, const float* lse, const float* delta) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int lane = 0; lane < L; lane += kWidth) {
+      const int64_t i = r * L + lane;
+      const vec shift = kPerLane ? load(lse + lane) : splat(lse[r]);
+      const vec p = exp(load(s + i) - (shift == -kInfinity ? splat(0.0f) : shift));
+      vec ds = p * (load(dp + i) - (kPerLane ? load(delta + lane) : splat(delta[r])));
+      if (tanh_in != nullptr) ds *= 1.0f - load(tanh_in + i) * load(tanh_in + i);
+      store(s + i, p);
+      // a masked key may hold anything
+      store(dp + i, p == 0.0f ? splat(0.0f) : ds);
+    }
+  }
+}
+
+// Gradient of one tile of queries.
+template <typename T, int L>
+class QueryGradient {
+  using W = typename Operand<T>::type;
+  static constexpr int kPer = Operand<T>::per_word;
+
+ public:
+  Queries<L> queries;
+  float lse[L], delta[L];
+
+  QueryGradient(Scratch& scratch, int64_t dim, int64_t dim_v)
+      : dim_(dim),
+        dim_v_(dim_v),
+        q_(scratch.take<W>(words(dim, kPer) * L)),
+        dout_(scratch.take<W>(words(dim_v, kPer) * L)),
+        k_(scratch.take<W>(words(dim, kPer) * kRows)),
+        k_values_(scratch.take<W>((kRows + 1) * dim)),
+        v_(scratch.take<W>(words(dim_v, kPer) * kRows)),
+        s_(scratch.take<float>((kRows + 1) * L)),
+        tanh_(scratch.take<float>((kRows + 1) * L)),
+        dp_(scratch.take<float>((kRows + 1) * L)),
+        p_(scratch.take<W>((kRows + 1) * L)),
+        dq_(scratch.take<float>(dim * L)) {}
+
+  void begin(const T* const* q, const T* const* dout) {
+    pack_lanes<L>(q, dim_, q_);
+    pack_lanes<L>(dout, dim_v_, dout_);
+    std::memset(dq_, 0, dim_ * L * sizeof(float));
+  }
+
+  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score, bool mask) {
+    pack_rows(k, count, dim_, k_);
+    pack_rows(v, count, dim_v_, v_);
+    rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
+    rows_by_lanes<L>(dout_, v_, words(dim_v_, kPer), count, dp_);
+    float* kept = score.softcap > 0 ? tanh_ : nullptr;
+    finish_scores<L>(s_, position, count, queries, score, mask, kept);
+    logit_gradient<L, true>(s_, dp_, kept, count, lse, delta);
+    pack_values(k, count, dim_, k_values_);
+    sum_over_rows<L>(pack_weights<L>(dp_, count, p_), k_values_, words(count, kPer), dim_, dq_);
+  }
+
+  void end(T* const* dq, float scale) {
+    for (int lane = 0; lane < L; ++lane) {
+      if (dq[lane] == nullptr) continue;
+      for (int64_t d = 0; d < dim_; ++d) dq[lane][d] = from_float<T>(dq_[d * L + lane] * scale);
+    }
+  }
+
+ private:
+  const int64_t dim_, dim_v_;
+  W *q_, *dout_, *k_, *k_values_, *v_;
+  float *s_, *tanh_, *dp_;
+  W* p_;
+  float* dq_;
+};
+
+// up to kRows queries against the lanes of KeyGradient
+struct QueryRows {
+  int32_t low[kRows], high[kRows], at[kRows];
+  float lse[kRows], delta[kRows];
+  float slope;
+};
+
+// Gradients of one tile of keys and values; lanes are keys, `position` their places (kNowhere hides one).
+template <typename T, int L>
+class KeyGradient {
+  using W = typename Operand<T>::type;
+  static constexpr int kPer = Operand<T>::per_word;
+
+ public:
+  int32_t position[L];
+
+  KeyGradient(Scratch& scratch, int64_t dim, int64_t dim_v)
+      : dim_(dim),
+        dim_v_(dim_v),
+        k_(scratch.take<W>(words(dim, kPer) * L)),
+        v_(scratch.take<W>(words(dim_v, kPer) * L)),
+        q_(scratch.take<W>(words(dim, kPer) * kRows)),
+        q_values_(scratch.take<W>((kRows + 1) * dim)),
+        dout_(scratch.take<W>(words(dim_v, kPer) * kRows)),
+        dout_values_(scratch.take<W>((kRows + 1) * dim_v)),
+        s_(scratch.take<float>((kRows + 1) * L)),
+        tanh_(scratch.take<float>((kRows + 1) * L)),
+        dp_(scratch.take<float>((kRows + 1) * L)),
+        p_(scratch.take<W>((kRows + 1) * L)),
+        dk_(scratch.take<float>(dim * L)),
+        dv_(scratch.take<float>(dim_v * L)) {}
+
+  void begin(const T* const* k, const T* const* v) {
+    pack_lanes<L>(k, dim_, k_);
+    pack_lanes<L>(v, dim_v_, v_);
+    std::memset(dk_, 0, dim_ * L * sizeof(float));
+    std::memset(dv_, 0, dim_v_ * L * sizeof(float));
+  }
+
+  void queries(const T* const* q, const T* const* dout, const QueryRows& rows, int64_t count, const Score& score, bool mask) {
+    pack_rows(q, count, dim_, q_);
+    pack_rows(dout, count, dim_v_, dout_);
+    rows_by_lanes<L>(k_, q_, words(dim_, kPer), count, s_);
+    rows_by_lanes<L>(v_, dout_, words(dim_v_, kPer), count, dp_);
+    float* kept = score.softcap > 0 ? tanh_ : nullptr;
+    for (int64_t r = 0; r < count; ++r) {
+      for (int lane = 0; lane < L; lane += kWidth) {
+        vec x = load(s_ + r * L + lane) * score.scale;
+        if (kept != nullptr) {
+          const vec t = tanh(x / score.softcap);
+          store(kept + r * L + lane, t);
+          x = t * score.softcap;
+        }
+        const ivec at = load(position + lane);
+        if (score.alibi) {
+          const ivec offset = at - rows.at[r];
+          const vec distance = __builtin_convertvector(offset < 0 ? -offset : offset, vec);
+          x -= rows.slope * (distance * static_cast<float>(score.step));
+        }
+        if (mask) x = (at >= rows.low[r]) & (at <= rows.high[r]) ? x : splat(-kInfinity);
+        store(s_ + r * L + lane, x);
+      }
+    }
+    logit_gradient<L, false>(s_, dp_, kept, count, rows.lse, rows.delta);
+    pack_values(dout, count, dim_v_, dout_values_);
+    sum_over_rows<L>(pack_weights<L>(s_, count, p_), dout_values_, words(count, kPer), dim_v_, dv_);
+    pack_values(q, count, dim_, q_values_);
+    sum_over_rows<L>(pack_weights<L>(dp_, count, p_), q_values_, words(count, kPer), dim_, dk_);
+  }
+
+  void end(T* const* dk, T* const* dv, float scale) {
+    for (int lane = 0; lane < L; ++lane) {
+      if (dk[lane] == nullptr) continue;
+      for (int64_t d = 0; d < dim_; ++d) dk[lane][d] = from_float<T>(dk_[d * L + lane] * scale);
+      for (int64_t d = 0; d < dim_v_; ++d) dv[lane][d] = from_float<T>(dv_[d * L + lane]);
+    }
+  }
+
+ private:
+  const int64_t dim_, dim_v_;
+  W *k_, *v_, *q_, *q_values_, *dout_, *dout_values_;
+  float *s_, *tanh_, *dp_;
+  W* p_;
+  float *dk_, *dv_;
+};
+
+}  // namespace TILEFUSE_ISA
+}  // namespace tilefuse

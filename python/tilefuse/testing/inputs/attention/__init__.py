@@ -1,0 +1,1 @@
+"""Inputs of the attention family, and plain dense attention to hold it against."""

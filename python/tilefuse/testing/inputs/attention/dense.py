@@ -1,0 +1,90 @@
+"""Attention as a dense masked softmax: the float64 oracle, and the plain low-precision computation.
+
+Differentiable by autograd. ``visible`` broadcasts to ``[B, Hq, Sq, Sk]``; NaN in hidden keys is kept out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ....reference.attention.window_attention import window_mask
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Sq, Hq, Dv] in q's dtype and lse [B, Hq, Sq], every product in q's dtype."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    seen = visible.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    anyone = seen.any(2)[..., None]
+    k, v = (torch.where(anyone, x, torch.zeros_like(x)) for x in (k, v))
+    x = (q @ k.transpose(-1, -2)) * scale
+    if softcap > 0:
+        x = softcap * torch.tanh(x / softcap)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    x = x.to(wide)
+    if alibi_slopes is not None:
+        i = torch.arange(x.shape[2], device=x.device)[:, None] + (x.shape[3] - x.shape[2])
+        distance = (i - torch.arange(x.shape[3], device=x.device)).abs()
+        x = x - alibi_slopes.to(wide)[:, None, None] * distance
+    x = x.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        column = sinks.to(wide)[None, :, None, None].expand(*x.shape[:3], 1)
+        x = torch.cat([x, column], -1)
+    # a row without keys: no gradient may pass through a softmax of nothing
+    alive = (x > float("-inf")).any(-1, keepdim=True)
+    lse = torch.logsumexp(torch.where(alive, x, torch.zeros_like(x)), -1)
+    p = torch.where(alive, torch.softmax(torch.where(alive, x, torch.zeros_like(x)), -1), torch.zeros_like(x))
+    p = p[..., : v.shape[2]].to(v.dtype)
+    lse = torch.where(alive[..., 0], lse, torch.full_like(lse, float("-inf")))
+    return (p @ v).transpose(1, 2), lse
+
+
+def dense_window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    window: tuple[int, int] = (-1, -1),
+    dilation: int = 1,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sink_tokens: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """``window_attention`` by a dense mask, sequence by sequence."""
+    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
+
+    def mask(sq: int, sk: int) -> Tensor:
+        return window_mask(sq, sk, window, dilation=dilation, sink_tokens=sink_tokens, device=q.device)
+
+    if q.dim() == 4:
+        return dense_attention(q, k, v, mask(q.shape[1], k.shape[1]), **options)
+    cu_q = cu_seqlens_q.tolist()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    outs = [q.new_zeros(cu_q[0], q.shape[1], v.shape[2])]
+    lses = [torch.full((q.shape[1], cu_q[0]), float("-inf"), dtype=wide, device=q.device)]
+    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
+        out, lse = dense_attention(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mask(q1 - q0, k1 - k0), **options)
+        outs.append(out[0])
+        lses.append(lse[0])
+    rest = q.shape[0] - cu_q[-1]
+    outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
+    lses.append(torch.full((q.shape[1], rest), float("-inf"), dtype=wide, device=q.device))
+    return torch.cat(outs), torch.cat(lses, 1)

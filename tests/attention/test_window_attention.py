@@ -1,0 +1,536 @@
+"""``window_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+
+import itertools
+
+import pytest
+import torch
+
+import tilefuse
+from tilefuse import native
+from tilefuse.reference.attention.window_attention import window_mask
+from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs.attention.dense import dense_attention, dense_window
+from tilefuse.testing.inputs.attention.window_attention import cases, normal, qkv
+
+CPU_MISSING = native.load("cpu").missing
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("triton", "cpu"), id="interpreter"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+]
+CASES = [case[0] for case in cases("cpu", torch.float32)]
+HALF = [torch.bfloat16, torch.float16]
+GRADS = ("q", "k", "v", "sinks")
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Runs the test once per backend; the value is the device its tensors live on."""
+    name, where = request.param
+    with tilefuse.backend(name):
+        yield where
+
+
+def case(name, device="cpu", dtype=torch.float32):
+    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
+
+
+def compute(function, tensors, others, options, dtype, wide=None):
+    """out, lse and the gradients of q, k, v (sinks) under random dout and dlse that all functions share."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    others = dict(others)
+    if wide is not None:
+        others |= {n: t.to(wide) for n, t in others.items() if t.is_floating_point()}
+    if "sinks" in others:
+        others["sinks"] = others["sinks"].detach().clone().requires_grad_()
+        leaves.append(others["sinks"])
+    out, lse = function(*leaves[:3], **others, **options)
+    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).to(out.dtype)
+    dlse = normal(*lse.shape, device=out.device, seed=12).to(lse.dtype)
+    grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum(), leaves)
+    return [out.detach(), lse.detach(), *grads]
+
+
+def check(tensors, others, options):
+    """A call on the current backend against the dense oracle, with the dense low-precision result as the measure."""
+    with poisoned():
+        got = compute(tilefuse.window_attention, tensors, others, options, tensors[0].dtype)
+    exact = compute(dense_window, tensors, others, options, torch.float64, torch.float64)
+    naive = compute(dense_window, tensors, others, options, tensors[0].dtype)
+    on_operands = backward_oracle(tensors, others, options, *got[:2])
+    for name, x, y, z in zip(("out", "lse", *GRADS), got, exact, naive):
+        assert x.is_contiguous()
+        if name not in GRADS:
+            assert_close(x, y, z, name=name)
+            continue
+        # a row of a gradient may cancel to nothing: float32 noise is that of its terms, which are of order one
+        terms = 8 * 2.0**-24 * max(1.0, float(y.abs().max())) if y.numel() else None
+        assert_close(x, y, z, name=name, tiny=terms, rows=False)
+        assert_close(x, on_operands[name], z, name=f"{name} on the backward's operands", tiny=terms)
+    return got
+
+
+def backward_oracle(tensors, others, options, out, lse):
+    """float64 gradients from the backward's own operands, which hold the rounded out and lse."""
+    q, k, v = (x.double() for x in tensors)
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
+    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).double()
+    dlse = normal(*lse.shape, device=out.device, seed=12).masked_fill(lse.isinf(), 0).double()
+    cu_q = others.get("cu_seqlens_q")
+    with tilefuse.backend("reference"):
+        grads = torch.ops.tilefuse.window_attention_bwd(
+            dout, dlse, q, k, v, out.double(), lse.double(), wide.get("sinks"), wide.get("alibi_slopes"), cu_q,
+            others.get("cu_seqlens_k", cu_q), *options.get("window", (-1, -1)), options.get("dilation", 1),
+            options.get("scale", q.shape[-1] ** -0.5), options.get("softcap", 0.0), options.get("sink_tokens", 0),
+        )  # fmt: skip
+    return dict(zip(GRADS, grads))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name, device):
+    check(*case(name, device))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", ["window", "two_sided", "fewer_keys", "sinks", "everything", "packed_all", "fused_qkv"])
+def test_matches_oracle_in_half(name, dtype, device):
+    check(*case(name, device, dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_is_the_formula(name):
+    tensors, others, options = case(name, dtype=torch.float64)
+    others = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
+    with tilefuse.backend("reference"):
+        got = compute(tilefuse.window_attention, tensors, others, options, torch.float64)
+    exact = compute(dense_window, tensors, others, options, torch.float64)
+    for x, y in zip(got, exact):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["two_sided", "everything", "packed_all", "sinks_no_keys"])
+def test_gradcheck(name):
+    tensors, others, options = case(name, dtype=torch.float64)
+    others = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    if "sinks" in others:
+        leaves.append(others.pop("sinks").requires_grad_())
+
+    def call(q, k, v, sinks=None):
+        out, lse = tilefuse.window_attention(q, k, v, sinks, **others, **options)
+        return out, lse.masked_fill(lse.isinf(), 0)
+
+    with tilefuse.backend("reference"):
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+def sees(offset, j, left, right, d, n):
+    """The window rule for one query and key, ``offset`` tokens apart."""
+    if 0 <= right * d < offset:
+        return False
+    return j < n or (offset % d == 0 and (left < 0 or offset >= -left * d))
+
+
+def semantics(device, lengths, windows, dilations, sinks):
+    """The set of keys each row sees, read off one-hot values, against the rule in plain integers."""
+    for (sq, sk), (left, right), d, n in itertools.product(lengths, windows, dilations, sinks):
+        q, k = torch.zeros(1, sq, 1, 16, device=device), torch.zeros(1, sk, 1, 16, device=device)
+        v = torch.eye(sk, device=device)[None, :, None]
+        out, lse = tilefuse.window_attention(q, k, v, window=(left, right), dilation=d, sink_tokens=n)
+        expected = torch.tensor([[sees(j - (i + sk - sq), j, left, right, d, n) for j in range(sk)] for i in range(sq)])
+        expected = expected.double()
+        assert torch.equal(window_mask(sq, sk, (left, right), dilation=d, sink_tokens=n), expected.bool())
+        count = expected.sum(1)
+        torch.testing.assert_close(out[0, :, 0].cpu().double(), expected / count.clamp(min=1)[:, None])
+        torch.testing.assert_close(lse[0, 0].cpu().double(), count.log(), rtol=1e-6, atol=1e-6)
+
+
+SIDES = [-1, 0, 1, 2, 5]
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+def test_4_window_semantics_exhaustively(backend):
+    lengths = [(1, 1), (1, 5), (5, 2), (4, 7), (6, 6)]
+    with tilefuse.backend(backend):
+        semantics("cpu", lengths, list(itertools.product(SIDES, SIDES)), [1, 2, 3], [0, 2])
+
+
+def test_4_window_semantics_in_triton(triton_backend, device="cpu"):
+    semantics(device, [(5, 7), (7, 4)], [(-1, -1), (-1, 0), (0, -1), (2, 1), (0, 0), (1, 5)], [1, 3], [0, 2])
+
+
+@pytest.mark.gpu
+def test_4_window_semantics_on_gpu():
+    lengths = list(itertools.product([1, 5, 7, 70], [1, 4, 7, 75]))
+    with tilefuse.backend("triton"):
+        semantics("cuda", lengths, list(itertools.product(SIDES, SIDES)), [1, 3], [0, 2])
+
+
+def test_1_ragged_tail_with_bias(device):
+    q, k, v = qkv(1, 67, 67, 2, 1, 16, device=device)
+    got = check((q, k, v), {"alibi_slopes": torch.tensor([0.3, 0.1], device=device)}, {"window": (10, 0)})
+    assert all(x.isfinite().all() for x in got)
+
+
+def test_2_window_as_wide_as_the_sequence(device):
+    q, k, v = qkv(1, 45, 45, 2, 1, 16, device=device)
+    for bounded, unbounded in (((44, 0), (-1, 0)), ((100, 0), (-1, 0)), ((44, 44), (-1, -1)), ((2**40, 2**40), (-1, -1))):
+        for a, b in zip(tilefuse.window_attention(q, k, v, window=bounded), tilefuse.window_attention(q, k, v, window=unbounded)):
+            assert_bit_equal(a, b)
+
+
+def test_3_window_of_one(device):
+    q, k, v = qkv(1, 35, 35, 2, 1, 16, device=device)
+    out, _ = tilefuse.window_attention(q, k, v, window=(0, 0))
+    torch.testing.assert_close(out, v.repeat_interleave(2, 2))
+
+
+def test_5_rows_without_keys(device):
+    """Also: such a row does not poison the others."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 50, 20, 2, 1, 16, device=device))
+    out, lse = tilefuse.window_attention(q, k, v, window=(3, 0))
+    assert (out[:, :30] == 0).all() and (lse[..., :30] == float("-inf")).all() and lse[..., 30:].isfinite().all()
+    dq, dk, dv = torch.autograd.grad(out.sum() + lse[..., 30:].sum(), (q, k, v))
+    assert (dq[:, :30] == 0).all()
+    assert all(g.isfinite().all() for g in (dq, dk, dv))
+
+
+def test_6_very_negative_logits(device):
+    """No finite sentinel: logits below -5e4 still make a softmax."""
+    q, k, v = qkv(1, 40, 40, 1, 1, 16, device=device)
+    q, k = q.abs() * 300, -k.abs() * 300
+    check((q, k, v), {}, {"window": (9, 0)})
+
+
+@pytest.mark.parametrize("name", ["empty_batch", "no_queries", "no_keys"])
+def test_7_empty(name, device):
+    (q, k, v), others, options = case(name, device)
+    out, lse = tilefuse.window_attention(q, k, v, **others, **options)
+    assert out.shape == (*q.shape[:-1], v.shape[-1]) and (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_7_empty_packed(device):
+    q, k, v = (x[:0] for x in qkv(0, 1, 1, 2, 1, 16, device=device))
+    for bounds in ([0], [0, 0, 0]):
+        cu = torch.tensor(bounds, dtype=torch.int32, device=device)
+        out, lse = tilefuse.window_attention(q, k, v, cu_seqlens_q=cu)
+        assert out.shape == (0, 2, 16) and lse.shape == (2, 0)
+
+
+def test_7_hostile_offsets(device):
+    """Offsets outside of the tensors are clamped, never followed."""
+    q, k, v = qkv(0, 20, 20, 2, 1, 16, device=device)
+    cu = torch.tensor([-5, 7, 400], dtype=torch.int32, device=device)
+    safe = torch.tensor([0, 7, 20], dtype=torch.int32, device=device)
+    for a, b in zip(
+        tilefuse.window_attention(q, k, v, cu_seqlens_q=cu, window=(5, 0)),
+        tilefuse.window_attention(q, k, v, cu_seqlens_q=safe, window=(5, 0)),
+    ):
+        assert_bit_equal(a, b)
+
+
+def test_8_sink_without_keys(device):
+    q, k, v = qkv(1, 30, 10, 2, 1, 16, device=device)
+    sinks = torch.tensor([0.5, -2.0], device=device)
+    _, lse = tilefuse.window_attention(q, k, v, sinks, window=(2, 0))
+    torch.testing.assert_close(lse[0, :, :20], sinks[:, None].expand(2, 20))
+    off = torch.full((2,), float("-inf"), device=device)
+    for a, b in zip(tilefuse.window_attention(q, k, v, off, window=(2, 0)), tilefuse.window_attention(q, k, v, window=(2, 0))):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_8_sink_of_another_dtype(dtype, device):
+    q, k, v = qkv(1, 40, 40, 2, 1, 16, device=device, dtype=torch.bfloat16)
+    sinks = normal(2, device=device, dtype=dtype).requires_grad_()
+    out, _ = tilefuse.window_attention(q, k, v, sinks, window=(9, 0))
+    (grad,) = torch.autograd.grad(out.float().square().sum(), sinks)
+    assert grad.dtype == dtype and grad.isfinite().all() and (grad != 0).all()
+
+
+def test_10_dilation_one_is_plain(device):
+    q, k, v = qkv(1, 61, 61, 2, 1, 16, device=device)
+    for a, b in zip(tilefuse.window_attention(q, k, v, window=(7, 2), dilation=1), tilefuse.window_attention(q, k, v, window=(7, 2))):
+        assert_bit_equal(a, b)
+
+
+@pytest.mark.parametrize("dim", [16, 32, 40, 64, 80, 96, 112, 128, 192, 256])
+def test_12_head_dims(dim, device):
+    check(qkv(1, 35, 35, 1, 1, dim, 48, device=device, dtype=torch.bfloat16), {}, {"window": (10, 3)})
+
+
+def test_12_odd_head_dims(device):
+    check(qkv(1, 20, 20, 1, 1, 1, 3, device=device), {}, {"window": (10, 3)})
+    check(qkv(1, 20, 20, 1, 1, 33, 7, device=device, dtype=torch.bfloat16), {}, {"window": (10, 3)})
+
+
+@pytest.mark.parametrize("group", [3, 7, 8, 16])
+def test_13_group_sizes(group, device):
+    check(qkv(1, 20, 20, 2 * group, 2, 16, device=device), {}, {"window": (6, 0)})
+
+
+def test_15_strides(device):
+    """Transposed heads and batch, an expanded dout, a last dim that is not contiguous, a misaligned start."""
+    q, k, v = qkv(2, 33, 33, 2, 2, 16, device=device)
+    q2 = q.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+    k2 = k.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2).requires_grad_()
+    flat = torch.zeros(v.numel() + 1, device=device)
+    flat[1:] = v.flatten()
+    v2 = flat[1:].view(v.shape).requires_grad_()
+    plain = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    results = []
+    for leaves in ((q2, k2, v2), plain):
+        out, lse = tilefuse.window_attention(*leaves, window=(8, 0))
+        results.append([out, lse, *torch.autograd.grad((out.sum(), lse.sum()), leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_16_nan_past_the_end(device):
+    """Keys and values of other sequences and past the last one never matter, NaN and inf included."""
+    q, k, v = qkv(0, 40, 40, 2, 1, 16, device=device)
+    bad_k, bad_v = k.clone(), v.clone()
+    bad_k[30:], bad_v[30:] = float("nan"), float("inf")
+    cu = torch.tensor([0, 13, 30], dtype=torch.int32, device=device)
+    for a, b in zip(
+        tilefuse.window_attention(q, bad_k, bad_v, cu_seqlens_q=cu, window=(50, 50)),
+        tilefuse.window_attention(q, k, v, cu_seqlens_q=cu, window=(50, 50)),
+    ):
+        assert_bit_equal(a, b)
+
+
+def test_18_decode_step_equals_prefill(device):
+    """A cache rolled to the window's keys gives the row that the whole sequence gives."""
+    q, k, v = qkv(1, 60, 60, 4, 2, 16, device=device)
+    whole, whole_lse = tilefuse.window_attention(q, k, v, window=(15, 0))
+    step, step_lse = tilefuse.window_attention(q[:, -1:], k[:, -16:], v[:, -16:], window=(15, 0))
+    torch.testing.assert_close(step, whole[:, -1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(step_lse, whole_lse[..., -1:], rtol=1e-5, atol=1e-6)
+
+
+def test_19_backward_sees_the_forward_mask(device):
+    """A gradient reaches exactly the keys that the forward reads."""
+    q, k, v = qkv(1, 50, 70, 1, 1, 16, device=device)
+    for window, d, n in (((9, 4), 1, 0), ((3, 0), 3, 2), ((-1, 2), 2, 0)):
+        leaf = v.clone().requires_grad_()
+        out, _ = tilefuse.window_attention(q, k, leaf, window=window, dilation=d, sink_tokens=n)
+        mask = window_mask(50, 70, window, dilation=d, sink_tokens=n)
+        for i in (0, 17, 49):
+            (grad,) = torch.autograd.grad(out[0, i].sum(), leaf, retain_graph=True)
+            assert torch.equal(grad[0].abs().sum((1, 2)).cpu() > 0, mask[i])
+
+
+def test_20_deterministic(device):
+    tensors, others, options = case("everything", device, torch.bfloat16)
+    first = compute(tilefuse.window_attention, tensors, others, options, torch.bfloat16)
+    for _ in range(9 if device == "cuda" else 2):
+        for a, b in zip(first, compute(tilefuse.window_attention, tensors, others, options, torch.bfloat16)):
+            assert_bit_equal(a, b)
+
+
+def test_22_lse_gradient(device):
+    q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16, device=device))
+    _, lse = tilefuse.window_attention(q, k, v, window=(9, 0))
+    got = torch.autograd.grad(lse.square().sum(), (q, k, v), allow_unused=True)
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    _, lse = dense_attention(*leaves, window_mask(40, 40, (9, 0), device=device))
+    exact = torch.autograd.grad(lse.square().sum(), leaves, allow_unused=True)
+    torch.testing.assert_close(got[0].double(), exact[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-4, atol=1e-5)
+    assert (got[2] == 0).all()
+
+
+def test_23_compiles_once_for_every_window():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    call = torch.compile(lambda q, k, v, w: tilefuse.window_attention(q, k, v, window=(w, 0))[0], backend=counter, fullgraph=True)
+    q, k, v = qkv(1, 40, 40, 2, 1, 16)
+    for w in (7, 9, 11, 13):
+        assert_bit_equal(call(q, k, v, w), tilefuse.window_attention(q, k, v, window=(w, 0))[0])
+    # one more than the first: an int becomes dynamic when it first changes
+    assert counter.frame_count <= 2
+
+
+def test_23_compiled_training_step():
+    q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16))
+    sinks = normal(2).requires_grad_()
+
+    def step(q, k, v, sinks):
+        out, lse = tilefuse.window_attention(q, k, v, sinks, window=(9, 0))
+        return out.square().sum() + lse.sum()
+
+    eager = torch.autograd.grad(step(q, k, v, sinks), (q, k, v, sinks))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(q, k, v, sinks), (q, k, v, sinks)), eager):
+        assert_bit_equal(a, b)
+
+
+@pytest.mark.gpu
+def test_23_graph_capture():
+    q, k, v = qkv(1, 256, 256, 4, 2, 64, device="cuda", dtype=torch.bfloat16)
+    expected = tilefuse.window_attention(q, k, v, window=(63, 0))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = tilefuse.window_attention(q, k, v, window=(63, 0))
+    graph.replay()
+    assert_bit_equal(out, expected[0])
+    assert_bit_equal(lse, expected[1])
+
+
+def test_24_softcap_and_scale(device):
+    check(qkv(1, 60, 60, 2, 1, 16, device=device), {}, {"window": (20, 0), "softcap": 2.0, "scale": 1.3})
+
+
+def test_25_batch_invariant(device):
+    q, k, v = qkv(3, 70, 70, 4, 2, 16, device=device, dtype=torch.bfloat16)
+    out, lse = tilefuse.window_attention(q, k, v, window=(20, 5), sink_tokens=2)
+    for b in range(3):
+        alone, alone_lse = tilefuse.window_attention(*(x[b : b + 1] for x in (q, k, v)), window=(20, 5), sink_tokens=2)
+        assert_bit_equal(alone, out[b : b + 1])
+        assert_bit_equal(alone_lse, lse[b : b + 1])
+
+
+@pytest.mark.gpu
+def test_14_more_than_two_to_the_31_elements():
+    q = torch.randn(1, 2**17 + 64, 130, 128, dtype=torch.bfloat16, device="cuda")
+    assert q.numel() > 2**31
+    out, _ = tilefuse.window_attention(q, q[:, :, :1], q[:, :, :1], window=(31, 0))
+    tail, _ = tilefuse.window_attention(q[:, -64:, -2:], q[:, -96:, :1], q[:, -96:, :1], window=(31, 0))
+    torch.testing.assert_close(out[:, -64:, -2:], tail)
+
+
+def test_memory_is_linear():
+    """S = 65,536: the scores alone would take 17 GB per head; the process may grow by a small multiple of the inputs."""
+    import resource
+    import subprocess
+    import sys
+
+    code = """
+import resource, torch, tilefuse
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 65536, 2, 32, dtype=torch.bfloat16) for _ in range(3))
+tilefuse.window_attention(*(x[:, :256] for x in (q, k, v)), window=(127, 0))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+tilefuse.window_attention(q, k, v, window=(127, 0), sink_tokens=4)
+leaves = [x.requires_grad_() for x in (q, k, v)]
+out, lse = tilefuse.window_attention(*leaves, window=(127, 0), sink_tokens=4)
+out.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, q.nbytes)
+"""
+    del resource
+    for backend in ["reference", *([] if CPU_MISSING else ["cpu"])]:
+        import os
+
+        ran = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "TILEFUSE_BACKEND": backend, "TRITON_INTERPRET": "0"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        grown, one = map(int, ran.stdout.split())
+        assert grown < 24 * one, f"{backend}: {grown / one:.1f} x the size of q"
+
+
+def test_opcheck(device):
+    for name in ("everything", "packed_all", "no_keys"):
+        (q, k, v), others, options = case(name, device)
+        args = [q, k, v, *(others.get(n) for n in ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"))]
+        if args[5] is not None and args[6] is None:
+            args[6] = args[5]
+        plain = (*options["window"], options.get("dilation", 1), 0.25, options.get("softcap", 0.0), options.get("sink_tokens", 0))
+        tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(torch.ops.tilefuse.window_attention_fwd.default, (*args, *plain), test_utils=tests)
+        out, lse = torch.ops.tilefuse.window_attention_fwd(*args, *plain)
+        back = (torch.ones_like(out), None, q, k, v, out, lse, *args[3:], *plain)
+        torch.library.opcheck(torch.ops.tilefuse.window_attention_bwd.default, back, test_utils=tests)
+
+
+def test_both_paths_are_one_op():
+    (q, k, v), others, options = case("sinks")
+    for a, b in zip(
+        tilefuse.window_attention(q, k, v, **others, **options),
+        torch.ops.tilefuse.window_attention(q, k, v, others["sinks"], **{**options, "window": list(options["window"])}),
+    ):
+        assert_bit_equal(a, b)
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v):
+            return tilefuse.window_attention(q, k, v, window=(9, 0))
+
+    q, k, v = qkv(1, 40, 40, 2, 1, 16)
+    program = torch.export.export(Module(), (q, k, v))
+    names = {str(node.target) for node in program.graph.nodes}
+    assert any("window_attention" in name for name in names)
+    assert_bit_equal(program.module()(q, k, v)[0], tilefuse.window_attention(q, k, v, window=(9, 0))[0])
+
+
+def _errors():
+    q, k, v = qkv(1, 5, 5, 4, 2, 8)
+    cu = torch.tensor([0, 5], dtype=torch.int32)
+    p = tuple(x[0] for x in (q, k, v))
+    yield "q", ValueError, lambda: ((q[0, 0], k, v), {})
+    yield "q_dtype", TypeError, lambda: ((q.int(), k, v), {})
+    yield "k_dtype", TypeError, lambda: ((q, k.half(), v), {})
+    yield "k_dim", ValueError, lambda: ((q, k[..., :4], v), {})
+    yield "k_batch", ValueError, lambda: ((q, k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1)), {})
+    yield "v_length", ValueError, lambda: ((q, k, v[:, :3]), {})
+    yield "heads", ValueError, lambda: ((q[:, :, :3], k, v), {})
+    yield "no_heads", ValueError, lambda: ((q, k[:, :, :0], v[:, :, :0]), {})
+    yield "head_dim", ValueError, lambda: ((q[..., :0], k[..., :0], v), {})
+    yield "device", ValueError, lambda: ((q, k.to("meta"), v), {})
+    yield "sinks", ValueError, lambda: ((q, k, v, torch.zeros(3)), {})
+    yield "sinks_dtype", TypeError, lambda: ((q, k, v, torch.zeros(4, dtype=torch.int32)), {})
+    yield "alibi", ValueError, lambda: ((q, k, v, None, torch.zeros(4, 1)), {})
+    yield "alibi_dtype", TypeError, lambda: ((q, k, v, None, torch.zeros(4).half()), {})
+    yield "alibi_grad", RuntimeError, lambda: ((q, k, v, None, torch.zeros(4, requires_grad=True)), {})
+    yield "packed_without", ValueError, lambda: (p, {})
+    yield "cu_with_batch", ValueError, lambda: ((q, k, v, None, None, cu), {})
+    yield "cu_dim", ValueError, lambda: ((*p, None, None, cu[None]), {})
+    yield "cu_dtype", TypeError, lambda: ((*p, None, None, cu.float()), {})
+    yield "cu_k", ValueError, lambda: ((*p, None, None, cu, cu[:1]), {})
+    yield "cu_empty", ValueError, lambda: ((*p, None, None, cu[:0]), {})
+    for options in (
+        {"window": (-2, 0)}, {"window": (0, -2)}, {"window": (1, 2, 3)}, {"dilation": 0}, {"sink_tokens": -1},
+        {"softcap": -1.0}, {"softcap": float("inf")}, {"scale": float("nan")}, {"max_seqlen_q": -1}, {"max_seqlen_k": -1},
+    ):  # fmt: skip
+        yield f"{next(iter(options.items()))}", ValueError, lambda options=options: ((q, k, v), options)
+
+
+@pytest.mark.parametrize(("kind", "build"), [pytest.param(e[1], e[2], id=e[0]) for e in _errors()])
+def test_errors(kind, build):
+    args, options = build()
+    with pytest.raises(kind, match=r"tilefuse\.window_attention: \w+ ") as caught:
+        tilefuse.window_attention(*args, **options)
+    # the fake kernel's users see the same
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(kind) as faked:
+        tilefuse.window_attention(*args, **options)
+    assert str(faked.value).split(",")[0] == str(caught.value).split(",")[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "expected"),
+    [
+        ("flash_attention", (5, 2), (5, 2)), ("flash_attention", (-1, 0), (-1, 0)), ("hf", 4096, (4095, 0)),
+        ("hf", 1, (0, 0)), ("hf", -1, (-1, 0)), ("gpt_oss", 128, (127, 0)), ("mistral", 8, (7, 0)),
+        ("xformers", 8, (7, 0)), ("hf_bidirectional", 8, (8, 8)), ("hf_bidirectional_flash", 8, (7, 7)),
+        ("gemma3_bidirectional", 9, (4, 4)), ("longformer", 512, (256, 256)), ("longformer_one_sided", 256, (256, 256)),
+        ("attention_gym", 8, (8, 0)), ("flashinfer", 8, (8, 0)), ("longformer", -1, (-1, -1)),
+    ],
+)  # fmt: skip
+def test_window_from(source, size, expected):
+    assert tilefuse.window_from(source, size) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "kind"),
+    [
+        ("nobody", 3, ValueError), ("hf", 0, ValueError), ("hf", -2, ValueError), ("hf", 2.0, TypeError),
+        ("flash_attention", 3, ValueError), ("flash_attention", (1, -2), ValueError), ("longformer", -4, ValueError),
+        ("hf_bidirectional_flash", 0, ValueError), ("hf", True, TypeError),
+    ],
+)  # fmt: skip
+def test_window_from_errors(source, size, kind):
+    with pytest.raises(kind, match=r"tilefuse\.window_from: "):
+        tilefuse.window_from(source, size)
