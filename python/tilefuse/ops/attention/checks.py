@@ -13,7 +13,9 @@ from ... import errors
 __all__: list[str] = []
 
 
-def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")) -> None:
+def check_qkv(
+    op: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool, names: tuple[str, str, str] = ("q", "k", "v")
+) -> None:
     """q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], or without B when packed."""
     qn, kn, vn = names
     dims, shape = (3, "[T, H, D]") if packed else (4, "[B, S, H, D]")

@@ -43,7 +43,9 @@ class _Block:
     distance: Tensor  # [m, n]
 
 
-def _blocks(sq: int, sk: int, left: int, right: int, dilation: int, sink_tokens: int, device: torch.device) -> Iterator[_Block]:
+def _blocks(
+    sq: int, sk: int, left: int, right: int, dilation: int, sink_tokens: int, device: torch.device
+) -> Iterator[_Block]:
     """Blocks of one sequence. Rows of a block share a residue class, so that no key between is touched."""
     delta = sk - sq
     far = sq + sk
