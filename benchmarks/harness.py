@@ -63,6 +63,8 @@ How a case is judged:
   ``torch.autograd.grad`` with random upstream gradients; what is checked then are the gradients.
 * Inputs are made several times (other seeds): to rotate over buffers larger than the caches, and afresh for the
   check after timing. So ``inputs`` must be a pure function of device and generator.
+* A quick case should take less than 7 s on two idle cores, ``torch.compile`` included: above about 2 million
+  elements give ``oracle_inputs``.
 * ``bytes`` and ``flops`` are the least possible: a measured time below what this machine's roof allows fails.
 """
 
@@ -98,6 +100,8 @@ class Peer:
         devices: device kinds it exists for; elsewhere it is recorded as missing.
         tolerance: how many times the naive error its outputs may have (peers may round more often than we do);
             None when its result is legitimately another one (say, another random choice): not checked.
+        yardstick: not an implementation of the op but a bound, such as a plain copy: not checked, shown in a column
+            of its own, never the "best peer".
     """
 
     fn: Callable[..., Any] | None = None
@@ -108,6 +112,7 @@ class Peer:
     compile: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     tolerance: float | None = 16.0
+    yardstick: bool = False
 
     def __post_init__(self):
         if (self.fn is None) == (self.load is None):

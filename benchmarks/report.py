@@ -14,12 +14,15 @@ README_MARKS = ("<!-- {name}: written by `python -m tilefuse bench --readme` -->
 COLOURS = {"tilefuse": "#1b6ca8", "eager": "#b8b8b8", "torch.compile": "#e08e45"}
 
 
-def speedups(line: Line) -> dict[str, float]:
-    """Peer -> how many times longer it took, peers that ran only, tilefuse's own other backends left out."""
+def speedups(line: Line, yardsticks: bool = False) -> dict[str, float]:
+    """Peer -> how many times longer it took, peers that ran only, tilefuse's own other backends left out.
+
+    Yardsticks (a plain copy) are no peers: they come alone, when asked for.
+    """
     return {
         name: peer["speedup"]
         for name, peer in line.get("peers", {}).items()
-        if "speedup" in peer and not name.startswith("tilefuse ")
+        if "speedup" in peer and not name.startswith("tilefuse ") and peer.get("yardstick", False) == yardsticks
     }
 
 
@@ -42,7 +45,7 @@ def _time(us: float) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+    return f"{value:.2g}x" if value < 1 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
 def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -54,6 +57,8 @@ def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
                 peers.append(name)
     header = ["op", "case", "dtype", "mode", "time", "GB/s", "TFLOP/s", "% of roof", "vs eager", "vs torch.compile"]
     header += ["vs best library"] if peers else []
+    bounds = list(dict.fromkeys(name for line in lines for name in speedups(line, yardsticks=True)))
+    header += [f"vs {name}" for name in bounds]
     table = []
     for line in lines:
         if line["status"] != "ok":
@@ -77,6 +82,8 @@ def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
             others = {name: ratio for name, ratio in ratios.items() if name in peers}
             best = min(others, key=others.get, default=None)
             cells.append(f"{_ratio(others[best])} {best}" if best else "-")
+        own = speedups(line, yardsticks=True)
+        cells += [_ratio(own[name]) if name in own else "-" for name in bounds]
         table.append(cells)
     return header, table
 
@@ -85,13 +92,17 @@ def markdown(lines: Sequence[Line]) -> str:
     """The table of one device, with what it was measured on and which peers did not run."""
     if not lines:
         return "No results yet.\n"
-    first = lines[-1]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
-    commit = (first.get("commit") or "unknown")[:12] + (" with local changes" if first.get("dirty") else "")
-    roof = first["roof"]
+    latest = max(lines, key=lambda line: line["date"])
+    versions = ", ".join(f"{name} {value}" for name, value in latest["versions"].items() if value)
+    commits = {
+        (line.get("commit") or "unknown")[:12] + (" with local changes" if line.get("dirty") else "") for line in lines
+    }
+    days = sorted({line["date"][:10] for line in lines})
+    period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    roof = latest["roof"]
     tflops = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in roof["tflops"].items())
     out = [
-        f"**{first['device']}**, {first['date'][:10]}; {versions}; commit {commit}.",
+        f"**{latest['device']}**, {period}; {versions}; commit {', '.join(sorted(commits))}.",
         f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}.",
         "",
         _markdown_table(*rows(lines)),

@@ -1,4 +1,4 @@
-"""Kernels that the resource gate's own tests compile: one clean, one that spills, one narrow, one that is not listed."""
+"""Kernels that the resource gate's own tests compile: clean, narrow, spilling, unsupported, and one in no case."""
 
 import triton
 import triton.language as tl

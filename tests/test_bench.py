@@ -135,11 +135,33 @@ def test_missing_and_failing_peers_keep_their_reasons(engine):
     assert "median_us" in found["eager"]
 
 
+def test_compile_budget_is_shared_by_family():
+    settings = runner.Settings(compile_seconds=10, families=2)
+    settings.compiling("rope", 6)
+    assert not settings.may_compile("rope")
+    assert settings.may_compile("moe")
+
+
 def test_compile_budget_is_a_reason(engine):
     engine.settings.compile_seconds = 0
     line = engine.run(make(peers={"eager": eager, "torch.compile": compiled(eager)}))
     assert line["status"] == "ok"
-    assert "compiling" in line["peers"]["torch.compile"]["missing"]
+    assert "compiles peers" in line["peers"]["torch.compile"]["missing"]
+
+
+def test_yardstick_is_timed_but_is_no_peer(engine):
+    line = engine.run(make(peers={"eager": eager, "copy": Peer(torch.clone, yardstick=True)}))
+    assert line["peers"]["copy"]["yardstick"] and line["peers"]["copy"]["speedup"] > 0
+    assert report.best_peer(line)[0] == "eager"
+    assert "vs copy" in report.rows([line])[0]
+
+
+def test_yardstick_below_the_floor_is_recorded_as_missing(engine):
+    peers = {"eager": eager, "nothing": Peer(lambda x: x, yardstick=True)}
+    nothing_is_as_fast = 0.5e-6 * ROOF.copy_gbps * 1e9
+    line = engine.run(make(peers=peers, bytes=int(nothing_is_as_fast)))
+    assert line["status"] == "ok", line
+    assert "roof allows no less" in line["peers"]["nothing"]["missing"]
 
 
 def test_prepared_peer_has_its_own_layout(engine):
@@ -234,11 +256,15 @@ def test_slow_contestants_sit_out_rounds_but_stay_paired():
 
         return sample
 
-    samples = timing._rounds({"a": sampler("a", 0.001), "b": sampler("b", 0.05)}, {"a": 0.001, "b": 0.05}, 0.2)
-    assert len(samples["a"]) == len(samples["b"])
-    assert clock["a"] > clock["b"] >= timing.FEWEST_ROUNDS
-    both = [timing._summary(samples[name], 1, "test") for name in ("b", "a")]
-    assert timing.paired_ratio(*both) == pytest.approx(50)
+    cost = {"a": 0.001, "b": 0.05, "c": 0.007}
+    clock["c"] = 0
+    samples = timing._rounds({name: sampler(name, cost[name]) for name in cost}, cost, 0.4)
+    assert len({len(taken) for taken in samples.values()}) == 1
+    assert clock["a"] > clock["c"] > clock["b"] >= timing.FEWEST_ROUNDS
+    timings = {name: timing._summary(samples[name], 1, "test") for name in cost}
+    for ours in cost:
+        for other in cost:
+            assert timing.paired_ratio(timings[other], timings[ours]) == pytest.approx(cost[other] / cost[ours])
 
 
 def test_measure_cpu_rotates_over_the_sets():
@@ -359,7 +385,15 @@ def test_cuda_timer_agrees_with_the_roof():
     device = torch.device("cuda")
     x = torch.randn(2**28, device=device)
     y = torch.empty_like(x)
-    found = timing.measure_cuda({"copy": [lambda: y.copy_(x)]}, 0.2)["copy"]
-    assert found.method == "graph"
+    leaf = torch.randn(2**20, device=device, requires_grad=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = leaf.exp()
+        calls = {
+            "copy": [lambda: y.copy_(x)],
+            "backward": [lambda: torch.autograd.grad(out, leaf, out, retain_graph=True)],
+        }
+        timings = timing.measure_cuda(calls, 0.2)
+    assert {t.method for t in timings.values()} == {"graph"}
+    found = timings["copy"]
     roof = roofline.measure(device)
     assert 2 * x.nbytes / found.median / 1e9 == pytest.approx(roof.copy_gbps, rel=0.1)

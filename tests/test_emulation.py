@@ -275,8 +275,8 @@ FAULTS = {
     r"thread \(40, 0, 0\) has exited",
     "barriers differ": r"waits at the barrier of self_test.cpp:\d+, but thread \(\d+, 0, 0\) waits at the barrier of "
     r"self_test.cpp:\d+: every thread must reach the same one",
-    "lane not in mask": r"thread \(\d+, 0, 0\) \(lane \d+\) calls __shfl_sync at self_test.cpp:\d+ with mask 0x0000ffff, "
-    "which does not name it",
+    "lane not in mask": r"thread \(\d+, 0, 0\) \(lane \d+\) calls __shfl_sync at self_test.cpp:\d+ with mask "
+    "0x0000ffff, which does not name it",
     "masks differ": r"__shfl_xor_sync",
     "operations differ": "must execute the same operation with the same mask",
     "lanes at a barrier": r"waits at the barrier of .*, but .* waits in __shfl_xor_sync of .* with mask 0xffffffff",

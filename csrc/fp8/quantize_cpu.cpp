@@ -1,51 +1,17 @@
 // Block quantisation to e4m3 on the CPU: 1 x 128, 128 x 128, both directions of one read, and back.
-#include "common/cpu.h"
-#include "common/fp8.h"
+#include "fp8/block_cpu.h"
 
 namespace tilefuse {
 namespace TILEFUSE_ISA {
-
-constexpr int64_t kBlock = 128;
-
-template <typename T>
-static inline void load_block(const T* x, int64_t count, float* values) {
-  if (count == kBlock) {
-    for (int64_t i = 0; i < kBlock; ++i) values[i] = to_float(x[i]);
-  } else {
-    for (int64_t i = 0; i < count; ++i) values[i] = to_float(x[i]);
-    for (int64_t i = count; i < kBlock; ++i) values[i] = 0.0f;
-  }
-}
-
-static inline uint32_t block_amax(const float* values) {
-  uint32_t amax = 0;
-  for (int64_t i = 0; i < kBlock; ++i) {
-    const uint32_t magnitude = fp8::finite_magnitude(values[i]);
-    amax = magnitude > amax ? magnitude : amax;
-  }
-  return amax;
-}
-
-static inline void encode_block(const float* values, float scale, int64_t count, uint8_t* q) {
-  if (count == kBlock) {
-    for (int64_t i = 0; i < kBlock; ++i) q[i] = fp8::quantize(values[i], scale);
-  } else {
-    for (int64_t i = 0; i < count; ++i) q[i] = fp8::quantize(values[i], scale);
-  }
-}
 
 // rows [begin, end) of x [M, K]; scales of one row are `pitch` apart
 template <typename T>
 static void quantize_rows(const T* x, int64_t row_stride, int64_t k, uint8_t* q, float* scale, int64_t pitch, bool pow2,
                           float eps, int64_t begin, int64_t end) {
-  alignas(64) float values[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t start = 0, block = 0; start < k; start += kBlock, ++block) {
       const int64_t count = k - start < kBlock ? k - start : kBlock;
-      load_block(x + row * row_stride + start, count, values);
-      const float s = fp8::block_scale(block_amax(values), eps, pow2);
-      scale[block * pitch + row] = s;
-      encode_block(values, s, count, q + row * k + start);
+      scale[block * pitch + row] = quantize_block(x + row * row_stride + start, count, pow2, eps, q + row * k + start);
     }
   }
 }
@@ -70,16 +36,21 @@ static void quantize_tiles(const T* x, int64_t g_stride, int64_t row_stride, int
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t start = block * kBlock, count = k - start < kBlock ? k - start : kBlock;
       uint32_t amax = 0;
+      bool finite = true;
       for (int64_t row = 0; row < rows; ++row) {
         load_block(source + row * row_stride + start, count, values);
-        const uint32_t magnitude = block_amax(values);
-        amax = magnitude > amax ? magnitude : amax;
+        uint32_t largest = largest_magnitude(values);
+        if (largest >= 0x7f800000u) {
+          finite = false;
+          largest = finite_amax(values);
+        }
+        amax = largest > amax ? largest : amax;
       }
       const float s = fp8::block_scale(amax, eps, pow2);
       scale[i * blocks + block] = s;
       for (int64_t row = 0; row < rows; ++row) {
         load_block(source + row * row_stride + start, count, values);
-        encode_block(values, s, count, target + row * k + start);
+        encode_block(values, s, finite, count, target + row * k + start);
       }
     }
   }
@@ -97,7 +68,7 @@ static void quantize_dual(const T* x, int64_t row_stride, int64_t m, int64_t k, 
                           int64_t pitch, uint8_t* q_t, float* scale_t, int64_t pitch_t, bool pow2, float eps,
                           int64_t begin, int64_t end) {
   alignas(64) static thread_local float values[kBlock * kBlock];
-  alignas(64) static thread_local uint8_t codes[kBlock * kBlock];
+  alignas(64) static thread_local uint8_t codes[kBlock * kBlock], codes_t[kBlock * kBlock];
   alignas(64) uint32_t amax[kBlock];
   alignas(64) float column_scale[kBlock];
   for (int64_t block = begin; block < end; ++block) {
@@ -108,9 +79,11 @@ static void quantize_dual(const T* x, int64_t row_stride, int64_t m, int64_t k, 
       for (int64_t r = 0; r < rows; ++r) {
         float* row = values + r * kBlock;
         load_block(x + (first + r) * row_stride + start, count, row);
-        const float s = fp8::block_scale(block_amax(row), eps, pow2);
+        const uint32_t largest = largest_magnitude(row);
+        const bool finite = largest < 0x7f800000u;
+        const float s = fp8::block_scale(finite ? largest : finite_amax(row), eps, pow2);
         scale[block * pitch + first + r] = s;
-        encode_block(row, s, count, q + (first + r) * k + start);
+        encode_block(row, s, finite, count, q + (first + r) * k + start);
         for (int64_t c = 0; c < kBlock; ++c) {
           const uint32_t magnitude = fp8::finite_magnitude(row[c]);
           amax[c] = magnitude > amax[c] ? magnitude : amax[c];
@@ -118,14 +91,10 @@ static void quantize_dual(const T* x, int64_t row_stride, int64_t m, int64_t k, 
       }
       for (int64_t c = 0; c < kBlock; ++c) column_scale[c] = fp8::block_scale(amax[c], eps, pow2);
       for (int64_t c = 0; c < count; ++c) scale_t[row_block * pitch_t + start + c] = column_scale[c];
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < kBlock; ++c) {
-          codes[r * kBlock + c] = fp8::quantize(values[r * kBlock + c], column_scale[c]);
-        }
-      }
+      for (int64_t r = 0; r < rows; ++r) encode_columns(values + r * kBlock, column_scale, codes + r * kBlock);
+      transpose_codes(codes, codes_t);
       for (int64_t c = 0; c < count; ++c) {
-        uint8_t* target = q_t + (start + c) * m + first;
-        for (int64_t r = 0; r < rows; ++r) target[r] = codes[r * kBlock + c];
+        std::memcpy(q_t + (start + c) * m + first, codes_t + c * kBlock, static_cast<size_t>(rows));
       }
     }
   }

@@ -86,6 +86,37 @@ static inline void rotate_interleaved(const T* in, T* out, const float* cos, con
   }
 }
 
+template <typename T, bool kInterleaved>
+static void rotate_tokens(const RopeCall& call, int64_t begin, int64_t end) {
+  float cos_buffer[kPairs], sin_buffer[kPairs];
+  const int64_t rotary_end = call.offset + 2 * call.half;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / call.seq_len, place = token % call.seq_len;
+    for (int64_t first = 0; first < call.half; first += kPairs) {
+      const int64_t n = call.half - first < kPairs ? call.half - first : kPairs;
+      const float *cos, *sin;
+      token_table(call, token, first, n, cos_buffer, sin_buffer, &cos, &sin);
+      for (int which = 0; which < call.count; ++which) {
+        const RopeTensor& x = call.tensors[which];
+        const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
+        T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
+        const int64_t start = call.offset + (kInterleaved ? 2 * first : first);
+        for (int64_t head = 0; head < x.heads; ++head, in += x.in_strides[2], out += x.out_strides[2]) {
+          if (kInterleaved) {
+            rotate_interleaved(in + start, out + start, cos, sin, n);
+          } else {
+            rotate_half(in + start, out + start, call.half, cos, sin, n);
+          }
+          if (first == 0 && in != out) {
+            std::memcpy(out, in, call.offset * sizeof(T));
+            std::memcpy(out + rotary_end, in + rotary_end, (call.dim - rotary_end) * sizeof(T));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace TILEFUSE_ISA
 
 #ifdef TILEFUSE_REGISTER
@@ -106,16 +137,18 @@ inline IndexData index_data(const Tensor& t) {
 }
 
 // Table rows of all tokens. Small calls stay on the stack.
-class TokenRows {
+class RopeRows {
  public:
   // raises before anything is written
-  TokenRows(const char* op, int64_t batch, int64_t seq_len, int64_t table_rows, const std::optional<Tensor>& positions,
-            const std::optional<Tensor>& cu_seqlens, bool mrope) {
-    const int64_t tokens = batch * seq_len;
+  RopeRows(const char* op, RopeCall& call, int64_t batch, int64_t table_rows, const std::optional<Tensor>& positions,
+           const std::optional<Tensor>& cu_seqlens) {
     if (!positions && !cu_seqlens) return;
+    const int64_t tokens = call.tokens, seq_len = call.seq_len;
+    const bool mrope = call.mrope;
     const int64_t total = mrope ? 3 * tokens : tokens;
     if (total > kSmall) heap_.resize(total);
-    int64_t* rows = rows_ = total > kSmall ? heap_.data() : small_;
+    int64_t* rows = total > kSmall ? heap_.data() : small_;
+    call.rows = rows;
     int64_t low = 0, high = 0;
     if (positions) {
       const IndexData data = index_data(*positions);
@@ -163,13 +196,13 @@ class TokenRows {
     }
   }
 
-  const int64_t* get() const { return rows_; }
+  // the call points into this object
+  RopeRows(const RopeRows&) = delete;
 
  private:
   static constexpr int64_t kSmall = 64;
   int64_t small_[kSmall];
   std::vector<int64_t> heap_;
-  int64_t* rows_ = nullptr;
 };
 
 inline void set_strides(int64_t* strides, const Tensor& t) {
@@ -205,6 +238,35 @@ inline Tensor empty_contiguous(const Tensor& t) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides,
                                                          dtype, device_type, t.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// fills the call and resolves its positions, which live in the returned object; raises before anything is written
+inline RopeRows rope_call(const char* op, RopeCall& call, const Tensor& q, const Tensor* k, const Tensor& q_out,
+                          const Tensor* k_out, const Tensor& cos, const Tensor& sin,
+                          const std::optional<Tensor>& positions, const std::optional<Tensor>& cu_seqlens,
+                          bool interleaved, int64_t rotary_offset, bool conjugate, const std::vector<int64_t>& section,
+                          bool mrope_interleaved) {
+  const int64_t rank = q.dim();
+  const int64_t batch = rank == 4 ? q.size(0) : 1;
+  call.count = k == nullptr ? 1 : 2;
+  call.tensors[0] = rope_tensor(q, q_out);
+  if (k != nullptr) call.tensors[1] = rope_tensor(*k, *k_out);
+  call.dtype = dtype_of(q);
+  call.seq_len = q.size(rank - 3);
+  call.tokens = batch * call.seq_len;
+  call.dim = q.size(rank - 1);
+  call.half = cos.size(1);
+  call.offset = rotary_offset;
+  call.cos = static_cast<const float*>(cos.const_data_ptr());
+  call.sin = static_cast<const float*>(sin.const_data_ptr());
+  call.cos_stride = cos.stride(0);
+  call.sin_stride = sin.stride(0);
+  call.interleaved = interleaved;
+  call.conjugate = conjugate;
+  call.mrope = !section.empty();
+  call.mrope_interleaved = mrope_interleaved;
+  for (size_t i = 0; i < section.size() && i < 3; ++i) call.section[i] = section[i];
+  return RopeRows(op, call, batch, cos.size(0), positions, cu_seqlens);
 }
 
 #endif  // TILEFUSE_REGISTER

@@ -4,37 +4,6 @@
 namespace tilefuse {
 namespace TILEFUSE_ISA {
 
-template <typename T, bool kInterleaved>
-static void rotate_tokens(const RopeCall& call, int64_t begin, int64_t end) {
-  float cos_buffer[kPairs], sin_buffer[kPairs];
-  const int64_t rotary_end = call.offset + 2 * call.half;
-  for (int64_t token = begin; token < end; ++token) {
-    const int64_t batch = token / call.seq_len, place = token % call.seq_len;
-    for (int64_t first = 0; first < call.half; first += kPairs) {
-      const int64_t n = call.half - first < kPairs ? call.half - first : kPairs;
-      const float *cos, *sin;
-      token_table(call, token, first, n, cos_buffer, sin_buffer, &cos, &sin);
-      for (int which = 0; which < call.count; ++which) {
-        const RopeTensor& x = call.tensors[which];
-        const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
-        T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
-        const int64_t start = call.offset + (kInterleaved ? 2 * first : first);
-        for (int64_t head = 0; head < x.heads; ++head, in += x.in_strides[2], out += x.out_strides[2]) {
-          if (kInterleaved) {
-            rotate_interleaved(in + start, out + start, cos, sin, n);
-          } else {
-            rotate_half(in + start, out + start, call.half, cos, sin, n);
-          }
-          if (first == 0 && in != out) {
-            std::memcpy(out, in, call.offset * sizeof(T));
-            std::memcpy(out + rotary_end, in + rotary_end, (call.dim - rotary_end) * sizeof(T));
-          }
-        }
-      }
-    }
-  }
-}
-
 void rope_tokens(const RopeCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, {
     if (call.interleaved) {
@@ -58,29 +27,9 @@ static void run(const char* op, const Tensor& q, const Tensor* k, const Tensor& 
                 const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
                 const std::optional<Tensor>& cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
                 const std::vector<int64_t>& section, bool mrope_interleaved) {
-  const int64_t rank = q.dim();
   RopeCall call{};
-  call.count = k == nullptr ? 1 : 2;
-  call.tensors[0] = rope_tensor(q, q_out);
-  if (k != nullptr) call.tensors[1] = rope_tensor(*k, *k_out);
-  call.dtype = dtype_of(q);
-  call.seq_len = q.size(rank - 3);
-  const int64_t batch = rank == 4 ? q.size(0) : 1;
-  call.tokens = batch * call.seq_len;
-  call.dim = q.size(rank - 1);
-  call.half = cos.size(1);
-  call.offset = rotary_offset;
-  call.cos = static_cast<const float*>(cos.const_data_ptr());
-  call.sin = static_cast<const float*>(sin.const_data_ptr());
-  call.cos_stride = cos.stride(0);
-  call.sin_stride = sin.stride(0);
-  call.interleaved = interleaved;
-  call.conjugate = conjugate;
-  call.mrope = !section.empty();
-  call.mrope_interleaved = mrope_interleaved;
-  for (size_t i = 0; i < section.size() && i < 3; ++i) call.section[i] = section[i];
-  const TokenRows rows(op, batch, call.seq_len, cos.size(0), positions, cu_seqlens, call.mrope);
-  call.rows = rows.get();
+  const RopeRows rows = rope_call(op, call, q, k, q_out, k_out, cos, sin, positions, cu_seqlens, interleaved,
+                                  rotary_offset, conjugate, section, mrope_interleaved);
   const int64_t heads = call.tensors[0].heads + call.tensors[1].heads;
   const auto kernel = rope_tokens_dispatch();
   parallel_for(0, call.tokens, 1 + kGrain / (1 + heads * call.dim),
@@ -106,17 +55,35 @@ static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Te
   return {q_out, k_out};
 }
 
+static void rope_inplace(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
+                         std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
+                         std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+  run("rope_", x, nullptr, x, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
+      mrope_section, mrope_interleaved);
+}
+
+static void rope_qk_inplace(Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions,
+                            std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
+                            std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+  run("rope_qk_", q, &k, q, &k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section,
+      mrope_interleaved);
+}
+
 #define TABLES "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
 #define OPTIONS "bool interleaved, int rotary_offset, bool conjugate, int[] mrope_section, bool mrope_interleaved"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
   m.def("rope_fwd(Tensor x, " TABLES ", " OPTIONS ") -> Tensor");
   m.def("rope_qk_fwd(Tensor q, Tensor k, " TABLES ", " OPTIONS ") -> (Tensor, Tensor)");
+  m.def("rope_inplace(Tensor(a!) x, " TABLES ", " OPTIONS ") -> ()");
+  m.def("rope_qk_inplace(Tensor(a!) q, Tensor(b!) k, " TABLES ", " OPTIONS ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("rope_fwd", TORCH_BOX(&rope_fwd));
   m.impl("rope_qk_fwd", TORCH_BOX(&rope_qk_fwd));
+  m.impl("rope_inplace", TORCH_BOX(&rope_inplace));
+  m.impl("rope_qk_inplace", TORCH_BOX(&rope_qk_inplace));
 }
 
 #endif  // TILEFUSE_REGISTER

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ if _requested not in ("auto", *BACKENDS):
     raise ValueError(f"TILEFUSE_BACKEND must be auto or one of {', '.join(BACKENDS)}, got {_requested!r}")
 # counts changes of the setting, so that kernels can cache their choice
 generation = 0
+_lock = threading.Lock()
 
 
 class _Setting:
@@ -45,13 +47,18 @@ class _Setting:
 
 def _set(name: str) -> None:
     global _requested, generation
-    if name == "triton" and interpreting():
-        # Triton's own interpreter multiplies bf16 bit patterns and truncates fp8: repair it first
-        from .testing import interpreter
+    with _lock:
+        # in this order: who sees the new generation sees the new setting
+        _requested = name
+        generation += 1
 
-        interpreter.install()
-    _requested = name
-    generation += 1
+
+def forget() -> None:
+    """Makes every kernel choose again: something that a choice depends on has changed, such as verified.json."""
+    global generation
+    verified.cache_clear()
+    with _lock:
+        generation += 1
 
 
 def backend(name: str | None = None) -> str | _Setting:
@@ -85,13 +92,26 @@ def interpreting() -> bool:
 
 @functools.cache
 def triton_missing() -> str | None:
-    """Why Triton cannot be used in this process, or None."""
+    """Why Triton cannot be used in this process, or None. Installs the faithful interpreter if it is needed."""
     try:
         import triton
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    return None if (major, minor) >= (3, 6) else f"Triton {triton.__version__} is older than 3.6"
+    if (major, minor) < (3, 6):
+        return f"Triton {triton.__version__} is older than 3.6"
+    if not interpreting():
+        return None
+    if type(triton.language.sum).__name__ != "InterpretedFunction":
+        return "TRITON_INTERPRET was set after Triton was imported"
+    # Triton's own interpreter multiplies bf16 bit patterns and truncates fp8: repair it first
+    from .testing import interpreter
+
+    try:
+        interpreter.install()
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

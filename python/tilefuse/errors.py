@@ -53,7 +53,12 @@ def check_last_dim_contiguous(tensor: Tensor) -> Tensor:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see this call."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        # a loop: any() over a generator costs three times as much
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def check_not_differentiated(op: str, why: str, **tensors: Tensor | None) -> None:

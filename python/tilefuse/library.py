@@ -15,6 +15,7 @@ values in their schemas: torch's dispatcher drops trailing arguments that equal 
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,8 +33,15 @@ STANDARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _kernels: dict[str, Kernel] = {}
 _ops: dict[str, Op] = {}
-# while `explain` traces a call, kernels note themselves and their arguments here
-_trace: list[tuple[Kernel, tuple[Any, ...]]] | None = None
+# while `explain` traces a call, kernels of that thread note themselves and their arguments in `calls`
+_trace = threading.local()
+# what eager calls ask each time, bound once
+_autocast_on = torch._C._is_any_autocast_enabled
+_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
+_profiling = torch.autograd._profiler_enabled
 
 
 @dataclass(frozen=True)
@@ -98,8 +106,9 @@ class Kernel:
         self.dtypes = dtypes
         self.when = when
         self.dtype_arg = dtype_arg
-        self._choices: dict[tuple[torch.device, torch.dtype], list[tuple[Callable[..., Any], Any]]] = {}
-        self._generation = -1
+        # (generation of the setting, (device index, dtype) -> implementations in order of preference); replaced as
+        # one object, so that another thread never sees choices of an older setting
+        self._cache: tuple[int, dict[tuple[int, torch.dtype], list[tuple[Callable[..., Any], Any]]]] = (-1, {})
 
     def implementation(self, name: str) -> tuple[Callable[..., Any] | None, str | None]:
         """The callable of one backend, or the reason why it is not there."""
@@ -126,26 +135,31 @@ class Kernel:
 
     def __call__(self, *args: Any) -> Any:
         first = args[self.dtype_arg]
-        if self._generation != backends.generation:
-            self._choices.clear()
-            self._generation = backends.generation
-        key = (first.device, first.dtype)
-        choices = self._choices.get(key)
+        generation, cached = self._cache
+        if generation != backends.generation:
+            cached = {}
+            self._cache = (backends.generation, cached)
+        key = (first.get_device(), first.dtype)
+        choices = cached.get(key)
         if choices is None:
-            usable, reasons = self.choices(*key)
+            usable, reasons = self.choices(first.device, first.dtype)
             if not usable:
                 raise self._unavailable(first, reasons)
-            choices = self._choices[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
+            choices = cached[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
         for run, when in choices:
             if when is None or when(*args) is None:
                 try:
+                    if _autocast_on():
+                        # autocast must not reach the PyTorch calls inside an implementation
+                        with torch.amp.autocast("cpu", enabled=False), torch.amp.autocast("cuda", enabled=False):
+                            return run(*args)
                     return run(*args)
                 except RuntimeError as error:
                     # C++ on the stable ABI can only raise RuntimeError; its own messages are about values
                     if str(error).startswith("tilefuse.") and type(error) is RuntimeError:
                         raise ValueError(str(error)) from None
                     raise
-        usable, reasons = self.choices(*key)
+        usable, reasons = self.choices(first.device, first.dtype)
         raise self._unavailable(first, reasons | {b: self.when[b](*args) for b in usable})
 
     def _unavailable(self, first: Tensor, reasons: Mapping[str, str | None]) -> NotImplementedError:
@@ -165,7 +179,10 @@ def kernel(
     when: Mapping[str, Callable[..., str | None]] | None = None,
     dtype_arg: int = 0,
 ) -> Callable[..., Any]:
-    """Defines a kernel op and returns its torch overload.
+    """Defines a kernel op and returns the function that calls it.
+
+    ``torch.ops.tilefuse.<name>`` is the op; the returned function calls it too, except in plain eager mode, where it
+    goes to the implementation directly: the dispatcher costs more than a small kernel.
 
     Args:
         schema: torch schema with name and without default values; mutated arguments marked ``Tensor(a!)``.
@@ -182,15 +199,71 @@ def kernel(
     entry = _kernels[name] = Kernel(name, module, tuple(backends), limits, dict(when or {}), dtype_arg)
 
     def traced_fake(*args: Any) -> Any:
-        if _trace is not None:
-            _trace.append((entry, args))
+        calls = getattr(_trace, "calls", None)
+        if calls is not None:
+            calls.append((entry, args))
         return fake(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, entry, "CPU")
-    LIBRARY.impl(name, entry, "CUDA")
+    run = _bumping_versions(entry, mutated_arguments(schema)) if "!" in schema else entry
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"tilefuse::{name}", traced_fake, lib=LIBRARY)
-    return getattr(torch.ops.tilefuse, name).default
+    overload = getattr(torch.ops.tilefuse, name).default
+
+    def call(*args: Any) -> Any:
+        # fake tensors, subclasses, modes, transforms, tracing and profiling need the dispatcher
+        if (
+            not _compiling()
+            and type(args[dtype_arg]) is Tensor
+            and not _dispatch_modes()
+            and not _function_modes()
+            and _transforms() is None
+            and not _profiling()
+        ):
+            return run(*args)
+        return overload(*args)
+
+    call.__name__ = call.__qualname__ = name
+    return call
+
+
+def mutated_arguments(schema: str) -> tuple[int, ...]:
+    """Positions of the arguments that a schema marks as written to."""
+    arguments = torch._C.parse_schema(schema).arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _bumping_versions(entry: Kernel, mutated: tuple[int, ...]) -> Callable[..., Any]:
+    """Autograd notices a change of a saved tensor by its version, which C++ on the stable ABI cannot raise."""
+
+    def run(*args: Any) -> Any:
+        result = entry(*args)
+        for i in mutated:
+            if args[i] is not None and not args[i].is_inference():
+                torch.autograd.graph.increment_version(args[i])
+        return result
+
+    return run
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under ``torch.autocast``, the float32, bfloat16 and float16 tensors in its dtype; otherwise as they came.
+
+    For public ops that PyTorch would run in the autocast dtype (matrix products, attention)::
+
+        x, weight = library.autocast(x, weight)
+
+    Kernels themselves always run with autocast switched off.
+    """
+    if not _autocast_on():
+        return tensors
+    return tuple(
+        t.to(torch.get_autocast_dtype(t.device.type))
+        if t is not None and t.dtype in STANDARD_DTYPES and torch.is_autocast_enabled(t.device.type)
+        else t
+        for t in tensors
+    )
 
 
 def op(
@@ -233,12 +306,11 @@ def kernels() -> Mapping[str, Kernel]:
 
 @contextmanager
 def _tracing() -> Iterator[list[tuple[Kernel, tuple[Any, ...]]]]:
-    global _trace
-    previous, _trace = _trace, []
+    previous, _trace.calls = getattr(_trace, "calls", None), []
     try:
-        yield _trace
+        yield _trace.calls
     finally:
-        _trace = previous
+        _trace.calls = previous
 
 
 def explain(op_name: str, *args: Any, **kwargs: Any) -> dict[str, dict[str, str]]:

@@ -41,7 +41,7 @@ def load(name: str) -> Library:
         torch.ops.load_library(str(path))
         build_info.restype = ctypes.c_char_p
         return Library(name, path, None, MappingProxyType(json.loads(build_info().decode())))
-    except OSError as error:
+    except (OSError, RuntimeError, AttributeError) as error:
         # a library built for another torch or glibc must not take the package down
         return Library(name, path, f"{path.name} cannot be loaded: {error}")
 

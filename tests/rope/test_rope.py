@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse import native
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
-from tilefuse.testing.inputs.rope.rope import cases, normal, packed_qkv, tables
+from tilefuse.testing.inputs.rope.rope import cases, in_place, normal, packed_qkv, tables
 
 CPU_MISSING = native.load("cpu").missing
 BACKENDS = [
@@ -293,7 +294,7 @@ def test_17_opcheck(name):
 
 def test_11_compile_fullgraph_without_recompiling():
     cos, sin = tables(64, 64)
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiles = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=compiles, dynamic=True)
     def step(q, k):
@@ -337,3 +338,123 @@ def test_packed_qkv_is_read_in_place():
     with tilefuse.backend("reference"):
         expected = tilefuse.rope(q.contiguous(), *tables(64, 9))
     assert_bit_equal(tilefuse.rope(q, *tables(64, 9)), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_place_equals_functional(name, device):
+    q, k, rest, options = case(name, device, torch.bfloat16)
+    q_out, k_out = tilefuse.rope_qk(q, k, *rest, **options)
+    q, k = in_place(q), in_place(k)
+    alone = in_place(q)
+    assert tilefuse.rope_(alone, *rest, **options) is alone
+    assert_bit_equal(alone, q_out)
+    result = tilefuse.rope_qk_(q, k, *rest, **options)
+    assert result[0] is q and result[1] is k
+    assert_bit_equal(q, q_out)
+    assert_bit_equal(k, k_out)
+
+
+def test_5_in_place_touches_nothing_else(device):
+    """q and k inside one packed projection; v, and the dims that do not turn, keep their bits."""
+    qkv = normal(9, 8, 96, device=device)
+    before = qkv.clone()
+    cos, sin = tables(32, 9, device)
+    expected = tilefuse.rope_qk(qkv[:, :4], qkv[:, 4:6], cos, sin, rotary_offset=40)
+    tilefuse.rope_qk_(qkv[:, :4], qkv[:, 4:6], cos, sin, rotary_offset=40)
+    assert_bit_equal(qkv[:, :4], expected[0])
+    assert_bit_equal(qkv[:, 4:6], expected[1])
+    assert_bit_equal(qkv[:, 6:], before[:, 6:])
+    assert_bit_equal(qkv[..., 72:], before[..., 72:])
+
+
+def test_5_in_place_bumps_the_version():
+    x = normal(5, 2, 64, dtype=torch.float32)
+    cos, sin = tables(64, 5)
+    version = x._version
+    tilefuse.rope_(x, cos, sin)
+    assert x._version > version
+    torch.ops.tilefuse.rope_qk_(x, x[:, :1].clone(), cos, sin)
+    assert x._version > version + 1
+    # a tensor that autograd saved must not change behind its back
+    weight = normal(5, 2, 64, dtype=torch.float32).requires_grad_()
+    y = (weight * x).sum()
+    with torch.no_grad():
+        tilefuse.rope_(x, cos, sin)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_5_in_place_refuses_gradients():
+    cos, sin = tables(64, 5)
+    leaf = normal(5, 2, 64, dtype=torch.float32).requires_grad_()
+    for x in (leaf, leaf * 1):
+        with pytest.raises(RuntimeError, match=r"tilefuse.rope_: works in place and has no gradient, but x requires"):
+            tilefuse.rope_(x, cos, sin)
+        with pytest.raises(RuntimeError, match=r"tilefuse.rope_qk_: works in place .* but k requires"):
+            tilefuse.rope_qk_(x.detach(), x, cos, sin)
+    with torch.no_grad():
+        tilefuse.rope_(leaf, cos, sin)
+
+
+def test_5_activation_checkpoint_with_in_place():
+    """The in-place form on a fresh tensor inside a checkpointed region, gradients through what follows."""
+    cos, sin = tables(64, 5)
+    weight = normal(2, 64, dtype=torch.float32).requires_grad_()
+    data = normal(5, 2, 64, dtype=torch.float32)
+
+    def block(weight):
+        return (tilefuse.rope_(data.clone(), cos, sin) * tilefuse.rope((weight * data), cos, sin)).sum()
+
+    (expected,) = torch.autograd.grad(block(weight), weight)
+    out = torch.utils.checkpoint.checkpoint(block, weight, use_reentrant=False)
+    assert_bit_equal(torch.autograd.grad(out, weight)[0], expected)
+
+
+def test_in_place_errors_write_nothing(device):
+    x = normal(5, 2, 64, device=device, dtype=torch.float32)
+    before = x.clone()
+    cos, sin = tables(64, 5, device)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"tilefuse.rope_: positions must be in \[0, 5\), got 5"):
+            tilefuse.rope_(x, cos, sin, torch.tensor([0, 1, 2, 3, 5]))
+    with pytest.raises(ValueError, match=r"tilefuse.rope_: x must be a tensor without overlapping elements"):
+        tilefuse.rope_(x[:, :1].expand(5, 4, 64), cos, sin)
+    with pytest.raises(ValueError, match=r"tilefuse.rope_qk_: k must be a tensor without overlapping elements"):
+        tilefuse.rope_qk_(x, x[:, :1].expand(5, 4, 64), cos, sin)
+    assert_bit_equal(x, before)
+
+
+@pytest.mark.parametrize("name", ["batched", "packed_qkv", "cu_seqlens", "dim96_30_66_interleaved"])
+def test_17_opcheck_in_place(name):
+    q, k, rest, options = case(name)
+    torch.library.opcheck(torch.ops.tilefuse.rope_.default, (in_place(q), *rest), options)
+    torch.library.opcheck(torch.ops.tilefuse.rope_qk_.default, (in_place(q), in_place(k), *rest), options)
+
+
+def test_11_compile_in_place_views_of_one_tensor():
+    cos, sin = tables(64, 9)
+
+    def step(qkv):
+        tilefuse.rope_qk_(qkv[:, :4], qkv[:, 4:6], cos, sin)
+        return qkv * 2
+
+    qkv = normal(9, 8, 64, dtype=torch.float32)
+    expected, compiled = qkv.clone(), qkv.clone()
+    step(expected)
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(compiled)
+    assert_bit_equal(compiled, expected)
+    assert_bit_equal(out, expected * 2)
+
+
+@pytest.mark.slow
+def test_9_offsets_past_int32():
+    """A batch stride of 2**31 elements over memory that is never touched in between."""
+    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    x = storage.as_strided((2, 1, 1, 64), (2**31, 64, 64, 1))
+    x.copy_(normal(2, 1, 1, 64))
+    cos, sin = tables(64, 4)
+    positions = torch.tensor([[3], [2]])
+    expected = tilefuse.rope(x.clone(), cos, sin, positions)
+    for name in ("reference", "cpu", "triton"):
+        with tilefuse.backend(name):
+            assert_bit_equal(tilefuse.rope(x, cos, sin, positions), expected)

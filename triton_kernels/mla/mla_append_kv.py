@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tilefuse.ops.mla import layout as layouts
 
-from ..common import fp8
+from ..common import aot, fp8
 from ..common.launch import on_device
-from .mla_gather_kv import cache_parts
 from .mla_compress_kv import dims, load_pairs, load_tables, position_of, rstd_of, store_pairs, tile
+from .mla_gather_kv import cache_parts, rope_vector
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows", "pages"])
@@ -43,6 +43,7 @@ def append_kernel(
     FP8: tl.constexpr,
     NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
+    ROPE_VEC: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
     HALF: tl.constexpr,
@@ -81,7 +82,7 @@ def append_kernel(
         position = position_of(positions, token, mask, table_rows)
         c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
         a, b = load_pairs(row_in + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
-        row_rope = rotated + page * rotated_page + offset * rotated_row
+        row_rope = rotated + (page * rotated_page + offset * rotated_row) * ROPE_VEC
         store_pairs(row_rope, a * c - b * s, b * c + a * s, mask, HALF, HALF_PAD, INTERLEAVED)
 
 
@@ -102,6 +103,7 @@ def mla_append_kv_fwd(
     if tokens == 0 or cache.numel() == 0:
         return
     latent, scales, rotated = cache_parts(cache, row)
+    rope_vec = rope_vector(rotated)
     config = tile(row.rank)
     with on_device(kv_a):
         append_kernel[(triton.cdiv(tokens, config["BT"]),)](
@@ -122,15 +124,37 @@ def mla_append_kv_fwd(
             sin.stride(0),
             *latent.stride()[:2],
             *scales.stride()[:2],
-            *rotated.stride()[:2],
+            *(s // rope_vec for s in rotated.stride()[:2]),
             eps,
             fp8.float_bits(1e-12),
             PAGE_SIZE=cache.shape[1],
             FP8=row.is_fp8,
             NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
             GROUP=layouts.GROUP,
+            ROPE_VEC=rope_vec,
             **dims(row.rank, row.rope_dim, interleaved),
             **config,
             # a fused multiply-add would round RoPE differently from the other backends
             enable_fp_fusion=False,
         )
+
+
+def aot_cases():
+    for layout in ("bf16", "fp8"):
+        is_fp8 = layout == "fp8"
+        stored = {"latent": "u8", "scales": "fp32", "rotated": "bf16"} if is_fp8 else dict.fromkeys(
+            ("latent", "scales", "rotated"), "bf16"
+        )  # fmt: skip
+        pointers = {"kv_a": "bf16", "weight": "bf16", "cos": "fp32", "sin": "fp32", **stored}
+        pointers |= {"positions": "i64", "slot_mapping": "i64"}
+        for native in (False, True) if is_fp8 else (False,):
+            constants = {
+                "PAGE_SIZE": 64, "FP8": is_fp8, "NATIVE": native, "GROUP": layouts.GROUP, "ROPE_VEC": 8,
+                **dims(512, 64, True), **tile(512), "enable_fp_fusion": False,
+            }  # fmt: skip
+            yield aot.case(
+                f"{layout}{'_native' * native}", append_kernel, pointers, constants, floats=("eps",),
+                odd=("scale_page", "scale_row", "rotated_page", "rotated_row", "quantize_eps"),
+                targets=("sm_89", "sm_90", "sm_100", "sm_120", "gfx942") if native else None,
+                expect=("LDG.128",) if is_fp8 else ("LDG.128", "STG.128"),
+            )  # fmt: skip

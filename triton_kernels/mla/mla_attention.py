@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import aot
 from ..common.launch import on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -594,3 +595,30 @@ def mla_attention_bwd(
         if tiles:
             backward_kv_kernel[(tiles, heads)](*tensors, grad_k, grad_v, *rest, **packed, **common)
     return grad_q, grad_k, grad_v
+
+
+def aot_cases():
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
+        shape = {"HEADS": 128, "CAUSAL": True, **dims(192, 128)}
+        for packed in (False, True):
+            bounds = dict.fromkeys(("cu_q", "cu_k"), "i32" if packed else None)
+            packing_of = {"PACKED": packed, "SEQUENCES_PAD": 16 if packed else 1}
+            name = f"{'packed' if packed else 'padded'}_{kind}"
+            pointers = dict.fromkeys(("q", "k", "v", "out"), kind) | {"lse": "fp32"} | bounds
+            constants = {**shape, **packing_of, **forward_tile(192, 128, itemsize)}
+            yield aot.case(
+                f"forward_{name}", forward_kernel, pointers, constants, floats=("softmax_scale",), expect=expect
+            )
+            pointers = dict.fromkeys(("q", "k", "v", "grad_out"), kind) | {"lse": "fp32", "delta": "fp32"} | bounds
+            constants = {**shape, **packing_of, **backward_tile(192, 128, itemsize)}
+            for which, fn, outs in (
+                ("q", backward_q_kernel, ("grad_q",)), ("kv", backward_kv_kernel, ("grad_k", "grad_v")),
+            ):  # fmt: skip
+                yield aot.case(
+                    f"backward_{which}_{name}", fn, pointers | dict.fromkeys(outs, kind), constants,
+                    floats=("softmax_scale",), expect=expect,
+                )  # fmt: skip
+        pointers = {"grad_out": kind, "out": kind, "grad_lse": "fp32", "delta": "fp32"}
+        constants = {"HEADS": 128, "V": 128, "V_PAD": 128, "BM": 32, "num_warps": 4}
+        yield aot.case(f"delta_{kind}", delta_kernel, pointers, constants, odd=("gl_row",), expect=("LDG.128",))

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tilefuse.ops.mla import layout as layouts
 
-from ..common import fp8
+from ..common import aot, fp8
 from ..common.launch import on_device
-from .mla_gather_kv import cache_parts, e4m3_to_float32
+from .mla_gather_kv import cache_parts, e4m3_to_float32, rope_vector
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -101,6 +101,7 @@ def decode_kernel(
     FP8: tl.constexpr,
     NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
+    ROPE_VEC: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
     ROPE: tl.constexpr,
@@ -181,7 +182,7 @@ def decode_kernel(
                 k = (e4m3_to_float32(k, NATIVE) * scale).to(q_latent.dtype)
             scores = tl.dot(q_latent, tl.trans(k), input_precision="ieee")  # [BM, BN]
             if ROPE > 0:
-                r_row = rotated + page * rotated_page + offset * rotated_row
+                r_row = rotated + (page * rotated_page + offset * rotated_row) * ROPE_VEC
                 inside_r = exists[:, None] & (column_r < ROPE)[None, :]
                 k_rope = tl.load(r_row[:, None] + column_r[None, :], mask=inside_r, other=0.0)  # [BN, r]
                 scores += tl.dot(q_rope, tl.trans(k_rope.to(q_rope.dtype)), input_precision="ieee")
@@ -257,12 +258,12 @@ def combine_kernel(
     column = tl.arange(0, RANK_PAD)
     inside = column < RANK
     top = float("-inf")
-    for split in range(0, splits):
+    for split in range(splits):
         top = tl.maximum(top, tl.load(partial_lse + row * max_splits + split))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
     acc = tl.zeros([RANK_PAD], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         weight = tl.exp2(tl.load(partial_lse + row * max_splits + split) - base)
         values = tl.load(partial + (row * max_splits + split) * RANK + column, mask=inside, other=0.0)  # [R]
         total += weight
@@ -345,6 +346,7 @@ def attend(
     if cache.numel() == 0 or table.numel() == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     latent, scales, rotated = cache_parts(cache, row)
+    rope_vec = rope_vector(rotated)
     page_size = cache.shape[1]
     columns = table.shape[-1]
     capacity = columns if sparse else columns * page_size
@@ -394,7 +396,7 @@ def attend(
             *q.stride()[:3],
             *latent.stride()[:2],
             *scales.stride()[:2],
-            *rotated.stride()[:2],
+            *(s // rope_vec for s in rotated.stride()[:2]),
             table.stride(0),
             table.stride(1) if sparse else 0,
             CAUSAL=causal,
@@ -402,6 +404,7 @@ def attend(
             FP8=row.is_fp8,
             NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
             GROUP=layouts.GROUP,
+            ROPE_VEC=rope_vec,
             ROPE=row.rope_dim,
             ROPE_PAD=max(16, triton.next_power_of_2(max(1, row.rope_dim))),
             **common,
@@ -456,3 +459,40 @@ def mla_sparse_decode_fwd(
     layout: str,
 ) -> tuple[Tensor, Tensor]:
     return attend(q, cache, indices, None, sinks, softmax_scale, kv_lora_rank, False, -1, layout, 0)
+
+
+def aot_cases():
+    natives = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+    for name, kind, layout, heads, sparse, direct, rank in (
+        ("h16", "bf16", "bf16", 16, False, False, 512),
+        ("h128", "bf16", "bf16", 128, False, False, 512),
+        ("h128_direct", "bf16", "bf16", 128, False, True, 512),
+        ("h16_fp8", "bf16", "fp8", 16, False, False, 512),
+        ("h128_fp8", "bf16", "fp8", 128, False, False, 512),
+        ("h16_float", "fp32", "bf16", 16, False, False, 512),
+        ("h128_float", "fp32", "bf16", 128, False, False, 512),
+        ("sparse_h16_fp8", "bf16", "fp8", 16, True, False, 512),
+        ("sparse_h128", "bf16", "bf16", 128, True, False, 512),
+        ("h32_r256", "bf16", "bf16", 32, False, False, 256),
+    ):
+        is_fp8 = layout == "fp8"
+        itemsize = 4 if kind == "fp32" else 2
+        stored = ("u8", "fp32", "bf16") if is_fp8 else (kind,) * 3
+        pointers = {"q": kind, "table": "i32", "sinks": None, "seq_lens": None if sparse else "i32", "lse": "fp32"}
+        pointers |= dict(zip(("latent", "scales", "rotated"), stored)) | {"out": kind if direct else "fp32"}
+        for native in (False, True) if is_fp8 else (False,):
+            constants = {
+                "HEADS": heads, "PAGE_SIZE": 64, "SPARSE": sparse, "BALANCE": not (sparse or direct), "CAUSAL": True,
+                "DIRECT": direct, "FP8": is_fp8, "NATIVE": native, "GROUP": layouts.GROUP, "ROPE_VEC": 8, "RANK": rank,
+                "RANK_PAD": rank, "ROPE": 64, "ROPE_PAD": 64, **tile(heads, rank, itemsize),
+            }  # fmt: skip
+            yield aot.case(
+                name + "_native" * native, decode_kernel, pointers, constants, floats=("softmax_scale",),
+                odd=("table_batch", "table_query", "scale_page", "scale_row", "rotated_page", "rotated_row"),
+                targets=natives if native else ("sm_80", "gfx942") if is_fp8 else None,
+                expect=("LDG.128", "MMA") if itemsize == 2 else ("LDG.128",),
+            )  # fmt: skip
+    pointers = {"partial": "fp32", "partial_lse": "fp32", "seq_lens": "i32", "sinks": "fp32", "out": "bf16"}
+    constants = {"HEADS": 128, "PAGE_SIZE": 64, "SPARSE": False, "BALANCE": True, "RANK": 512, "RANK_PAD": 512}
+    constants |= {"BN": tile(128, 512, 2)["BN"], "num_warps": 4}
+    yield aot.case("combine", combine_kernel, pointers | {"lse": "fp32"}, constants, expect=("LDG.128",))

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tilefuse.ops.mla import layout as layouts
 
-from ..common import fp8
-from ..common.launch import on_device
+from ..common import aot, fp8
+from ..common.launch import on_device, vector_width
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def gather_kernel(
     FP8: tl.constexpr,
     NATIVE: tl.constexpr,
     GROUP: tl.constexpr,
+    ROPE_VEC: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
     ROPE: tl.constexpr,
@@ -86,7 +87,7 @@ def gather_kernel(
     if ROPE > 0:
         column_r = tl.arange(0, ROPE_PAD)
         inside_r = (column_r < ROPE)[None, :]
-        row_rope = rotated + page * rotated_page + offset * rotated_row
+        row_rope = rotated + (page * rotated_page + offset * rotated_row) * ROPE_VEC
         y = tl.load(row_rope[:, None] + column_r[None, :], mask=found[:, None] & inside_r, other=0.0)
         tl.store(row_out[:, None] + RANK + column_r[None, :], y.to(dtype), mask=mask[:, None] & inside_r)
 
@@ -100,6 +101,11 @@ def cache_parts(cache: Tensor, row: layouts.RowLayout) -> tuple[Tensor, Tensor, 
     if row.is_fp8:
         return layouts.fp8_parts(cache, row)
     return cache, cache, cache[..., row.rope_offset :]
+
+
+def rope_vector(rotated: Tensor) -> int:
+    """Elements that the rotated part's rows are aligned to, in fp8 rows too: strides are passed in this unit."""
+    return vector_width(rotated.element_size(), rotated.storage_offset(), *rotated.stride()[:2])
 
 
 def mla_gather_kv_fwd(
@@ -118,6 +124,7 @@ def mla_gather_kv_fwd(
     if cache.numel() == 0 or block_table.numel() == 0:
         return out.zero_()
     latent, scales, rotated = cache_parts(cache, row)
+    rope_vec = rope_vector(rotated)
     config = tile(row.rank)
     with on_device(cache):
         gather_kernel[(triton.cdiv(total_tokens, config["BT"]),)](
@@ -134,11 +141,12 @@ def mla_gather_kv_fwd(
             block_table.stride(0),
             *latent.stride()[:2],
             *scales.stride()[:2],
-            *rotated.stride()[:2],
+            *(s // rope_vec for s in rotated.stride()[:2]),
             PAGE_SIZE=cache.shape[1],
             FP8=row.is_fp8,
             NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
             GROUP=layouts.GROUP,
+            ROPE_VEC=rope_vec,
             RANK=row.rank,
             RANK_PAD=triton.next_power_of_2(row.rank),
             ROPE=row.rope_dim,
@@ -146,3 +154,20 @@ def mla_gather_kv_fwd(
             **config,
         )
     return out
+
+
+def aot_cases():
+    for layout in ("bf16", "fp8"):
+        is_fp8 = layout == "fp8"
+        stored = ("u8", "fp32", "bf16") if is_fp8 else ("bf16",) * 3
+        pointers = dict(zip(("latent", "scales", "rotated"), stored)) | {"out": "bf16"}
+        pointers |= {"block_table": "i32", "cu_seqlens": "i32"}
+        for native in (False, True) if is_fp8 else (False,):
+            constants = {"PAGE_SIZE": 64, "FP8": is_fp8, "NATIVE": native, "GROUP": layouts.GROUP, "ROPE_VEC": 8}
+            constants |= {"RANK": 512, "RANK_PAD": 512, "ROPE": 64, "ROPE_PAD": 64, **tile(512)}
+            yield aot.case(
+                f"{layout}{'_native' * native}", gather_kernel, pointers, constants,
+                odd=("table_stride", "scale_page", "scale_row", "rotated_page", "rotated_row"),
+                targets=("sm_89", "sm_90", "sm_100", "sm_120", "gfx942") if native else None,
+                expect=("LDG.128", "STG.128"),
+            )  # fmt: skip

@@ -159,14 +159,14 @@ def rope_kernel(
         )  # fmt: skip
 
 
-def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int) -> dict[str, int]:
-    """Tile of one program: a power of two of heads that wastes none, then tokens up to about 4096 elements."""
+def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int, elements: int = 4096) -> dict[str, int]:
+    """Tile of one program: a power of two of heads that wastes none, then tokens up to so many elements."""
     block_heads = 8
     while block_heads > 1 and any(h % block_heads for h in heads):
         block_heads //= 2
     width = triton.next_power_of_2(rotary_dim)
     return {
-        "BT": max(1, min(32, 4096 // (block_heads * width))),
+        "BT": max(1, min(32, elements // (block_heads * width))),
         "BH": block_heads,
         "BLOCK_HALF": width // 2,
         "BLOCK_COPY": min(128, triton.next_power_of_2(max(pass_dim, 1))),
@@ -174,9 +174,27 @@ def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int) -> dict[str, 
     }
 
 
-def _strides(x):
-    """Batch, sequence and head stride; packed input is one batch."""
-    return x.stride() if x.ndim == 4 else (0, *x.stride())
+def strides_of(*tensors):
+    """Vector width of the rows, and each tensor's batch, sequence and head stride in units of it."""
+    strides = []
+    for x in tensors:
+        if x is None:
+            strides.append((0, 0, 0))
+        else:
+            # packed input is one batch
+            strides.append(x.stride()[:3] if x.ndim == 4 else (0, *x.stride()[:2]))
+    vec = vector_width(tensors[0].element_size(), *(s for each in strides for s in each))
+    return vec, [tuple(s // vec for s in each) for each in strides]
+
+
+def position_strides(positions, x, mrope_section):
+    """Axis (with mrope only), batch and sequence stride."""
+    if positions is None:
+        return (0, 0, 0) if mrope_section else (0, 0)
+    strides = positions.stride()
+    if x.ndim == 3:
+        return (*strides[:-1], 0, strides[-1])
+    return strides
 
 
 def _launch(
@@ -187,31 +205,26 @@ def _launch(
         token_positions(name, q.shape[:-2], cos.shape[0], positions, cu_seqlens, q.device)
     seq_len = q.shape[-3]
     tokens = seq_len if q.ndim == 3 else q.shape[0] * seq_len
-    heads_q, heads_k = q.shape[-2], 0 if k is None else k.shape[-2]
-    if tokens == 0 or heads_q + heads_k == 0:
+    heads = (q.shape[-2],) if k is None else (q.shape[-2], k.shape[-2])
+    if tokens == 0 or sum(heads) == 0:
         return
-    strides = [_strides(t)[:3] if t is not None else (0, 0, 0) for t in (q, q_out, k, k_out)]
-    vec = vector_width(q.element_size(), *(s for each in strides for s in each))
+    vec, (q_st, qo_st, k_st, ko_st) = strides_of(q, q_out, k, k_out)
     table_vec = vector_width(4, cos.stride(0), sin.stride(0))
-    (q_st, qo_st, k_st, ko_st) = [tuple(s // vec for s in each) for each in strides]
-    pos_st = (0, 0, 0)
-    if positions is not None:
-        pos_st = positions.stride()
-        pos_st = pos_st if mrope_section else (0, *pos_st)
-        pos_st = pos_st if q.ndim == 4 else (pos_st[0], 0, pos_st[1])
+    pos_st = position_strides(positions, q, mrope_section)
     half = cos.shape[1]
     section = tuple(mrope_section) or (0, 0, 0)
-    heads = (heads_q, heads_k) if k is not None else (heads_q,)
     tile = config(heads, 2 * half, q.shape[-1] - 2 * half)
     grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in heads))
     with on_device(q):
         rope_kernel[grid](
             q, *q_st, q_out, *qo_st, k, *k_st, k_out, *ko_st,
-            cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec, positions, *pos_st,
+            cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec,
+            positions, *(pos_st if mrope_section else (0, *pos_st)),
             cu_seqlens, 0 if cu_seqlens is None else cu_seqlens.shape[0], tokens, seq_len, cos.shape[0],
-            HQ=heads_q, HK=heads_k, D=q.shape[-1], HALF=half, OFFSET=rotary_offset, INTERLEAVED=interleaved,
-            CONJUGATE=conjugate, COPY=q_out is not q, MROPE=bool(mrope_section), MROPE_INTERLEAVED=mrope_interleaved,
-            SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2], VEC=vec, TABLE_VEC=table_vec, **tile,
+            HQ=heads[0], HK=0 if k is None else heads[1], D=q.shape[-1], HALF=half, OFFSET=rotary_offset,
+            INTERLEAVED=interleaved, CONJUGATE=conjugate, COPY=q_out is not q, MROPE=bool(mrope_section),
+            MROPE_INTERLEAVED=mrope_interleaved, SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2],
+            VEC=vec, TABLE_VEC=table_vec, **tile,
         )  # fmt: skip
 
 
@@ -226,3 +239,11 @@ def rope_qk_fwd(q, k, *rest):
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     _launch("rope_qk", q, k, q_out, k_out, *rest)
     return q_out, k_out
+
+
+def rope_inplace(x, *rest):
+    _launch("rope_", x, None, x, None, *rest)
+
+
+def rope_qk_inplace(q, k, *rest):
+    _launch("rope_qk_", q, k, q, k, *rest)

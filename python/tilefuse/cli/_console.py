@@ -38,7 +38,8 @@ class Console:
         """Cells that start with ``ok`` turn green, with ``failed`` red."""
         cells = [[str(cell) for cell in row] for row in rows]
         if self._rich:
-            table = rich.table.Table(title=title, title_justify="left", header_style="bold")
+            self.say(title)
+            table = rich.table.Table(header_style="bold")
             for name in header:
                 table.add_column(name, overflow="fold")
             for row in cells:

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this family (repeatable)")
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose id contains this text")
     parser.add_argument("--seconds", type=float, help="timing budget per case")
+    parser.add_argument("--compile-seconds", type=float, help="for all torch.compile peers together")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no case after this many seconds")
     parser.add_argument("--each-backend", action="store_true", help="also time every other usable backend")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: benchmarks/results)")
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     limits = dict(runner.QUICK if args.suite == "quick" else runner.FULL)
     if args.seconds:
         limits["seconds"] = args.seconds
-    settings = runner.Settings(**limits, each_backend=args.each_backend)
+    if args.compile_seconds is not None:
+        limits["compile_seconds"] = args.compile_seconds
+    settings = runner.Settings(**limits, each_backend=args.each_backend, families=len({case.family for case in cases}))
     console.say(f"Measuring the roof of {kind} ...")
     began = time.monotonic()
     engine = runner.Runner(device, settings)

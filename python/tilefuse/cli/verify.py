@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
+import subprocess
+import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=backends.BACKENDS,
         help="only this backend (repeatable); triton on a CPU needs TRITON_INTERPRET=1",
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="each check in a process of its own, N at a time: an illegal memory access then ends one check, not all",
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="per check: begin no further sample after that")
+    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of one check with --jobs")
 
 
 def _selected(args: argparse.Namespace) -> list[library.Op]:
@@ -69,8 +82,6 @@ def _backends(op: library.Op, device: torch.device, asked: Sequence[str]) -> lis
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..testing import verification
-
     if args.record:
         if not torch.cuda.is_available():
             raise UsageError("--record needs a GPU: it states what passed on one, and torch sees none here")
@@ -84,16 +95,21 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     todo = [(op, backend) for op in _selected(args) for backend in _backends(op, device, args.backend)]
     checks: list[Check] = []
+    recorded = None
     with console.progress(len(todo), "verify") as progress:
-        for op, backend in todo:
-            progress.start(f"{op.name} on {backend}")
-            check = verification.check_op(
-                op.name, device, backend, limit=QUICK_SAMPLES if args.quick else None, all_dtypes=not args.quick
-            )
+        each = _isolated(todo, args, device) if args.jobs > 0 else _in_process(todo, args, device, progress.start)
+        for check in each:
+            if args.jobs > 0:
+                progress.start(f"{check.op} on {check.backend}: {check.status}")
             checks.append(check)
             if check.status == "failed":
-                console.say(f"failed: {check.op} on {backend}: {check.reason}")
+                console.say(f"failed: {check.op} on {check.backend}: {check.reason}")
+            if args.record:
+                # after each check, so that a run that is cut off has recorded what it did
+                recorded = _record(checks, device)
             progress.done()
+    order = {(op.name, backend): i for i, (op, backend) in enumerate(todo)}
+    checks.sort(key=lambda check: order[check.op, check.backend])
     console.table(
         f"Ops against their float64 oracles on {device} ({arch.of(device)}); error is relative to naive's, limit 2",
         ["op", "backend", "result", "samples", "gradients", "worst error", "detail"],
@@ -101,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
     )
     failed = [c for c in checks if c.status == "failed"]
     console.say(f"{sum(c.status == 'ok' for c in checks)} ok, {len(failed)} failed, {len(checks)} checked")
-    recorded = _record(checks, device) if args.record else None
     if recorded is not None:
         console.say(f"wrote {backends.VERIFIED_PATH}: {len(recorded['kernels'])} kernels on {arch.of(device)}")
     console.result(
@@ -116,6 +131,47 @@ def run(args: argparse.Namespace) -> int:
     return FAILED if failed or not checks else OK
 
 
+def _in_process(
+    todo: Sequence[tuple[library.Op, str]],
+    args: argparse.Namespace,
+    device: torch.device,
+    announce: Callable[[str], None],
+) -> Iterator[Check]:
+    from ..testing import verification
+
+    for op, backend in todo:
+        announce(f"{op.name} on {backend}")
+        limit = QUICK_SAMPLES if args.quick else None
+        yield verification.check_op(
+            op.name, device, backend, limit=limit, all_dtypes=not args.quick, seconds=args.seconds
+        )
+
+
+def _isolated(
+    todo: Sequence[tuple[library.Op, str]], args: argparse.Namespace, device: torch.device
+) -> Iterator[Check]:
+    from ..testing.verification import Check
+
+    def one(op: library.Op, backend: str) -> Check:
+        command = [sys.executable, "-m", "tilefuse", "verify", "--json", "--op", op.name, "--backend", backend]
+        command += ["--device", device.type, "--seconds", str(args.seconds), *(["--quick"] if args.quick else [])]
+        reason = ""
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+            (found,) = json.loads(done.stdout)["checks"]
+            return Check(**{**found, "kernels": tuple(found["kernels"])})
+        except subprocess.TimeoutExpired:
+            reason = f"took more than {args.timeout:.0f} s"
+        except (ValueError, KeyError, TypeError):
+            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+            reason = f"its process ended with {done.returncode}: {last[0]}"
+        return Check(op.name, op.family, backend, str(device), "failed", 0, 0, 0.0, (), reason)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in as_completed([pool.submit(one, op, backend) for op, backend in todo]):
+            yield future.result()
+
+
 def _record(checks: Sequence[Check], device: torch.device) -> dict[str, Any]:
     """Stores kernel -> backends for this architecture: those whose every check here passed."""
     from ..benchmarks.runner import commit_of_checkout
@@ -123,7 +179,8 @@ def _record(checks: Sequence[Check], device: torch.device) -> dict[str, Any]:
     passed: defaultdict[str, set[str]] = defaultdict(set)
     failed: defaultdict[str, set[str]] = defaultdict(set)
     for check in checks:
-        if check.backend not in ("triton", "cuda"):
+        # a check that ran out of time without finding a fault proves nothing
+        if check.backend not in ("triton", "cuda") or (check.status == "ok" and not check.complete):
             continue
         # what a failed op would have run is in doubt, all of it
         names = check.kernels if check.status == "ok" else library.ops()[check.op].kernels
@@ -145,5 +202,5 @@ def _record(checks: Sequence[Check], device: torch.device) -> dict[str, Any]:
         "kernels": {name: names for name, names in sorted(kernels.items()) if names},
     }
     backends.VERIFIED_PATH.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n")
-    backends.verified.cache_clear()
+    backends.forget()
     return recorded[on]

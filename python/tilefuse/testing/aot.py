@@ -10,10 +10,10 @@ A Triton module ``tilefuse.triton_kernels.<family>.<op>`` lists what the gate co
             yield AotCase(
                 f"rope_{dtype}_d128",
                 rope_kernel,
-                signature={"x": f"*{dtype}", "out": f"*{dtype}", "tokens": "i32", "stride": "i64", "BLOCK": "constexpr"},
+                signature={"x": f"*{dtype}", "out": f"*{dtype}", "tokens": "i32", "BLOCK": "constexpr"},
                 constexprs={"BLOCK": config.block},
                 options={"num_warps": config.num_warps, "num_stages": 1},
-                divisible=("x", "out", "stride"),
+                divisible=("x", "out"),
                 expect=("LDG.128", "STG.128"),
             )
 
@@ -52,12 +52,31 @@ from typing import Any
 from .. import arch
 
 _ROOT = Path(__file__).resolve().parents[3]
+_CUDA_LIBRARY = Path(__file__).parents[1] / "_cuda.abi3.so"
 BASELINE_DIR = _ROOT / "tests" / "resources"
 # what a compiler may change from build to build without anybody caring
 REGISTER_SLACK = 8
 
+# the most shared memory that one block can have; asking for more compiles but does not launch
+SHARED_MEMORY = {
+    "sm_80": 163 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+# columns of Blackwell's tensor memory
+TENSOR_MEMORY = 512
+
 _MATRIX = re.compile(r"(H|I|Q|O|D|B)MMA|(H|I|Q|B)GMMA|UTC\w*MMA")
 _TMA = re.compile(r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP")
+
+
+def _jit(fn: Any) -> Any:
+    while not hasattr(fn, "cache_key") and hasattr(fn, "fn"):
+        fn = fn.fn
+    return fn
 
 
 @dataclass(frozen=True)
@@ -94,10 +113,7 @@ class AotCase:
     @property
     def jit(self) -> Any:
         """The JIT function below any wrappers."""
-        fn = self.fn
-        while not hasattr(fn, "cache_key") and hasattr(fn, "fn"):
-            fn = fn.fn
-        return fn
+        return _jit(self.fn)
 
     def resolved_attrs(self) -> dict[tuple[int, ...], Any]:
         if self.attrs is not None:
@@ -146,9 +162,9 @@ def modules(family: str | None = None) -> Iterator[tuple[str, str, Any]]:
             yield parts[0], parts[1], importlib.import_module(info.name)
 
 
-def launched(module: Any) -> set[str]:
-    """Names of the JIT functions that a module launches, by their ``kernel[grid](...)`` calls."""
-    names = set()
+def launched(module: Any) -> dict[str, Any]:
+    """The JIT functions that a module launches, by their ``kernel[grid](...)`` calls."""
+    found = {}
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if (
             isinstance(node, ast.Call)
@@ -157,8 +173,8 @@ def launched(module: Any) -> set[str]:
         ):
             value = getattr(module, node.func.value.id, None)
             if value is not None and type(value).__module__.startswith("triton."):
-                names.add(node.func.value.id)
-    return names
+                found[node.func.value.id] = _jit(value)
+    return found
 
 
 def _from_file(path: str) -> Iterator[tuple[str, str, Any]]:
@@ -171,15 +187,18 @@ def _from_file(path: str) -> Iterator[tuple[str, str, Any]]:
 
 def cases(found_modules: Iterable[tuple[str, str, Any]]) -> tuple[list[tuple[str, str, AotCase]], list[str]]:
     """Every case of the modules, and the kernels that one of them launches but no case compiles."""
-    found, uncovered = [], []
-    for name, op, module in found_modules:
-        listed = [(name, op, case) for case in getattr(module, "aot_cases", tuple)()]
+    found, launches = [], []
+    for family, op, module in found_modules:
+        listed = [(family, op, case) for case in getattr(module, "aot_cases", tuple)()]
+        names = Counter(case.name for _, _, case in listed)
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise ValueError(f"{family}/{op}: aot cases must have different names, got {repeated} more than once")
         for _, _, case in listed:
             case.check()
-        covered = {case.jit.__name__ for _, _, case in listed}
-        uncovered += [f"{name}/{op}: {kernel}" for kernel in sorted(launched(module) - covered)]
         found += listed
-    return found, uncovered
+        launches += [(family, op, name, kernel) for name, kernel in sorted(launched(module).items())]
+    covered = {id(case.jit) for _, _, case in found}
+    return found, [f"{family}/{op}: {name}" for family, op, name, kernel in launches if id(kernel) not in covered]
 
 
 # ---- reading binaries ----
@@ -194,6 +213,10 @@ def _tool(name: str) -> str | None:
         if bundled.exists():
             return str(bundled)
     return shutil.which(name)
+
+
+def _can_read() -> bool:
+    return _tool("cuobjdump") is not None and _tool("nvdisasm") is not None
 
 
 def _run(*command: str) -> str:
@@ -354,7 +377,14 @@ def _compile_triton(case: AotCase, target: str) -> dict[str, Any]:
             file.flush()
             figures = read_cubin(Path(file.name))[compiled.metadata.name]
     # static shared memory of a cubin is what the hardware reserves, the kernel's own is in the metadata
-    return {**figures, "shared": compiled.metadata.shared, "seconds": seconds, "error": None}
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return {
+        **figures,
+        "shared": compiled.metadata.shared,
+        "tensor_memory": tensor_memory,
+        "seconds": seconds,
+        "error": None,
+    }
 
 
 # ---- reading the CUDA library ----
@@ -382,9 +412,14 @@ def _short(name: str) -> str:
     return re.sub(r"\(anonymous namespace\)::|tilefuse::|^void ", "", name[:end])
 
 
-def _family_of(stem: str) -> str:
+def _family_of(stem: str, kernel: str) -> str:
+    """The folder of the ``.cu`` file; of two files of one name, the one whose kernel it is."""
     found = sorted((_ROOT / "csrc").glob(f"*/{stem}.cu"))
-    return found[0].parent.name if found else "cuda"
+    base = re.split(r"[<(]", kernel)[0].split("::")[-1]
+    for path in found[:-1]:
+        if any(re.search(rf"\b{re.escape(base)}\b", f.read_text()) for f in path.parent.glob("*.cu*")):
+            return path.parent.name
+    return found[-1].parent.name if found else "cuda"
 
 
 def _read_library(path: Path) -> list[dict[str, Any]]:
@@ -399,11 +434,15 @@ def _read_library(path: Path) -> list[dict[str, Any]]:
             stem = match.group(1) if match else cubin.stem
             functions = read_cubin(cubin)
             names = _demangle(list(functions))
+            target = match.group(2) if match else "unknown"
             for name, figures in functions.items():
+                if arch.capability(target) >= 90:
+                    # what the hardware reserves for itself
+                    figures["shared"] = max(0, figures["shared"] - 1024)
                 found.append(
                     {
-                        "family": _family_of(stem), "op": stem, "case": names[name], "backend": "cuda",
-                        "target": match.group(2) if match else "unknown", "error": None, "allow_spill": None,
+                        "family": _family_of(stem, names[name]), "op": stem, "case": names[name], "backend": "cuda",
+                        "target": target, "tensor_memory": 0, "error": None, "allow_spill": None,
                         "lacking": [], **figures,
                     }
                 )  # fmt: skip
@@ -412,11 +451,10 @@ def _read_library(path: Path) -> list[dict[str, Any]]:
 
 def cuda_records(targets: Sequence[str], family: str | None = None) -> list[dict[str, Any]]:
     """One record for each kernel and architecture of the CUDA library; none where it is not built."""
-    path = Path(__file__).parents[1] / "_cuda.abi3.so"
-    if not path.exists():
+    if not _CUDA_LIBRARY.exists() or not _can_read():
         return []
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    found = _cached(f"{digest} {_reader_version()}", lambda: _read_library(path))
+    digest = hashlib.sha256(_CUDA_LIBRARY.read_bytes()).hexdigest()
+    found = _cached(f"{digest} {_reader_version()}", lambda: _read_library(_CUDA_LIBRARY))
     return [r for r in found if r["target"] in targets and family in (None, r["family"])]
 
 
@@ -459,17 +497,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             with multiprocessing.get_context("fork").Pool(max(1, args.jobs)) as pool:
                 found = list(pool.imap(_compile_one, range(len(_work))))
     found += [] if args.file else cuda_records(args.targets, args.family)
-    result = {"triton": triton_version, "nvcc": _nvcc_version(), "records": found, "uncovered": uncovered}
+    missing = [] if triton_version else ["Triton kernels: triton is not installed"]
+    if not _CUDA_LIBRARY.exists():
+        missing.append(f"CUDA kernels: {_CUDA_LIBRARY.name} was not built (needs nvcc)")
+    elif not _can_read():
+        missing.append("CUDA kernels: neither Triton nor the CUDA toolkit provides cuobjdump and nvdisasm")
+    result = {
+        "triton": triton_version,
+        "nvcc": _nvcc_version(),
+        "targets": args.targets,
+        "family": args.family,
+        "records": found,
+        "uncovered": uncovered,
+        "missing": missing,
+    }
     Path(args.json).write_text(json.dumps(result))
     return 0
 
 
 def _nvcc_version() -> str | None:
     """The nvcc that built the CUDA library, from the string it carries."""
-    path = Path(__file__).parents[1] / "_cuda.abi3.so"
-    if not path.exists():
+    if not _CUDA_LIBRARY.exists():
         return None
-    match = re.search(rb'"nvcc": "[^"]*?cuda_(\d+\.\d+)', path.read_bytes())
+    match = re.search(rb'"nvcc": "[^"]*?cuda_(\d+\.\d+)', _CUDA_LIBRARY.read_bytes())
     return match.group(1).decode() if match else None
 
 
@@ -479,7 +529,7 @@ def _nvcc_version() -> str | None:
 def records(
     *, family: str | None = None, targets: Sequence[str] | None = None, file: str | Path | None = None
 ) -> dict[str, Any]:
-    """Runs the compiling process and returns ``{"triton", "nvcc", "records", "uncovered"}``.
+    """Runs the compiling process and returns its result: versions, ``records``, ``uncovered``, ``missing``.
 
     Raises:
         RuntimeError: the process failed (a module that cannot be imported, a case that does not fit its kernel).
@@ -501,6 +551,11 @@ def key(record: Mapping[str, Any]) -> str:
     """Name of a record's kernel within its family's baseline."""
     suffix = ".cu" if record["backend"] == "cuda" else ""
     return f"{record['op']}{suffix}/{record['case']}"
+
+
+def label(record: Mapping[str, Any]) -> str:
+    """How ``problems`` names a record."""
+    return f"{record['family']}/{key(record)} on {record['target']}"
 
 
 _KEPT = ("registers", "stack", "shared", "spills", "loads_128", "stores_128")
@@ -548,37 +603,65 @@ def write_baseline(result: Mapping[str, Any], folder: Path = BASELINE_DIR) -> li
 def problems(result: Mapping[str, Any], folder: Path = BASELINE_DIR) -> list[str]:
     """What is wrong with the compiled kernels, one line each: the resource gate.
 
-    A spill (or any stack) without ``allow_spill``, an expected instruction that is missing, a kernel that no case
-    compiles, a kernel that is not in the baseline, and one that got worse than its baseline: more than
-    ``REGISTER_SLACK`` more registers, more shared memory, more spills, a 128-bit access or the matrix unit lost.
-    Registers, shared memory and spills are compared only for the same version of Triton or nvcc.
+    A spill (or any stack) without ``allow_spill``, an expected instruction that is missing, more shared memory than the
+    architecture has, a kernel that no case compiles; and where there are baselines, a kernel that is not in its
+    baseline or has left it, and one that got worse: more than ``REGISTER_SLACK`` more registers, more shared memory,
+    more spills, a 128-bit access or the matrix unit lost. Registers, shared memory and spills are compared only for
+    the same version of Triton or nvcc.
     """
     found = [f"{name} is launched but compiled by no aot case" for name in result["uncovered"]]
-    baselines = {f: read_baseline(f, folder) for f in {r["family"] for r in result["records"]}}
     for r in result["records"]:
-        label = f"{r['family']}/{key(r)} on {r['target']}"
         if r["error"]:
-            found.append(f"{label}: does not compile: {r['error']}")
+            found.append(f"{label(r)}: does not compile: {r['error']}")
             continue
         if (r["stack"] or r["spills"]) and not r["allow_spill"]:
-            found.append(f"{label}: {r['stack']} bytes of stack, {r['spills']} spill instructions")
-        found += [f"{label}: no {item}" for item in r["lacking"]]
-        baseline = baselines[r["family"]]
-        old = baseline["kernels"].get(key(r), {}).get(r["target"])
-        if old is None:
-            found.append(f"{label}: not in {r['family']}.json, run python -m tilefuse inspect --update-baseline")
-            continue
-        compiler = "triton" if r["backend"] == "triton" else "nvcc"
-        if baseline.get(compiler) == result[compiler]:
-            limits = {"registers": REGISTER_SLACK, "shared": 0, "stack": 0, "spills": 0}
-            found += [f"{label}: {k} {old[k]} -> {r[k]}" for k, slack in limits.items() if r[k] > old[k] + slack]
-        found += [
-            f"{label}: {k} {old[k]} -> {r[k]}"
-            for k in ("loads_128", "stores_128")
-            if old[k] and not r[k] and not r["bulk_copies"]
-        ]
-        if old["matrix"] and not r["matrix"]:
-            found.append(f"{label}: matrix instructions {old['matrix']} -> none")
+            found.append(f"{label(r)}: {r['stack']} bytes of stack, {r['spills']} spill instructions")
+        found += [f"{label(r)}: no {item}" for item in r["lacking"]]
+        limit = SHARED_MEMORY[r["target"]]
+        if r["shared"] > limit:
+            found.append(f"{label(r)}: cannot launch, {r['shared']} bytes of shared memory, {limit} there")
+        if r["tensor_memory"] > TENSOR_MEMORY:
+            found.append(
+                f"{label(r)}: cannot launch, {r['tensor_memory']} tensor memory columns, {TENSOR_MEMORY} there"
+            )
+    if not folder.is_dir():
+        return found
+    families = {r["family"] for r in result["records"]} - {"file"}
+    if result["family"] is None and families:
+        families |= {path.stem for path in folder.glob("*.json")}
+    for family in sorted(families):
+        baseline = read_baseline(family, folder)
+        seen = {(key(r), r["target"]): r for r in result["records"] if r["family"] == family}
+        for (name, target), r in seen.items():
+            old = baseline["kernels"].get(name, {}).get(target)
+            if old is None and not r["error"]:
+                found.append(f"{label(r)}: not in {family}.json, run python -m tilefuse inspect --update-baseline")
+            elif not r["error"]:
+                compiler = "triton" if r["backend"] == "triton" else "nvcc"
+                found += _worse(r, old, baseline.get(compiler) == result[compiler])
+        # only what was looked at can be missing
+        looked_at = {("triton", t) for t in result["targets"]} if result["triton"] else set()
+        looked_at |= {("cuda", r["target"]) for r in result["records"] if r["backend"] == "cuda"}
+        for name, lines in baseline["kernels"].items():
+            backend = "cuda" if ".cu/" in name else "triton"
+            found += [
+                f"{family}/{name} on {target}: in the baseline but no longer compiled"
+                for target in lines
+                if (backend, target) in looked_at and (name, target) not in seen
+            ]
+    return found
+
+
+def _worse(r: Mapping[str, Any], old: Mapping[str, Any], same_compiler: bool) -> list[str]:
+    found = []
+    if same_compiler:
+        limits = {"registers": REGISTER_SLACK, "shared": 0, "stack": 0, "spills": 0}
+        found += [f"{label(r)}: {k} {old[k]} -> {r[k]}" for k, slack in limits.items() if r[k] > old[k] + slack]
+    for k in ("loads_128", "stores_128"):
+        if old[k] and not r[k] and not r["bulk_copies"]:
+            found.append(f"{label(r)}: {k} {old[k]} -> 0")
+    if old["matrix"] and not r["matrix"]:
+        found.append(f"{label(r)}: matrix instructions {old['matrix']} -> none")
     return found
 
 

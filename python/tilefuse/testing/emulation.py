@@ -18,8 +18,8 @@ says what it checks. A binding ``csrc/emulation/<family>_<op>.cpp`` launches the
       });
     }
 
-Keep every tensor in a variable: the memory of ``f(x).data_ptr()`` is freed before the kernel runs. The launch shape should
-come from the function of the ``.cuh`` that the real launch uses too. In a test::
+Keep every tensor in a variable: the memory of ``f(x).data_ptr()`` is freed before the kernel runs. The launch shape
+should come from the function of the ``.cuh`` that the real launch uses too. In a test::
 
     module = emulation.load_or_skip("rope", "rope")
 

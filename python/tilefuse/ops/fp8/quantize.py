@@ -264,5 +264,3 @@ def check_scale(name: str, arg: str, scale: Tensor, shape: Sequence[int], like: 
         errors.type_error(name, arg, f"{[*shape]} float32", scale)
     errors.check_device(name, arg, scale, like, like_arg)
     errors.check_not_differentiated(name, "scales get no gradient", **{arg: scale})
-
-

@@ -11,7 +11,7 @@ from torch import Tensor
 from ... import errors
 from ...library import kernel, op
 
-__all__ = ["rope", "rope_qk"]
+__all__ = ["rope", "rope_", "rope_qk", "rope_qk_"]
 
 _MODULE = "rope/rope"
 _TABLES = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
@@ -96,15 +96,22 @@ def check_rope(
             )  # fmt: skip
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    # kernels take any strides but a contiguous last dim
+def check_in_place(name: str, **tensors: Tensor) -> None:
+    """Refuses a tensor whose elements share memory, which an in-place op would write twice."""
+    for arg, tensor in tensors.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+            errors.value_error(name, arg, "a tensor without overlapping elements", f"strides {[*tensor.stride()]}")
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """Kernels take any strides but a contiguous last dim: elsewhere this costs a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _fake_x(name: str) -> Any:
     def fake(x, cos, sin, positions, cu_seqlens, _interleaved, rotary_offset, _conjugate, mrope_section, _mrope):
         check_rope(name, "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
-        return x.new_empty(x.shape)
+        return None if name.endswith("_") else x.new_empty(x.shape)
 
     return fake
 
@@ -112,7 +119,7 @@ def _fake_x(name: str) -> Any:
 def _fake_qk(name: str) -> Any:
     def fake(q, k, cos, sin, positions, cu_seqlens, _interleaved, rotary_offset, _conjugate, mrope_section, _mrope):
         check_rope(name, "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
-        return q.new_empty(q.shape), k.new_empty(k.shape)
+        return None if name.endswith("_") else (q.new_empty(q.shape), k.new_empty(k.shape))
 
     return fake
 
@@ -125,6 +132,18 @@ rope_qk_fwd = kernel(
     f"rope_qk_fwd(Tensor q, Tensor k, {_TABLES}, {_OPTIONS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_qk("rope_qk"),
+    backends=_BACKENDS,
+)
+rope_inplace = kernel(
+    f"rope_inplace(Tensor(a!) x, {_TABLES}, {_OPTIONS}) -> ()",
+    module=_MODULE,
+    fake=_fake_x("rope_"),
+    backends=_BACKENDS,
+)
+rope_qk_inplace = kernel(
+    f"rope_qk_inplace(Tensor(a!) q, Tensor(b!) k, {_TABLES}, {_OPTIONS}) -> ()",
+    module=_MODULE,
+    fake=_fake_qk("rope_qk_"),
     backends=_BACKENDS,
 )
 
@@ -172,14 +191,14 @@ class _RopeQK(torch.autograd.Function):
 
 def _apply(x: Tensor, *rest: Any) -> Tensor:
     if errors.needs_grad(x):
-        return _Rope.apply(_rows(x), *rest)
-    return rope_fwd(_rows(x), *rest)
+        return _Rope.apply(contiguous_rows(x), *rest)
+    return rope_fwd(contiguous_rows(x), *rest)
 
 
 def _apply_qk(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if errors.needs_grad(q, k):
-        return _RopeQK.apply(_rows(q), _rows(k), *rest)
-    return rope_qk_fwd(_rows(q), _rows(k), *rest)
+        return _RopeQK.apply(contiguous_rows(q), contiguous_rows(k), *rest)
+    return rope_qk_fwd(contiguous_rows(q), contiguous_rows(k), *rest)
 
 
 @op(
@@ -241,7 +260,7 @@ def rope(
     check_rope("rope", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     errors.check_not_differentiated("rope", "tables get no gradient", cos=cos, sin=sin)
     return _apply(
-        x, _rows(cos), _rows(sin), positions, cu_seqlens,
+        x, contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
 
@@ -278,6 +297,90 @@ def rope_qk(
     check_rope("rope_qk", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     errors.check_not_differentiated("rope_qk", "tables get no gradient", cos=cos, sin=sin)
     return _apply_qk(
-        q, k, _rows(cos), _rows(sin), positions, cu_seqlens,
+        q, k, contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
+
+
+@op(
+    f"rope_(Tensor(a!) x, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> ()",
+    module=_MODULE,
+    kernels=("rope_inplace",),
+)
+def rope_(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    mrope_section: Sequence[int] = (),
+    mrope_interleaved: bool = False,
+) -> Tensor:
+    """``rope`` in place: x may be any view, and dims outside of the rotary slice are neither read nor written.
+
+    Not differentiable. Arguments as in ``rope``.
+
+    Returns:
+        x itself (``torch.ops.tilefuse.rope_`` returns nothing).
+
+    Raises:
+        RuntimeError: a gradient would be needed (x requires grad and grad mode is on).
+        ValueError: as ``rope``, and for an x whose elements overlap. Nothing is written then.
+    """
+    check_rope("rope_", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
+    check_in_place("rope_", x=x)
+    errors.check_not_differentiated("rope_", "works in place and has no gradient", x=x, cos=cos, sin=sin)
+    rest = (
+        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
+    )  # fmt: skip
+    if x.stride(-1) == 1:
+        rope_inplace(x, *rest)
+    else:
+        x.copy_(rope_fwd(x.contiguous(), *rest))
+    return x
+
+
+@op(
+    f"rope_qk_(Tensor(a!) q, Tensor(b!) k, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> ()",
+    module=_MODULE,
+    kernels=("rope_qk_inplace",),
+)
+def rope_qk_(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    rotary_offset: int = 0,
+    conjugate: bool = False,
+    mrope_section: Sequence[int] = (),
+    mrope_interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """``rope_qk`` in place, in one launch: q and k may be views into one packed projection, but must not overlap.
+
+    Not differentiable. Arguments as in ``rope``; errors as in ``rope_``.
+
+    Returns:
+        ``(q, k)`` themselves (``torch.ops.tilefuse.rope_qk_`` returns nothing).
+    """
+    check_rope("rope_qk_", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
+    check_in_place("rope_qk_", q=q, k=k)
+    errors.check_not_differentiated("rope_qk_", "works in place and has no gradient", q=q, k=k, cos=cos, sin=sin)
+    rest = (
+        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
+    )  # fmt: skip
+    if q.stride(-1) == 1 and k.stride(-1) == 1:
+        rope_qk_inplace(q, k, *rest)
+    else:
+        for x, rotated in zip((q, k), rope_qk_fwd(contiguous_rows(q), contiguous_rows(k), *rest)):
+            x.copy_(rotated)
+    return q, k

@@ -63,6 +63,8 @@ def _proportional(p: _Parameters, seq_len: int | None) -> tuple[Tensor, float]:
 
 
 def _dynamic(p: _Parameters, seq_len: int | None) -> tuple[Tensor, float]:
+    if p.dim == 2:
+        errors.value_error("rope_tables", "rotary_dim", "at least 4 for 'dynamic'", p.dim)
     longest = p.max_position_embeddings
     length = longest if seq_len is None else max(seq_len, longest)
     factor = p["factor"]

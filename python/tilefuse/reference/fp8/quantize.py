@@ -43,7 +43,7 @@ def fp8_quantize_rows(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor
     blocks = -(-k // 128)
     padded = F.pad(x.to(torch.float32), (0, blocks * 128 - k)).unflatten(-1, (blocks, 128))
     q, scale = quantize_blocks(padded, pow2, eps)
-    return q.flatten(-2)[..., :k].contiguous(), row_scale_layout(scale)
+    return q.flatten(-2)[..., :k].clone(memory_format=torch.contiguous_format), row_scale_layout(scale)
 
 
 def fp8_quantize_tiles(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ def fp8_quantize_tiles(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tenso
     tiles = padded.unflatten(-1, (blocks, 128)).unflatten(-3, (row_blocks, 128)).transpose(-3, -2).flatten(-2)
     q, scale = quantize_blocks(tiles, pow2, eps)
     q = q.unflatten(-1, (128, 128)).transpose(-3, -2).flatten(-2).flatten(-3, -2)
-    return q[..., :m, :k].contiguous(), scale.contiguous()
+    return q[..., :m, :k].clone(memory_format=torch.contiguous_format), scale.contiguous()
 
 
 def fp8_quantize_dual_fwd(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,8 +9,9 @@ from .mla_compress_kv import compute_dtype
 
 
 def merged_weights(lse_a: Tensor, lse_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight of each side and the merged lse, [.., H, S] in ``dtype``; two empty sides weigh 0."""
-    lse_a, lse_b = lse_a.to(dtype), lse_b.to(dtype)
+    """Weight of each side and the merged lse, [.., H, S] in ``dtype``; an empty side weighs 0."""
+    # +inf is another mark for no keys, as FlashMLA writes it
+    lse_a, lse_b = (torch.where(x == float("inf"), float("-inf"), x.to(dtype)) for x in (lse_a, lse_b))
     lse = torch.logaddexp(lse_a, lse_b)
     base = torch.where(lse == float("-inf"), 0.0, lse)
     return torch.exp(lse_a - base), torch.exp(lse_b - base), lse
@@ -23,7 +24,7 @@ def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tens
     w_a, w_b = w_a.transpose(-1, -2).unsqueeze(-1), w_b.transpose(-1, -2).unsqueeze(-1)
     # an empty side may hold anything: its product with 0 is not taken
     out = torch.where(w_a == 0, 0.0, w_a * out_a.to(dtype)) + torch.where(w_b == 0, 0.0, w_b * out_b.to(dtype))
-    return out.to(out_a.dtype), lse.float()
+    return out.to(out_a.dtype), lse
 
 
 def merge_attention_bwd(

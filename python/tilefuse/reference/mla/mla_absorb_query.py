@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .mla_compress_kv import compute_dtype, rotate, table_rows
+from ..rope.rope import rotate
+from .mla_compress_kv import compute_dtype, tables_of
 
 
 def mla_absorb_query_fwd(
@@ -14,7 +15,7 @@ def mla_absorb_query_fwd(
     dtype = compute_dtype(q)
     nope = w_uk.shape[1]
     latent = torch.einsum("thp,hpr->thr", q[..., :nope].to(dtype), w_uk.to(dtype))
-    cos, sin = table_rows(cos, sin, positions, q.shape[0])
+    cos, sin = tables_of("mla_absorb_query", cos, sin, positions, q.shape[0], dtype)
     return torch.cat((latent, rotate(q[..., nope:].to(dtype), cos, sin, interleaved)), -1).to(q.dtype)
 
 
@@ -26,7 +27,7 @@ def mla_absorb_query_bwd(
     _, nope, rank = w_uk.shape
     grad_latent = grad[..., :rank].to(dtype)
     grad_nope = torch.einsum("thr,hpr->thp", grad_latent, w_uk.to(dtype))
-    cos, sin = table_rows(cos, sin, positions, q.shape[0])
-    grad_rope = rotate(grad[..., rank:].to(dtype), cos, sin, interleaved, conjugate=True)
+    cos, sin = tables_of("mla_absorb_query", cos, sin, positions, q.shape[0], dtype, conjugate=True)
+    grad_rope = rotate(grad[..., rank:].to(dtype), cos, sin, interleaved)
     grad_w = torch.einsum("thp,thr->hpr", q[..., :nope].to(dtype), grad_latent)
     return torch.cat((grad_nope, grad_rope), -1).to(q.dtype), grad_w.to(w_uk.dtype)

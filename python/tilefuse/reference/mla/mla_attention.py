@@ -31,7 +31,9 @@ def heads_first(x: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return x[..., rows, :, :].to(dtype).transpose(-3, -2)
 
 
-def blocks(queries: int, keys: int, causal: bool, device: torch.device) -> Iterator[tuple[int, int, int, Tensor | None]]:
+def blocks(
+    queries: int, keys: int, causal: bool, device: torch.device
+) -> Iterator[tuple[int, int, int, Tensor | None]]:
     """Query rows [i, j), how many keys they see at most, and which (None: all)."""
     for i in range(0, queries, ROWS):
         j = min(i + ROWS, queries)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..rope.rope import rotate, token_positions, token_tables
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -16,48 +18,51 @@ def rstd_of(latent: Tensor, eps: float) -> Tensor:
     The sum is taken in float64 so that its order does not show after rounding: every backend stores the same bits.
     """
     mean = latent.double().square().sum(-1, keepdim=True) / latent.shape[-1]
-    return 1.0 / torch.sqrt(mean.to(latent.dtype) + eps)
+    # torch's float32 square root is not correctly rounded on every machine, the float64 one rounds to it
+    return 1.0 / torch.sqrt((mean.to(latent.dtype) + eps).double()).to(latent.dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, conjugate: bool = False) -> Tensor:
-    """Rotates the last dim of x ``[T, .., r]`` by rows of tables ``[T, r / 2]``."""
-    shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (x.shape[-1] // 2,)
-    cos, sin = cos.to(x.dtype).view(shape), sin.to(x.dtype).view(shape)
-    if conjugate:
-        sin = -sin
-    if interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-        return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2)
-    first, second = x.chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def table_rows(cos: Tensor, sin: Tensor, positions: Tensor | None, tokens: int) -> tuple[Tensor, Tensor]:
-    """The rows of the tables for each token; positions past the table are clamped here, raised on by the op."""
+def tables_of(
+    name: str,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    tokens: int,
+    dtype: torch.dtype,
+    conjugate: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of each token, [T, 1, r / 2]."""
     if cos.shape[1] == 0 or tokens == 0:
-        return cos.new_zeros(tokens, cos.shape[1]), sin.new_zeros(tokens, cos.shape[1])
-    if positions is None:
-        return cos[:tokens], sin[:tokens]
-    index = positions.long().clamp(0, cos.shape[0] - 1)
-    return cos[index], sin[index]
+        empty = cos.new_zeros(tokens, 1, cos.shape[1], dtype=dtype)
+        return empty, empty
+    found = token_positions(name, (tokens,), cos.shape[0], positions, None, cos.device)
+    return token_tables(cos, sin, found, dtype, conjugate, (), False)
 
 
 def normed_and_rotated(
-    kv_a: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, eps: float, interleaved: bool
+    name: str,
+    kv_a: Tensor,
+    weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    eps: float,
+    interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     """Both parts of a latent row, unrounded: [T, R] and [T, r] in float32 (float64 for float64 inputs)."""
     dtype = compute_dtype(kv_a)
     rank = weight.shape[0]
     latent = kv_a[:, :rank].to(dtype)
     normed = latent * rstd_of(latent, eps) * weight.to(dtype)
-    cos, sin = table_rows(cos, sin, positions, kv_a.shape[0])
-    return normed, rotate(kv_a[:, rank:].to(dtype), cos, sin, interleaved)
+    cos, sin = tables_of(name, cos, sin, positions, kv_a.shape[0], dtype)
+    return normed, rotate(kv_a[:, None, rank:].to(dtype), cos, sin, interleaved).squeeze(1)
 
 
 def mla_compress_kv_fwd(
     kv_a: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, eps: float, interleaved: bool
 ) -> Tensor:
-    return torch.cat(normed_and_rotated(kv_a, weight, cos, sin, positions, eps, interleaved), -1).to(kv_a.dtype)
+    parts = normed_and_rotated("mla_compress_kv", kv_a, weight, cos, sin, positions, eps, interleaved)
+    return torch.cat(parts, -1).to(kv_a.dtype)
 
 
 def mla_compress_kv_bwd(
@@ -78,7 +83,7 @@ def mla_compress_kv_bwd(
     normed = latent * rstd
     scaled = grad_latent * weight.to(dtype)
     grad_in = (scaled - normed * (scaled * normed).sum(-1, keepdim=True) / rank) * rstd
-    cos, sin = table_rows(cos, sin, positions, kv_a.shape[0])
-    grad_rope = rotate(grad[:, rank:].to(dtype), cos, sin, interleaved, conjugate=True)
+    cos, sin = tables_of("mla_compress_kv", cos, sin, positions, kv_a.shape[0], dtype, conjugate=True)
+    grad_rope = rotate(grad[:, None, rank:].to(dtype), cos, sin, interleaved).squeeze(1)
     grad_weight = (grad_latent * normed).sum(0).to(weight.dtype)
     return torch.cat((grad_in, grad_rope), -1).to(kv_a.dtype), grad_weight

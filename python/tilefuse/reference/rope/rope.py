@@ -73,13 +73,17 @@ def _rotate_slice(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, rotary
     return rotate(x[..., rotary_offset:end].to(cos.dtype), cos, sin, interleaved).to(x.dtype)
 
 
+def _put_slice(x: Tensor, rotated: Tensor, rotary_offset: int) -> None:
+    x[..., rotary_offset : rotary_offset + rotated.shape[-1]] = rotated
+
+
 def _with_slice(x: Tensor, rotated: Tensor, rotary_offset: int) -> Tensor:
     out = x.clone(memory_format=torch.contiguous_format)
-    out[..., rotary_offset : rotary_offset + rotated.shape[-1]] = rotated
+    _put_slice(out, rotated, rotary_offset)
     return out
 
 
-def _tables(name, x, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved):
+def compute_tables(name, x, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved):
     found = token_positions(name, x.shape[:-2], cos.shape[0], positions, cu_seqlens, x.device)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return token_tables(cos, sin, found, dtype, conjugate, mrope_section, mrope_interleaved)
@@ -88,15 +92,34 @@ def _tables(name, x, cos, sin, positions, cu_seqlens, conjugate, mrope_section, 
 def rope_fwd(
     x, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved
 ):
-    cos, sin = _tables("rope", x, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved)
+    cos, sin = compute_tables("rope", x, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved)
     return _with_slice(x, _rotate_slice(x, cos, sin, interleaved, rotary_offset), rotary_offset)
 
 
 def rope_qk_fwd(
     q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved
 ):
-    cos, sin = _tables("rope_qk", q, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved)
+    cos, sin = compute_tables(
+        "rope_qk", q, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved
+    )
     q_out, k_out = (
         _with_slice(x, _rotate_slice(x, cos, sin, interleaved, rotary_offset), rotary_offset) for x in (q, k)
     )
     return q_out, k_out
+
+
+def rope_inplace(
+    x, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved
+):
+    cos, sin = compute_tables("rope_", x, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved)
+    _put_slice(x, _rotate_slice(x, cos, sin, interleaved, rotary_offset), rotary_offset)
+
+
+def rope_qk_inplace(
+    q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved
+):
+    cos, sin = compute_tables(
+        "rope_qk_", q, cos, sin, positions, cu_seqlens, conjugate, mrope_section, mrope_interleaved
+    )
+    for x in (q, k):
+        _put_slice(x, _rotate_slice(x, cos, sin, interleaved, rotary_offset), rotary_offset)

@@ -102,4 +102,25 @@ def _samples_qk(device: torch.device) -> Iterator[Sample]:
         yield Sample((q, k, *rest), options, name)
 
 
-SAMPLES: dict[str, Callable[[torch.device], Iterator[Sample]]] = {"rope": _samples_x, "rope_qk": _samples_qk}
+def in_place(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, which an in-place op may change."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
+def _samples_in_place(device: torch.device) -> Iterator[Sample]:
+    for sample in _samples_x(device):
+        yield Sample((in_place(sample.args[0]), *sample.args[1:]), sample.kwargs, sample.name)
+
+
+def _samples_qk_in_place(device: torch.device) -> Iterator[Sample]:
+    for sample in _samples_qk(device):
+        yield Sample((*map(in_place, sample.args[:2]), *sample.args[2:]), sample.kwargs, sample.name)
+
+
+SAMPLES: dict[str, Callable[[torch.device], Iterator[Sample]]] = {
+    "rope": _samples_x,
+    "rope_qk": _samples_qk,
+    "rope_": _samples_in_place,
+    "rope_qk_": _samples_qk_in_place,
+}

@@ -1,0 +1,116 @@
+// Latent rows on the CPU: RMSNorm of the first R values, RoPE of the rest, in float32 into a buffer.
+#pragma once
+
+#include "rope/rope.h"
+
+namespace tilefuse {
+
+struct LatentCall {
+  const void* kv_a;
+  Dtype dtype;
+  int64_t kv_stride;
+  int64_t tokens, rank, half;
+  const float* weight;
+  const float* cos;
+  const float* sin;
+  int64_t cos_stride, sin_stride;
+  // positions, or null: the token's own number
+  const void* positions;
+  bool positions_wide;
+  float eps;
+  bool interleaved;
+};
+
+namespace TILEFUSE_ISA {
+
+static inline int64_t index_at(const void* data, bool wide, int64_t i) {
+  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+}
+
+// 1 / sqrt(mean(x^2) + eps); the float64 sum makes the result independent of its order
+static inline float rstd_of(const float* x, int64_t n, float eps) {
+  constexpr int64_t kLanes = 16;
+  double lanes[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  }
+  double total = 0.0;
+  for (int64_t j = 0; j < kLanes; ++j) total += lanes[j];
+  for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  const float mean = static_cast<float>(total / static_cast<double>(n));
+  return 1.0f / std::sqrt(mean + eps);
+}
+
+// row: R + r floats, scratch: r floats
+template <typename T>
+static inline void latent_row(const LatentCall& call, int64_t token, float* row, float* scratch) {
+  const T* in = static_cast<const T*>(call.kv_a) + token * call.kv_stride;
+  for (int64_t i = 0; i < call.rank; ++i) row[i] = to_float(in[i]);
+  const float rstd = rstd_of(row, call.rank, call.eps);
+  for (int64_t i = 0; i < call.rank; ++i) row[i] = row[i] * rstd * call.weight[i];
+  if (call.half == 0) return;
+  const int64_t position =
+      call.positions == nullptr ? token : index_at(call.positions, call.positions_wide, token);
+  const float* cos = call.cos + position * call.cos_stride;
+  const float* sin = call.sin + position * call.sin_stride;
+  for (int64_t i = 0; i < 2 * call.half; ++i) scratch[i] = to_float(in[call.rank + i]);
+  if (call.interleaved) {
+    rotate_interleaved(scratch, row + call.rank, cos, sin, call.half);
+  } else {
+    rotate_half(scratch, row + call.rank, call.half, cos, sin, call.half);
+  }
+}
+
+template <typename T>
+static inline void store_row(const float* row, int64_t n, void* out) {
+  T* to = static_cast<T*>(out);
+  for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(row[i]);
+}
+
+}  // namespace TILEFUSE_ISA
+
+#ifdef TILEFUSE_REGISTER
+
+// the norm's weight as float32
+inline std::vector<float> float_weight(const Tensor& weight) {
+  using namespace TILEFUSE_ISA;
+  std::vector<float> values(weight.size(0));
+  TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
+    const T* data = static_cast<const T*>(weight.const_data_ptr());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = to_float(data[i]);
+  })
+  return values;
+}
+
+inline LatentCall latent_call(const Tensor& kv_a, const std::vector<float>& weight, const Tensor& cos,
+                              const Tensor& sin, const std::optional<Tensor>& positions, double eps,
+                              bool interleaved) {
+  LatentCall call{};
+  call.kv_a = kv_a.const_data_ptr();
+  call.dtype = dtype_of(kv_a);
+  call.kv_stride = stride_or_zero(kv_a, 0);
+  call.tokens = kv_a.size(0);
+  call.rank = static_cast<int64_t>(weight.size());
+  call.half = (kv_a.size(1) - call.rank) / 2;
+  call.weight = weight.data();
+  call.cos = static_cast<const float*>(cos.const_data_ptr());
+  call.sin = static_cast<const float*>(sin.const_data_ptr());
+  call.cos_stride = stride_or_zero(cos, 0);
+  call.sin_stride = stride_or_zero(sin, 0);
+  if (positions) {
+    const IndexData data = index_data(*positions);
+    call.positions = data.data;
+    call.positions_wide = data.wide;
+  }
+  call.eps = static_cast<float>(eps);
+  call.interleaved = interleaved;
+  return call;
+}
+
+// rows worth waking another thread for
+constexpr int64_t kLatentGrain = 32;
+
+#endif  // TILEFUSE_REGISTER
+
+}  // namespace tilefuse

@@ -1,0 +1,126 @@
+// Latent rows into the paged cache, on the CPU: norm, RoPE, quantisation and store of one token at a time.
+#include "mla/latent.h"
+
+#include "common/fp8.h"
+
+namespace tilefuse {
+
+// the bytes of a cache row are documented in tilefuse/ops/mla/layout.py
+struct AppendCall {
+  LatentCall latent;
+  uint8_t* cache;
+  // in bytes
+  int64_t page_stride, row_stride, scale_offset, rope_offset;
+  int64_t page_size;
+  const void* slots;
+  bool slots_wide, fp8;
+  Dtype cache_dtype;
+};
+
+namespace TILEFUSE_ISA {
+
+constexpr int64_t kGroup = 128;
+// the fp8 family's default
+constexpr float kQuantizeEps = 1e-12f;
+
+static inline void store_fp8_row(const AppendCall& call, const float* row, uint8_t* to) {
+  for (int64_t group = 0; group < call.latent.rank / kGroup; ++group) {
+    const float* values = row + group * kGroup;
+    uint32_t amax = 0;
+    for (int64_t i = 0; i < kGroup; ++i) {
+      const uint32_t magnitude = fp8::finite_magnitude(values[i]);
+      amax = magnitude > amax ? magnitude : amax;
+    }
+    const float scale = fp8::block_scale(amax, kQuantizeEps, true);
+    // the inverse of a power of two is exact, and so this product equals the quotient
+    const float inverse = fp8::float_of(0x7f000000u - fp8::bits_of(scale));
+    uint8_t* codes = to + group * kGroup;
+    for (int64_t i = 0; i < kGroup; ++i) codes[i] = fp8::encode(values[i] * inverse);
+    std::memcpy(to + call.scale_offset + 4 * group, &scale, 4);
+  }
+  bf16* rotated = reinterpret_cast<bf16*>(to + call.rope_offset);
+  store_row<bf16>(row + call.latent.rank, 2 * call.latent.half, rotated);
+}
+
+template <typename T>
+static void append_rows(const AppendCall& call, float* scratch, int64_t begin, int64_t end) {
+  const int64_t width = call.latent.rank + 2 * call.latent.half;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t slot = index_at(call.slots, call.slots_wide, token);
+    if (slot < 0) continue;
+    latent_row<T>(call.latent, token, scratch, scratch + width);
+    uint8_t* to = call.cache + slot / call.page_size * call.page_stride + slot % call.page_size * call.row_stride;
+    if (call.fp8) {
+      store_fp8_row(call, scratch, to);
+    } else {
+      TILEFUSE_BY_DTYPE(call.cache_dtype, C, { store_row<C>(scratch, width, to); })
+    }
+  }
+}
+
+// scratch: R + 2 r floats
+void mla_append_rows(const AppendCall& call, float* scratch, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.latent.dtype, T, { append_rows<T>(call, scratch, begin, end); })
+}
+
+}  // namespace TILEFUSE_ISA
+
+#ifdef TILEFUSE_REGISTER
+
+TILEFUSE_DISPATCH(mla_append_rows, (const AppendCall&, float*, int64_t, int64_t))
+
+// raises before anything is written
+static void check_slots(const IndexData& slots, const IndexData& positions, int64_t tokens, int64_t capacity,
+                        int64_t table_rows, bool rope) {
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (slots[i] >= capacity) {
+      throw std::runtime_error("tilefuse.mla_append_kv: slot_mapping must be less than " + std::to_string(capacity) +
+                               ", got " + std::to_string(slots[i]));
+    }
+    if (rope && slots[i] >= 0 && (positions[i] < 0 || positions[i] >= table_rows)) {
+      throw std::runtime_error("tilefuse.mla_append_kv: positions must be in [0, " + std::to_string(table_rows) +
+                               "), got " + std::to_string(positions[i]));
+    }
+  }
+}
+
+static void mla_append_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor cache,
+                              Tensor slot_mapping, double eps, bool interleaved, std::string layout) {
+  const std::vector<float> weights = float_weight(weight);
+  AppendCall call{};
+  call.latent = latent_call(kv_a, weights, cos, sin, positions, eps, interleaved);
+  const IndexData slots = index_data(slot_mapping);
+  const int64_t tokens = slot_mapping.size(0);
+  check_slots(slots, index_data(positions), tokens, cache.size(0) * cache.size(1), cos.size(0), call.latent.half > 0);
+  call.slots = slots.data;
+  call.slots_wide = slots.wide;
+  call.fp8 = layout == "fp8";
+  call.cache = static_cast<uint8_t*>(cache.mutable_data_ptr());
+  int64_t itemsize = 1;
+  if (!call.fp8) {
+    call.cache_dtype = dtype_of(cache);
+    itemsize = call.cache_dtype == Dtype::f32 ? 4 : 2;
+  }
+  call.page_stride = cache.stride(0) * itemsize;
+  call.row_stride = cache.stride(1) * itemsize;
+  call.page_size = cache.size(1);
+  call.scale_offset = call.latent.rank;
+  call.rope_offset = call.latent.rank + call.latent.rank / 32;
+  const auto kernel = mla_append_rows_dispatch();
+  parallel_for(0, tokens, kLatentGrain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(call.latent.rank + 4 * call.latent.half);
+    kernel(call, scratch.data(), begin, end);
+  });
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
+  m.def(
+      "mla_append_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) cache, "
+      "Tensor slot_mapping, float eps, bool interleaved, str layout) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("mla_append_kv_fwd", TORCH_BOX(&mla_append_kv_fwd)); }
+
+#endif  // TILEFUSE_REGISTER
+
+}  // namespace tilefuse

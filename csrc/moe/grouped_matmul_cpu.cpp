@@ -1,0 +1,147 @@
+// grouped_matmul on the CPU: dot products on AVX512-BF16, PyTorch's matmul elsewhere.
+#include "moe/dot_cpu.h"
+
+namespace tilefuse {
+
+struct GroupedArgs {
+  Rows a;
+  const void* b;
+  int64_t b_expert, b_row;  // strides
+  const void* bias;         // [E, N] or nullptr
+  void* out;
+  bool out_f32;
+  int64_t n, k;
+};
+
+namespace TILEFUSE_ISA {
+
+void grouped_dot([[maybe_unused]] const GroupedArgs& args, [[maybe_unused]] const Tile* tiles,
+                 [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end, [[maybe_unused]] const void* zeros) {
+#if defined(TILEFUSE_MOE_DOT)
+  const bf16* rows[TILE_ROWS];
+  float product[TILE_ROWS * DOT_COLS];
+  for (int64_t t = begin; t < end; ++t) {
+    const Tile& tile = tiles[t];
+    const int64_t count = tile.row_end - tile.row_begin;
+    tile_rows(args.a, tile, static_cast<const bf16*>(zeros), rows);
+    const bf16* w = static_cast<const bf16*>(args.b) + tile.expert * args.b_expert;
+    const bf16* bias = args.bias == nullptr ? nullptr : static_cast<const bf16*>(args.bias) + tile.expert * args.n;
+    for (int64_t n = tile.n_begin; n < tile.n_end; n += DOT_COLS) {
+      const bf16* columns[DOT_COLS];
+      weight_rows(w, args.b_row, n, tile.n_end, columns);
+      const int64_t next = n + 2 * DOT_COLS <= tile.n_end ? n + DOT_COLS : n;
+      dot_panel(rows, count, columns, args.k, w + (next + DOT_COLS <= tile.n_end ? next : tile.n_begin) * args.b_row,
+                next + DOT_COLS <= tile.n_end ? args.b_row : 0, product);
+      const int64_t width = tile.n_end - n < DOT_COLS ? tile.n_end - n : DOT_COLS;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t at = (tile.row_begin + r) * args.n + n;
+        for (int64_t c = 0; c < width; ++c) {
+          const float value = product[r * DOT_COLS + c] + (bias == nullptr ? 0.0f : to_float(bias[n + c]));
+          if (args.out_f32) {
+            static_cast<float*>(args.out)[at + c] = value;
+          } else {
+            static_cast<bf16*>(args.out)[at + c] = from_float<bf16>(value);
+          }
+        }
+      }
+    }
+  }
+#endif
+}
+
+}  // namespace TILEFUSE_ISA
+}  // namespace tilefuse
+
+#include "moe/grouped_host.h"
+
+#ifdef TILEFUSE_REGISTER
+
+namespace tilefuse {
+
+TILEFUSE_DISPATCH(grouped_dot, (const GroupedArgs&, const Tile*, int64_t, int64_t, const void*))
+
+static Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, std::optional<Tensor> a_index, std::optional<Tensor> bias,
+                         int64_t index_div, ScalarType out_dtype) {
+  const int64_t rows = a_index ? a_index->numel() : a.size(0), n = b.size(1), k = b.size(2);
+  Tensor out = torch::stable::new_empty(a, {rows, n}, out_dtype);
+  const std::vector<int64_t> bounds = bounds_of(offsets, rows);
+  zero_outside(out, bounds);
+  const Rows source = rows_of(a, a_index, index_div);
+  if (dot_applies(a, b)) {
+    const GroupedArgs args{source, b.data_ptr(), b.stride(0), stride_or_zero(b, 1), bias ? bias->data_ptr() : nullptr,
+                           out.data_ptr(), out_dtype == ScalarType::Float, n, k};
+    const std::vector<Tile> tiles = tiles_of(bounds, n);
+    const std::vector<uint16_t> zeros(static_cast<size_t>(k));
+    const auto run = grouped_dot_dispatch();
+    parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
+                 [&](int64_t begin, int64_t end) { run(args, tiles.data(), begin, end, zeros.data()); });
+    return out;
+  }
+  const size_t row_bytes = static_cast<size_t>(n) * static_cast<size_t>(out.element_size());
+  matmul_tiles(a, source, b, bounds, bias, out_dtype, [&](int64_t first, int64_t count, const Tensor& product) {
+    std::memcpy(static_cast<char*>(out.data_ptr()) + static_cast<size_t>(first) * row_bytes, product.data_ptr(),
+                static_cast<size_t>(count) * row_bytes);
+  });
+  return out;
+}
+
+// the rows of one group side by side: in place where they already are
+static Tensor group_rows(const Tensor& t, const Rows& rows, int64_t begin, int64_t end, const Tensor& buffer) {
+  const int64_t width = t.size(1);
+  const size_t element = static_cast<size_t>(t.element_size());
+  if (rows.index == nullptr) {
+    char* data = static_cast<char*>(t.data_ptr()) + static_cast<size_t>(begin * rows.stride) * element;
+    return blob(data, {end - begin, width}, {rows.stride, 1}, t.scalar_type());
+  }
+  char* to = static_cast<char*>(buffer.data_ptr());
+  copy_rows(rows, begin, end, static_cast<size_t>(width) * element, static_cast<size_t>(rows.stride) * element, to);
+  return blob(to, {end - begin, width}, {width, 1}, t.scalar_type());
+}
+
+static Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, std::optional<Tensor> a_index,
+                           std::optional<Tensor> grad_index, int64_t index_div, ScalarType out_dtype) {
+  const int64_t rows = a_index ? a_index->numel() : a.size(0), experts = offsets.numel() - 1;
+  const int64_t n = grad.size(1), k = a.size(1);
+  Tensor out = torch::stable::new_empty(a, {experts, n, k}, out_dtype);
+  if (n * k == 0) return out;
+  const std::vector<int64_t> bounds = bounds_of(offsets, rows);
+  int64_t largest = 0;
+  for (int64_t e = 0; e < experts; ++e) largest = std::max(largest, bounds[e + 1] - bounds[e]);
+  const Rows a_rows = rows_of(a, a_index, index_div), grad_rows = rows_of(grad, grad_index, index_div);
+  const Tensor a_buffer = torch::stable::new_empty(a, {a_index ? largest : 0, k});
+  const Tensor grad_buffer = torch::stable::new_empty(grad, {grad_index ? largest : 0, n});
+  const size_t matrix_bytes = static_cast<size_t>(n * k) * static_cast<size_t>(out.element_size());
+  for (int64_t e = 0; e < experts; ++e) {
+    char* data = static_cast<char*>(out.data_ptr()) + static_cast<size_t>(e) * matrix_bytes;
+    if (bounds[e + 1] <= bounds[e]) {
+      std::memset(data, 0, matrix_bytes);
+      continue;
+    }
+    Tensor left = torch::stable::transpose(group_rows(grad, grad_rows, bounds[e], bounds[e + 1], grad_buffer), 0, 1);
+    Tensor right = group_rows(a, a_rows, bounds[e], bounds[e + 1], a_buffer);
+    if (out_dtype != a.scalar_type()) {
+      left = torch::stable::to(left, out_dtype);
+      right = torch::stable::to(right, out_dtype);
+    }
+    mm_out(left, right, blob(data, {n, k}, {k, 1}, out_dtype));
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
+  m.def(
+      "grouped_matmul_fwd(Tensor a, Tensor b, Tensor offsets, Tensor? a_index, Tensor? bias, int index_div,"
+      " ScalarType out_dtype) -> Tensor");
+  m.def(
+      "grouped_matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, Tensor? a_index, Tensor? grad_index,"
+      " int index_div, ScalarType out_dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
+  m.impl("grouped_matmul_fwd", TORCH_BOX(&matmul_fwd));
+  m.impl("grouped_matmul_wgrad", TORCH_BOX(&matmul_wgrad));
+}
+
+}  // namespace tilefuse
+
+#endif  // TILEFUSE_REGISTER

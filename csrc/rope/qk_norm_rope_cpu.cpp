@@ -1,0 +1,236 @@
+// RMSNorm of each head, then rotary embedding, on the CPU; forward and backward.
+#include "rope/rope.h"
+
+namespace tilefuse {
+
+struct NormRopeCall {
+  RopeCall rope;
+  // upstream gradients (backward only), strides as in RopeTensor
+  const void* grad[2];
+  int64_t grad_strides[2][3];
+  // weight + weight_offset, [D]
+  const float* weight[2];
+  // per chunk of tokens and tensor, [chunks, 2, D]: partial weight gradients (backward only)
+  float* partial;
+  float eps;
+};
+
+// tokens whose weight gradients are summed together; fixed, so that a sum's order never depends on the threads
+constexpr int64_t kChunk = 32;
+
+namespace TILEFUSE_ISA {
+
+// sixteen running sums: the order is the same with every vector width
+static inline float fold(const float* sums) {
+  float folded[8];
+  for (int i = 0; i < 8; ++i) folded[i] = sums[i] + sums[i + 8];
+  return ((folded[0] + folded[4]) + (folded[2] + folded[6])) + ((folded[1] + folded[5]) + (folded[3] + folded[7]));
+}
+
+static inline float dot(const float* a, const float* b, int64_t n) {
+  float sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    for (int j = 0; j < 16; ++j) sums[j] += a[i + j] * b[i + j];
+  }
+  for (int j = 0; i < n; ++i, ++j) sums[j] += a[i] * b[i];
+  return fold(sums);
+}
+
+template <typename T>
+static inline void widen(const T* in, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+// turns the rotary slice of a float row in place
+static inline void turn(const RopeCall& call, float* row, const float* cos, const float* sin) {
+  float* slice = row + call.offset;
+  if (call.interleaved) {
+    rotate_interleaved(slice, slice, cos, sin, call.half);
+  } else {
+    rotate_half(slice, slice, call.half, cos, sin, call.half);
+  }
+}
+
+template <typename T>
+static void forward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
+  const RopeCall& call = norm.rope;
+  const int64_t dim = call.dim;
+  float *row = scratch, *cos_buffer = row + dim, *sin_buffer = cos_buffer + call.half;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / call.seq_len, place = token % call.seq_len;
+    const float *cos, *sin;
+    token_table(call, token, 0, call.half, cos_buffer, sin_buffer, &cos, &sin);
+    for (int which = 0; which < 2; ++which) {
+      const RopeTensor& x = call.tensors[which];
+      const float* weight = norm.weight[which];
+      const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
+      T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
+      for (int64_t head = 0; head < x.heads; ++head, in += x.in_strides[2], out += x.out_strides[2]) {
+        widen(in, row, dim);
+        const float rstd = 1.0f / std::sqrt(dot(row, row, dim) / static_cast<float>(dim) + norm.eps);
+        for (int64_t i = 0; i < dim; ++i) row[i] = row[i] * rstd * weight[i];
+        turn(call, row, cos, sin);
+        for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(row[i]);
+      }
+    }
+  }
+}
+
+template <typename T>
+static void backward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
+  const RopeCall& call = norm.rope;
+  const int64_t dim = call.dim;
+  float *x_row = scratch, *grad_row = x_row + dim, *cos_buffer = grad_row + dim, *sin_buffer = cos_buffer + call.half;
+  float* partial = norm.partial + begin / kChunk * 2 * dim;
+  for (int64_t i = 0; i < 2 * dim; ++i) partial[i] = 0.0f;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / call.seq_len, place = token % call.seq_len;
+    const float *cos, *sin;
+    token_table(call, token, 0, call.half, cos_buffer, sin_buffer, &cos, &sin);
+    for (int which = 0; which < 2; ++which) {
+      const RopeTensor& x = call.tensors[which];
+      const float* weight = norm.weight[which];
+      float* weight_grad = partial + which * dim;
+      const int64_t* strides = norm.grad_strides[which];
+      const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
+      const T* grad = static_cast<const T*>(norm.grad[which]) + batch * strides[0] + place * strides[1];
+      T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
+      for (int64_t head = 0; head < x.heads; ++head, in += x.in_strides[2], grad += strides[2], out += x.out_strides[2]) {
+        widen(in, x_row, dim);
+        widen(grad, grad_row, dim);
+        turn(call, grad_row, cos, sin);
+        const float rstd = 1.0f / std::sqrt(dot(x_row, x_row, dim) / static_cast<float>(dim) + norm.eps);
+        for (int64_t i = 0; i < dim; ++i) {
+          x_row[i] *= rstd;
+          weight_grad[i] += grad_row[i] * x_row[i];
+          grad_row[i] *= weight[i];
+        }
+        const float mean = dot(grad_row, x_row, dim) / static_cast<float>(dim);
+        for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(rstd * (grad_row[i] - x_row[i] * mean));
+      }
+    }
+  }
+}
+
+void norm_rope_chunks(const NormRopeCall& norm, bool backward, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * kChunk, next = first + kChunk;
+    const int64_t last = next < norm.rope.tokens ? next : norm.rope.tokens;
+    TILEFUSE_BY_DTYPE(norm.rope.dtype, T, {
+      if (backward) {
+        backward_tokens<T>(norm, first, last, scratch);
+      } else {
+        forward_tokens<T>(norm, first, last, scratch);
+      }
+    })
+  }
+}
+
+}  // namespace TILEFUSE_ISA
+
+#ifdef TILEFUSE_REGISTER
+
+using TILEFUSE_ISA::bf16;
+using TILEFUSE_ISA::f16;
+
+TILEFUSE_DISPATCH(norm_rope_chunks, (const NormRopeCall&, bool, int64_t, int64_t, float*))
+
+static std::vector<float> offset_weight(const Tensor& weight, double offset) {
+  std::vector<float> out(weight.size(0));
+  TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
+    const T* data = static_cast<const T*>(weight.const_data_ptr());
+    for (size_t i = 0; i < out.size(); ++i) {
+      out[i] = TILEFUSE_ISA::to_float(data[i]) + static_cast<float>(offset);
+    }
+  })
+  return out;
+}
+
+static Tensor weight_grad(const std::vector<float>& partial, int which, int64_t dim, const Tensor& weight) {
+  std::vector<double> total(dim, 0.0);
+  for (size_t start = which * dim; start < partial.size(); start += 2 * dim) {
+    for (int64_t i = 0; i < dim; ++i) total[i] += partial[start + i];
+  }
+  Tensor out = empty_contiguous(weight);
+  TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
+    T* data = static_cast<T*>(out.mutable_data_ptr());
+    for (int64_t i = 0; i < dim; ++i) data[i] = TILEFUSE_ISA::from_float<T>(static_cast<float>(total[i]));
+  })
+  return out;
+}
+
+struct NormRope {
+  Tensor q_out, k_out;
+  std::vector<float> partial;
+};
+
+static NormRope run(const Tensor* q_grad, const Tensor* k_grad, const Tensor& q, const Tensor& k,
+                    const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
+                    const std::optional<Tensor>& positions, const std::optional<Tensor>& cu_seqlens, double eps,
+                    double weight_offset, bool interleaved, int64_t rotary_offset) {
+  const bool backward = q_grad != nullptr;
+  NormRope result{empty_contiguous(q), empty_contiguous(k), {}};
+  NormRopeCall call{};
+  const RopeRows rows = rope_call("qk_norm_rope", call.rope, q, &k, result.q_out, &result.k_out, cos, sin, positions,
+                                  cu_seqlens, interleaved, rotary_offset, backward, {}, false);
+  const std::vector<float> weights[2] = {offset_weight(q_weight, weight_offset), offset_weight(k_weight, weight_offset)};
+  const int64_t dim = call.rope.dim, chunks = (call.rope.tokens + kChunk - 1) / kChunk;
+  for (int which = 0; which < 2; ++which) {
+    call.weight[which] = weights[which].data();
+    if (backward) {
+      const Tensor& grad = which == 0 ? *q_grad : *k_grad;
+      call.grad[which] = grad.const_data_ptr();
+      set_strides(call.grad_strides[which], grad);
+    }
+  }
+  if (backward) {
+    result.partial.resize(chunks * 2 * dim);
+    call.partial = result.partial.data();
+  }
+  call.eps = static_cast<float>(eps);
+  const int64_t heads = call.rope.tensors[0].heads + call.rope.tensors[1].heads;
+  const auto kernel = norm_rope_chunks_dispatch();
+  parallel_for(0, chunks, 1 + 32768 / (kChunk * (1 + heads * dim)), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(2 * dim + 2 * call.rope.half);
+    kernel(call, backward, begin, end, scratch.data());
+  });
+  return result;
+}
+
+static std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos,
+                                                   Tensor sin, std::optional<Tensor> positions,
+                                                   std::optional<Tensor> cu_seqlens, double eps, double weight_offset,
+                                                   bool interleaved, int64_t rotary_offset) {
+  NormRope out = run(nullptr, nullptr, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset,
+                     interleaved, rotary_offset);
+  return {out.q_out, out.k_out};
+}
+
+static std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
+    Tensor q_grad, Tensor k_grad, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+    std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens, double eps, double weight_offset,
+    bool interleaved, int64_t rotary_offset) {
+  NormRope out = run(&q_grad, &k_grad, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset,
+                     interleaved, rotary_offset);
+  const int64_t dim = q.size(q.dim() - 1);
+  return {out.q_out, out.k_out, weight_grad(out.partial, 0, dim, q_weight), weight_grad(out.partial, 1, dim, k_weight)};
+}
+
+#define ARGUMENTS                                                                                           \
+  "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions, "       \
+  "Tensor? cu_seqlens, float eps, float weight_offset, bool interleaved, int rotary_offset"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
+  m.def("qk_norm_rope_fwd(" ARGUMENTS ") -> (Tensor, Tensor)");
+  m.def("qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, " ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
+  m.impl("qk_norm_rope_fwd", TORCH_BOX(&qk_norm_rope_fwd));
+  m.impl("qk_norm_rope_bwd", TORCH_BOX(&qk_norm_rope_bwd));
+}
+
+#endif  // TILEFUSE_REGISTER
+
+}  // namespace tilefuse

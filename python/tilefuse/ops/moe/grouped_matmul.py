@@ -1,0 +1,178 @@
+"""Matmul of consecutive row groups with one matrix each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import (
+    FLOATS,
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    needs_grad,
+    type_error,
+    value_error,
+)
+from ...library import kernel, op
+
+__all__ = ["grouped_matmul"]
+
+
+def check_offsets(name: str, offsets: Tensor, experts: int, like: Tensor, like_arg: str) -> None:
+    if offsets.shape != (experts + 1,):
+        value_error(name, "offsets", f"[{experts + 1}] int32 or int64", offsets)
+    check_dtype(name, "offsets", offsets, INDEX_DTYPES)
+    check_device(name, "offsets", offsets, like, like_arg)
+
+
+def _check(
+    a: Tensor, b: Tensor, offsets: Tensor, a_index: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> None:
+    name = "grouped_matmul"
+    if a.dim() != 2:
+        value_error(name, "a", "[rows, K]", a)
+    check_dtype(name, "a", a, FLOATS)
+    if b.dim() != 3 or b.shape[2] != a.shape[1]:
+        value_error(name, "b", f"[E, N, {a.shape[1]}]", b)
+    if b.dtype != a.dtype:
+        type_error(name, "b", f"of a's dtype {a.dtype}", b)
+    check_device(name, "b", b, a, "a")
+    check_offsets(name, offsets, b.shape[0], a, "a")
+    if a_index is not None:
+        if a_index.dim() != 1:
+            value_error(name, "a_index", "[rows of the output] int32 or int64", a_index)
+        check_dtype(name, "a_index", a_index, INDEX_DTYPES)
+        check_device(name, "a_index", a_index, a, "a")
+    if bias is not None:
+        if bias.shape != b.shape[:2]:
+            value_error(name, "bias", f"{[*b.shape[:2]]} of a's dtype", bias)
+        if bias.dtype != a.dtype:
+            type_error(name, "bias", f"of a's dtype {a.dtype}", bias)
+        check_device(name, "bias", bias, a, "a")
+    if out_dtype not in (None, a.dtype, torch.float32):
+        type_error(name, "out_dtype", f"{a.dtype} or torch.float32", out_dtype)
+
+
+def either_contiguous(b: Tensor) -> Tensor:
+    """b with a contiguous last or middle dim: transposed weights are read in place."""
+    return b if 1 in b.stride()[1:] or b.numel() == 0 else b.contiguous()
+
+
+def _fwd_fake(a, b, offsets, a_index, bias, index_div, out_dtype):
+    rows = a.shape[0] if a_index is None else a_index.shape[0]
+    return a.new_empty((rows, b.shape[1]), dtype=out_dtype)
+
+
+grouped_matmul_fwd = kernel(
+    "grouped_matmul_fwd(Tensor a, Tensor b, Tensor offsets, Tensor? a_index, Tensor? bias, int index_div,"
+    " ScalarType out_dtype) -> Tensor",
+    module="moe/grouped_matmul",
+    fake=_fwd_fake,
+)
+grouped_matmul_wgrad = kernel(
+    "grouped_matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, Tensor? a_index, Tensor? grad_index, int index_div,"
+    " ScalarType out_dtype) -> Tensor",
+    module="moe/grouped_matmul",
+    fake=lambda a, grad, offsets, a_index, grad_index, index_div, out_dtype: a.new_empty(
+        (offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype=out_dtype
+    ),
+)
+
+
+def grouped_bias_grad(grad: Tensor, offsets: Tensor, grad_index: Tensor | None, index_div: int, dtype: torch.dtype):
+    """Sum of each group's rows of grad ``[E, N]``: a weight gradient against a column of ones."""
+    rows = grad.shape[0] if grad_index is None else grad_index.shape[0]
+    ones = grad.new_ones((rows, 1))
+    return grouped_matmul_wgrad(ones, grad, offsets, None, grad_index, index_div, dtype)[..., 0]
+
+
+def _scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Sums rows ``[P, K]`` float32 into ``out[index[p]]``; positions outside the groups are not read."""
+    at = torch.arange(index.shape[0], device=index.device)
+    use = (at >= offsets[0]) & (at < offsets[-1]) & (index >= 0) & (index < size)
+    # one spare row takes what nobody owns; index_put accumulates in a fixed order
+    target = torch.where(use, index, size)
+    return rows.new_zeros((size + 1, rows.shape[1])).index_put((target,), rows, accumulate=True)[:size].to(dtype)
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, offsets, a_index, bias, out_dtype):
+        ctx.save_for_backward(a, b, offsets, a_index)
+        ctx.has_bias = bias is not None
+        return grouped_matmul_fwd(a, b, offsets, a_index, bias, 1, out_dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        a, b, offsets, a_index = ctx.saved_tensors
+        da = db = dbias = None
+        grad = grad.to(a.dtype).contiguous()
+        if ctx.needs_input_grad[0]:
+            if a_index is None:
+                da = grouped_matmul_fwd(grad, b.transpose(1, 2), offsets, None, None, 1, a.dtype)
+            else:
+                compute = torch.float64 if a.dtype == torch.float64 else torch.float32
+                rows = grouped_matmul_fwd(grad, b.transpose(1, 2), offsets, None, None, 1, compute)
+                da = _scatter_rows(rows, a_index, offsets, a.shape[0], a.dtype)
+        if ctx.needs_input_grad[1]:
+            db = grouped_matmul_wgrad(a, grad, offsets, a_index, None, 1, b.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[4]:
+            dbias = grouped_bias_grad(grad, offsets, None, 1, grad.dtype)
+        return da, db, None, None, dbias, None
+
+
+@op(
+    "grouped_matmul(Tensor a, Tensor b, Tensor offsets, Tensor? a_index=None, Tensor? bias=None, *,"
+    " ScalarType? out_dtype=None) -> Tensor",
+    module="moe/grouped_matmul",
+    kernels=("grouped_matmul_fwd", "grouped_matmul_wgrad"),
+    differentiable=("a", "b", "bias"),
+)
+def grouped_matmul(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_index: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """One matrix per group of consecutive rows, rows optionally gathered.
+
+    Formula: ``out[p] = a[a_index[p] if given else p] @ b[e].T (+ bias[e])`` for ``offsets[e] <= p < offsets[e + 1]``.
+    Every other row of the output is zero, also those before ``offsets[0]``, and ``a_index`` is not read there.
+
+    Args:
+        a: ``[rows, K]`` float32, bfloat16 or float16 (float64 on the reference backend).
+        b: ``[E, N, K]`` of a's dtype; K or N may be the contiguous dim (a transposed view is read in place).
+            Any E (0 too), N, K; no alignment is asked for.
+        offsets: ``[E + 1]`` int32 or int64, not decreasing. They stay on the device: no host synchronisation.
+        a_index: ``[P]`` int32 or int64; an index outside of a counts as a row of zeros.
+        bias: ``[E, N]`` of a's dtype.
+        out_dtype: a's dtype (default) or float32.
+
+    Returns:
+        ``[P, N]``, or ``[rows, N]`` without ``a_index``. Products accumulate in float32 and round once.
+
+    Gradients: for ``a``, ``b`` (exactly 0 for an empty group) and ``bias``. Deterministic; a row does not depend on
+    the other rows.
+
+    Raises:
+        ValueError: a wrong shape. TypeError: a wrong dtype.
+
+    Example::
+
+        order, inverse, offsets = tilefuse.moe_plan(ids, num_experts)
+        y = tilefuse.grouped_matmul(x, w, offsets, order // ids.shape[1])
+    """
+    _check(a, b, offsets, a_index, bias, out_dtype)
+    a, b, offsets = check_last_dim_contiguous(a), either_contiguous(b), offsets.contiguous()
+    a_index = None if a_index is None else a_index.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out_dtype = out_dtype or a.dtype
+    if needs_grad(a, b, bias):
+        return _GroupedMatmul.apply(a, b, offsets, a_index, bias, out_dtype)
+    return grouped_matmul_fwd(a, b, offsets, a_index, bias, 1, out_dtype)

@@ -1,0 +1,105 @@
+"""Sums each token's expert rows, weighted, in slot order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import (
+    FLOATS,
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    needs_grad,
+    type_error,
+    value_error,
+)
+from ...library import kernel, op
+
+__all__ = ["moe_combine"]
+
+
+def check_weights(name: str, weights: Tensor, like: Tensor, like_arg: str) -> None:
+    """Weights are float32, whatever the rows are; the rows' own dtype is taken too, as models cast them."""
+    if weights.dtype not in (torch.float32, like.dtype):
+        type_error(name, "weights", f"float32 or of {like_arg}'s dtype", weights)
+    check_device(name, "weights", weights, like, like_arg)
+
+
+def _check(y: Tensor, inverse: Tensor, weights: Tensor) -> None:
+    name = "moe_combine"
+    if y.dim() != 2:
+        value_error(name, "y", "[rows, H]", y)
+    check_dtype(name, "y", y, FLOATS)
+    if weights.dim() != 2 or weights.shape[1] == 0:
+        value_error(name, "weights", "[T, k] float32 with k >= 1", weights)
+    check_weights(name, weights, y, "y")
+    slots = weights.shape[0] * weights.shape[1]
+    if inverse.shape != (slots,):
+        value_error(name, "inverse", f"[{slots}] int32 or int64", inverse)
+    check_dtype(name, "inverse", inverse, INDEX_DTYPES)
+    check_device(name, "inverse", inverse, y, "y")
+
+
+moe_combine_fwd = kernel(
+    "moe_combine_fwd(Tensor y, Tensor inverse, Tensor? weights, int top_k) -> Tensor",
+    module="moe/moe_combine",
+    fake=lambda y, inverse, weights, top_k: y.new_empty((inverse.shape[0] // top_k, y.shape[1])),
+)
+moe_combine_bwd = kernel(
+    "moe_combine_bwd(Tensor grad, Tensor y, Tensor inverse, Tensor weights, int top_k) -> (Tensor, Tensor)",
+    module="moe/moe_combine",
+    fake=lambda grad, y, inverse, weights, top_k: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, inverse, weights):
+        ctx.save_for_backward(y, inverse, weights)
+        return moe_combine_fwd(y, inverse, weights, weights.shape[1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, inverse, weights = ctx.saved_tensors
+        dy, dweights = moe_combine_bwd(grad.contiguous(), y, inverse, weights, weights.shape[1])
+        return dy, None, dweights
+
+
+@op(
+    "moe_combine(Tensor y, Tensor inverse, Tensor weights) -> Tensor",
+    module="moe/moe_combine",
+    kernels=("moe_combine_fwd", "moe_combine_bwd"),
+    differentiable=("y", "weights"),
+)
+def moe_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    """Brings expert rows back to their tokens.
+
+    Formula: ``out[t] = sum_j weights[t, j] * y[inverse[t * k + j]]``, summed in float32 in the order of j, rounded
+    once. A dropped slot (``inverse < 0``, or past y's rows) is left out, even where y holds NaN.
+
+    Args:
+        y: ``[rows, H]`` float32, bfloat16 or float16 (float64 on the reference backend), any row stride.
+        inverse: ``[T * k]`` int32 or int64, from ``moe_plan``: the row of each slot. Rows are distinct.
+        weights: ``[T, k]`` float32, or y's dtype.
+
+    Returns:
+        ``[T, H]`` in y's dtype.
+
+    Gradients: for ``y`` (rows that no slot names get exactly 0) and ``weights``. Deterministic, batch-invariant: a
+    token owns its sum, nothing is added atomically.
+
+    Raises:
+        ValueError: a wrong shape. TypeError: a wrong dtype.
+
+    Example::
+
+        out = tilefuse.moe_combine(y, inverse, weights)
+    """
+    _check(y, inverse, weights)
+    y, weights = check_last_dim_contiguous(y), weights.contiguous()
+    if needs_grad(y, weights):
+        return _Combine.apply(y, inverse.contiguous(), weights)
+    return moe_combine_fwd(y, inverse.contiguous(), weights, weights.shape[1])

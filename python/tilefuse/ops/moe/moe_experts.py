@@ -1,0 +1,223 @@
+"""The expert layer after routing: up-projection with activation, down-projection, combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import (
+    FLOATS,
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_last_dim_contiguous,
+    needs_grad,
+    type_error,
+    value_error,
+)
+from ...library import kernel, op
+from .grouped_matmul import either_contiguous, grouped_bias_grad, grouped_matmul_fwd, grouped_matmul_wgrad
+from .moe_combine import check_weights, moe_combine_fwd
+from .moe_plan import moe_plan_fwd
+
+__all__ = ["moe_experts"]
+
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+
+
+def check_experts(
+    name: str,
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: str,
+) -> None:
+    """Shapes and options that moe_experts and moe_experts_fp8 share."""
+    if x.dim() != 2:
+        value_error(name, "x", "[T, H]", x)
+    check_dtype(name, "x", x, FLOATS)
+    tokens, hidden = x.shape
+    if w_gate_up.dim() != 3 or w_gate_up.shape[0] == 0 or w_gate_up.shape[1] % 2 or w_gate_up.shape[2] != hidden:
+        value_error(name, "w_gate_up", f"[E, 2 I, {hidden}]", w_gate_up)
+    experts, inner = w_gate_up.shape[0], w_gate_up.shape[1] // 2
+    if w_down.shape != (experts, hidden, inner):
+        value_error(name, "w_down", f"[{experts}, {hidden}, {inner}]", w_down)
+    if ids.dim() != 2 or ids.shape[0] != tokens or ids.shape[1] == 0:
+        value_error(name, "ids", f"[{tokens}, k] int32 or int64 with k >= 1", ids)
+    check_dtype(name, "ids", ids, INDEX_DTYPES)
+    if weights.shape != ids.shape:
+        value_error(name, "weights", f"{[*ids.shape]} float32", weights)
+    check_weights(name, weights, x, "x")
+    for arg, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down), ("ids", ids)):
+        check_device(name, arg, tensor, x, "x")
+    if activation not in ACTIVATIONS:
+        value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+
+
+def _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation) -> None:
+    name = "moe_experts"
+    check_experts(name, x, w_gate_up, w_down, weights, ids, activation)
+    for arg, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
+        if tensor.dtype != x.dtype:
+            type_error(name, arg, f"of x's dtype {x.dtype}", tensor)
+    for arg, bias, weight in (("bias_gate_up", bias_gate_up, w_gate_up), ("bias_down", bias_down, w_down)):
+        if bias is None:
+            continue
+        if bias.shape != weight.shape[:2]:
+            value_error(name, arg, f"{[*weight.shape[:2]]} of x's dtype", bias)
+        if bias.dtype != x.dtype:
+            type_error(name, arg, f"of x's dtype {x.dtype}", bias)
+        check_device(name, arg, bias, x, "x")
+
+
+def _up_fake(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):
+    rows, both = order.shape[0], w_gate_up.shape[1]
+    return x.new_empty((rows, both // 2)), x.new_empty((rows if save else 0, both))
+
+
+def _act_bwd_fake(z, dh, offsets, order, weights, activation, alpha, limit):
+    return z.new_empty(z.shape), z.new_empty((z.shape[0], z.shape[1] // 2)), weights.new_empty(weights.shape)
+
+
+moe_experts_up = kernel(
+    "moe_experts_up(Tensor x, Tensor w_gate_up, Tensor offsets, Tensor order, Tensor? bias, int top_k,"
+    " str activation, float alpha, float limit, bool save) -> (Tensor, Tensor)",
+    module="moe/moe_experts",
+    fake=_up_fake,
+)
+moe_experts_act_bwd = kernel(
+    "moe_experts_act_bwd(Tensor z, Tensor dh, Tensor offsets, Tensor order, Tensor weights, str activation,"
+    " float alpha, float limit) -> (Tensor, Tensor, Tensor)",
+    module="moe/moe_experts",
+    fake=_act_bwd_fake,
+)
+
+
+def _forward(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit, save):
+    top_k = ids.shape[1]
+    plan = order, inverse, offsets = moe_plan_fwd(ids, w_gate_up.shape[0])
+    h, z = moe_experts_up(x, w_gate_up, offsets, order, bias_gate_up, top_k, activation, alpha, limit, save)
+    y = grouped_matmul_fwd(h, w_down, offsets, None, bias_down, 1, x.dtype)
+    return moe_combine_fwd(y, inverse, weights, top_k), z, plan
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit):
+        out, z, plan = _forward(
+            x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit, True
+        )
+        # of the activations only x and the pre-activation stay
+        ctx.save_for_backward(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, z, *plan)
+        ctx.options = (activation, alpha, limit)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, z, order, inverse, offsets = ctx.saved_tensors
+        top_k = ids.shape[1]
+        grad = grad.contiguous()
+        need = ctx.needs_input_grad
+        dx = dw_gate_up = dw_down = dweights = dbias_gate_up = dbias_down = None
+        dh = grouped_matmul_fwd(grad, w_down.transpose(1, 2), offsets, order, None, top_k, x.dtype)
+        dz, weighted_h, dweights = moe_experts_act_bwd(z, dh, offsets, order, weights, *ctx.options)
+        if need[0]:
+            rows = grouped_matmul_fwd(dz, w_gate_up.transpose(1, 2), offsets, None, None, 1, x.dtype)
+            dx = moe_combine_fwd(rows, inverse, None, top_k)
+        if need[1]:
+            dw_gate_up = grouped_matmul_wgrad(x, dz, offsets, order, None, top_k, w_gate_up.dtype)
+        if need[2]:
+            dw_down = grouped_matmul_wgrad(weighted_h, grad, offsets, None, order, top_k, w_down.dtype)
+        if need[3] and bias_down is not None:
+            dweights = dweights + _bias_dot(grad, bias_down, ids).to(dweights.dtype)
+        if bias_gate_up is not None and need[5]:
+            dbias_gate_up = grouped_bias_grad(dz, offsets, None, 1, bias_gate_up.dtype)
+        if bias_down is not None and need[6]:
+            dbias_down = _weighted_bias_grad(grad, weights, offsets, order, top_k, bias_down.dtype)
+        return dx, dw_gate_up, dw_down, dweights if need[3] else None, None, dbias_gate_up, dbias_down, *[None] * 3
+
+
+def _bias_dot(grad: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+    """<grad[t], bias[ids[t, j]]>: the down-projection's bias in the gradient of the weights."""
+    compute = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    dropped = (ids < 0) | (ids >= bias.shape[0])
+    dots = grad.to(compute) @ bias.to(compute).T
+    return dots.gather(1, ids.long().masked_fill(dropped, 0)).masked_fill(dropped, 0)
+
+
+def _weighted_bias_grad(grad, weights, offsets, order, top_k, dtype):
+    """``sum_p w[p] grad[token(p)]`` per expert: a weight gradient against the column of slot weights."""
+    compute = grad.dtype if grad.dtype == torch.float64 else torch.float32
+    column = weights.flatten()[order.long()].to(compute)[:, None]
+    return grouped_matmul_wgrad(column, grad.to(compute), offsets, None, order, top_k, compute)[..., 0].to(dtype)
+
+
+@op(
+    "moe_experts(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor ids, Tensor? bias_gate_up=None,"
+    " Tensor? bias_down=None, *, str activation='silu', float alpha=1.702, float limit=0.0) -> Tensor",
+    module="moe/moe_experts",
+    kernels=(
+        "moe_plan_fwd", "moe_experts_up", "grouped_matmul_fwd", "moe_combine_fwd", "moe_experts_act_bwd",
+        "grouped_matmul_wgrad",
+    ),
+    differentiable=("x", "w_gate_up", "w_down", "weights", "bias_gate_up", "bias_down"),
+)  # fmt: skip
+def moe_experts(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    bias_gate_up: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    alpha: float = 1.702,
+    limit: float = 0.0,
+) -> Tensor:
+    """The whole mixture-of-experts layer after routing.
+
+    Formula: ``z = x[t] @ w_gate_up[e].T (+ bias_gate_up[e])``, ``gate, up = z.chunk(2)``,
+    ``y = act(gate, up) @ w_down[e].T (+ bias_down[e])``, ``out[t] = sum_j weights[t, j] * y`` with
+    ``e = ids[t, j]``. The activation is computed from the float32 pre-activation; y has x's dtype.
+
+    Args:
+        x: ``[T, H]`` float32, bfloat16 or float16 (float64 on the reference backend), any row stride.
+        w_gate_up: ``[E, 2 I, H]`` of x's dtype, gate rows first, then up; H or 2 I may be the contiguous dim.
+        w_down: ``[E, H, I]`` of x's dtype. Any H, I, E.
+        weights: ``[T, k]`` float32 (or x's dtype), from ``moe_route``.
+        ids: ``[T, k]`` int32 or int64; an id outside ``[0, E)`` is dropped and contributes exactly 0.
+        bias_gate_up, bias_down: ``[E, 2 I]`` and ``[E, H]`` of x's dtype.
+        activation: ``"silu"`` (``silu(gate) * up``), ``"gelu"`` (tanh form) or ``"swiglu_oai"`` (gpt-oss: gate
+            clamped above at ``limit``, up to +-``limit``, ``gate * sigmoid(alpha * gate) * (up + 1)``).
+        alpha, limit: of ``"swiglu_oai"`` only; ``limit <= 0`` means no clamp.
+
+    Returns:
+        ``[T, H]`` in x's dtype.
+
+    Gradients: for x, both weights, both biases and ``weights``. Saves x and the pre-activation ``z [T * k, 2 I]`` (in
+    x's dtype) and recomputes the activation; without a gradient z is not written at all. No tokens, or none kept,
+    gives connected zero gradients. Deterministic; a token's result does not depend on the others. No host
+    synchronisation.
+
+    Raises:
+        ValueError: a wrong shape or activation. TypeError: a wrong dtype.
+
+    Example::
+
+        weights, ids = tilefuse.moe_route(router(x), top_k=8)
+        out = tilefuse.moe_experts(x, w_gate_up, w_down, weights, ids)
+
+    Source: the memory scheme is that of SonicMoE (2512.14080).
+    """
+    _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation)
+    x, ids, weights = check_last_dim_contiguous(x), ids.contiguous(), weights.contiguous()
+    w_gate_up, w_down = either_contiguous(w_gate_up), either_contiguous(w_down)
+    bias_gate_up, bias_down = (None if b is None else b.contiguous() for b in (bias_gate_up, bias_down))
+    args = (x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, float(alpha), float(limit))
+    if needs_grad(*args[:4], bias_gate_up, bias_down):
+        return _Experts.apply(*args)
+    return _forward(*args, False)[0]

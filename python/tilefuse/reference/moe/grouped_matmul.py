@@ -1,0 +1,63 @@
+"""Reference of grouped_matmul: one matmul per expert."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def computed(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """Expert and rows of every expert that has rows."""
+    bounds = offsets.clamp(0, rows).tolist()
+    for e, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        if end > start:
+            yield e, slice(start, end)
+
+
+def gather(a: Tensor, index: Tensor | None, index_div: int, here: slice) -> Tensor:
+    """Rows of a; an index outside of it counts as a row of zeros."""
+    if index is None:
+        return computed(a[here])
+    at = index[here].long().div(index_div, rounding_mode="floor")
+    outside = (at < 0) | (at >= a.shape[0])
+    if a.shape[0] == 0:
+        return computed(a.new_zeros(at.shape[0], a.shape[1]))
+    return computed(a[at.masked_fill(outside, 0)]).masked_fill(outside[:, None], 0)
+
+
+def grouped_matmul_fwd(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_index: Tensor | None,
+    bias: Tensor | None,
+    index_div: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    rows = a.shape[0] if a_index is None else a_index.shape[0]
+    out = computed(a).new_zeros(rows, b.shape[1])
+    for e, here in groups(offsets, rows):
+        out[here] = gather(a, a_index, index_div, here) @ computed(b[e]).T
+        if bias is not None:
+            out[here] += computed(bias[e])
+    return out.to(out_dtype)
+
+
+def grouped_matmul_wgrad(
+    a: Tensor,
+    grad: Tensor,
+    offsets: Tensor,
+    a_index: Tensor | None,
+    grad_index: Tensor | None,
+    index_div: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    rows = a.shape[0] if a_index is None else a_index.shape[0]
+    out = computed(a).new_zeros(offsets.shape[0] - 1, grad.shape[1], a.shape[1])
+    for e, here in groups(offsets, rows):
+        out[e] = gather(grad, grad_index, index_div, here).T @ gather(a, a_index, index_div, here)
+    return out.to(out_dtype)

@@ -1,0 +1,321 @@
+"""The resource gate: every kernel compiled for every architecture, no spills, no regressions; and the gate's own tests.
+
+``make test`` compiles for three architectures, ``make test-full`` for all.
+"""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import tilefuse
+from tilefuse import arch
+from tilefuse.backends import triton_missing
+from tilefuse.cli import main
+from tilefuse.testing import aot, emulation
+
+pytestmark = pytest.mark.xdist_group("resources")
+
+QUICK = ("sm_80", "sm_90", "sm_100")
+OTHERS = tuple(t for t in arch.COMPILE_TARGETS if t not in QUICK)
+EXAMPLES = Path(__file__).with_name("aot_examples.py")
+FAMILIES = sorted({op.family for op in tilefuse.ops().values()})
+
+needs_triton = pytest.mark.skipif(
+    triton_missing() is not None, reason="nothing to compile with: Triton is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """targets -> the gate's problems there, compiled once."""
+    known = {}
+
+    def get(targets):
+        if targets not in known:
+            known[targets] = aot.problems(aot.records(targets=targets))
+        return known[targets]
+
+    return get
+
+
+@needs_triton
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_on_the_main_architectures(compiled, family):
+    assert [p for p in compiled(QUICK) if p.startswith(f"{family}/")] == []
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_on_the_other_architectures(compiled, family):
+    assert [p for p in compiled(OTHERS) if p.startswith(f"{family}/")] == []
+
+
+@needs_triton
+def test_no_problem_outside_the_families(compiled):
+    assert [p for p in compiled(QUICK) if p.split("/")[0] not in FAMILIES] == []
+
+
+# ---- the gate itself ----
+
+
+@pytest.fixture(scope="module")
+def examples():
+    if triton_missing():
+        pytest.skip(triton_missing())
+    return aot.records(file=EXAMPLES, targets=("sm_80", "sm_90", "sm_100", "gfx942"))
+
+
+def find(result, case, target):
+    (record,) = [r for r in result["records"] if (r["case"], r["target"]) == (case, target)]
+    return record
+
+
+def test_figures_of_known_kernels(examples):
+    for target in ("sm_80", "sm_90", "sm_100"):
+        wide, narrow = find(examples, "wide", target), find(examples, "narrow", target)
+        assert (wide["loads_128"], wide["stores_128"], wide["loads_16"]) == (1, 1, 0)
+        assert (narrow["loads_128"], narrow["stores_128"], narrow["loads_16"]) == (0, 0, 8)
+        assert 0 < wide["registers"] < 64 and wide["stack"] == wide["spills"] == wide["shared"] == 0
+    assert set(find(examples, "tile", "sm_80")["matrix"]) == {"HMMA"}
+    assert set(find(examples, "tile", "sm_90")["matrix"]) == {"HGMMA"}
+    assert set(find(examples, "tile", "sm_100")["matrix"]) == {"UTCHMMA"}
+    assert set(find(examples, "tile", "gfx942")["matrix"]) == {"MFMA"}
+    assert find(examples, "tile", "sm_90")["shared"] == 2 * 2 * 64 * 64 * 2
+    spilling = find(examples, "spilling", "sm_80")
+    assert spilling["stack"] > 1000 and spilling["spills"] > 1000
+
+
+def test_each_kind_of_problem_is_reported(examples):
+    found = aot.problems(examples, folder=Path("/nonexistent"))
+    expected = [
+        "file/aot_examples: forgotten is launched but compiled by no aot case",
+        "file/aot_examples/narrow on sm_80: no LDG.128",
+        "file/aot_examples/narrow on sm_90: no LDG.128",
+        "file/aot_examples/narrow on sm_100: no LDG.128",
+    ]
+    assert [p for p in found if "spilling" not in p and "unsupported" not in p] == expected
+    (spill,) = [p for p in found if "spilling" in p]
+    assert spill.startswith("file/aot_examples/spilling on sm_80: ") and "spill instructions" in spill
+    (error,) = [p for p in found if "unsupported" in p]
+    assert "does not compile" in error and "fp8e4nv not supported" in error
+
+
+def as_family(result, **changes):
+    """The good example kernels as a family of their own, with changed figures; ``more_registers`` is added."""
+    more = changes.pop("more_registers", 0)
+    kept = [r for r in result["records"] if r["case"] in ("wide", "tile")]
+    records = [{**r, "family": "good", "registers": r["registers"] + more, **changes} for r in kept]
+    return {**result, "records": records, "uncovered": [], "family": "good"}
+
+
+def test_kernels_that_cannot_launch_are_reported(examples, tmp_path):
+    def found(**changes):
+        return {p.split(": ", 1)[1] for p in aot.problems(as_family(examples, **changes), Path("/nonexistent"))}
+
+    assert found() == found(shared=64 * 1024, tensor_memory=512) == set()
+    assert found(shared=200 * 1024) == {
+        "cannot launch, 204800 bytes of shared memory, 166912 there",
+        "cannot launch, 204800 bytes of shared memory, 65536 there",
+    }
+    assert found(tensor_memory=513) == {"cannot launch, 513 tensor memory columns, 512 there"}
+
+
+def test_baseline(examples, tmp_path):
+    good = as_family(examples)
+    assert all("not in good.json" in p for p in aot.problems(good, tmp_path))
+    (path,) = aot.write_baseline(good, tmp_path)
+    assert path == tmp_path / "good.json" and aot.problems(good, tmp_path) == []
+    text = path.read_text()
+    aot.write_baseline(good, tmp_path)
+    assert path.read_text() == text
+
+    def worse(**changes):
+        return aot.problems(as_family(examples, **changes), tmp_path)
+
+    assert worse(more_registers=aot.REGISTER_SLACK) == []
+    assert len(worse(more_registers=aot.REGISTER_SLACK + 1)) == len(good["records"])
+    assert any(p.endswith("wide on sm_90: registers 14 -> 90") for p in worse(registers=90))
+    assert any(p.endswith("wide on sm_90: shared 0 -> 64") for p in worse(shared=64))
+    assert any("loads_128 1 -> 0" in p for p in worse(loads_128=0))
+    assert any("stores_128 1 -> 0" in p for p in worse(stores_128=0))
+    assert worse(loads_128=0, stores_128=0, bulk_copies=1) == []
+    assert any("matrix instructions {'HGMMA': 4} -> none" in p for p in worse(matrix={}))
+    # another compiler's register counts say nothing, a lost wide access does
+    newer = {**as_family(examples, registers=200, loads_128=0), "triton": "99.0"}
+    assert {p.split(": ")[1] for p in aot.problems(newer, tmp_path)} >= {"loads_128 1 -> 0"}
+    assert not any("registers" in p for p in aot.problems(newer, tmp_path))
+    # a kernel that went away, and a target that was not looked at
+    fewer = {**good, "records": [r for r in good["records"] if r["case"] != "wide"], "targets": ["sm_80", "sm_90"]}
+    assert aot.problems(fewer, tmp_path) == [
+        "good/aot_examples/wide on sm_80: in the baseline but no longer compiled",
+        "good/aot_examples/wide on sm_90: in the baseline but no longer compiled",
+    ]
+
+
+def test_allowed_spill_still_has_a_baseline(examples, tmp_path):
+    def result(**changes):
+        record = {**find(examples, "spilling", "sm_80"), "family": "good", "allow_spill": "a test", **changes}
+        return {**examples, "records": [record], "uncovered": [], "family": "good"}
+
+    aot.write_baseline(result(), tmp_path)
+    assert aot.problems(result(), tmp_path) == []
+    spills = result()["records"][0]["spills"]
+    assert aot.problems(result(spills=spills + 1), tmp_path) == [
+        f"good/aot_examples/spilling on sm_80: spills {spills} -> {spills + 1}"
+    ]
+
+
+def test_baseline_of_other_targets_and_backends_is_kept(examples, tmp_path):
+    good = as_family(examples)
+    cuda = {**good, "nvcc": "13.0", "records": [{**good["records"][0], "backend": "cuda", "case": "k<float>"}]}
+    aot.write_baseline(cuda, tmp_path)
+    aot.write_baseline({**good, "nvcc": None}, tmp_path)
+    kernels = aot.read_baseline("good", tmp_path)["kernels"]
+    assert set(kernels) == {"aot_examples.cu/k<float>", "aot_examples/wide", "aot_examples/tile"}
+    assert aot.read_baseline("good", tmp_path)["nvcc"] == "13.0"
+    only = {**good, "records": [r for r in good["records"] if r["target"] == "sm_90"]}
+    aot.write_baseline(only, tmp_path)
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide"]) == {
+        r["target"] for r in good["records"]
+    }
+
+
+def test_baselines_are_up_to_date_with_the_families():
+    for path in aot.BASELINE_DIR.glob("*.json"):
+        assert path.stem in FAMILIES
+        assert set(json.loads(path.read_text())) == {"triton", "nvcc", "kernels"}
+
+
+class Jit:
+    cache_key = "x"
+    arg_names = ("x", "n", "BLOCK")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"signature": {"n": "i32", "x": "*fp32", "BLOCK": "constexpr"}}, "signature must name"),
+        ({"constexprs": {}}, r"constexprs must be \['BLOCK'\], got \[\]"),
+        ({"targets": ("sm_90", "sm_42")}, r"targets must be of .*, got \['sm_42'\]"),
+    ],
+)
+def test_cases_that_do_not_fit_their_kernel(changes, message):
+    fits = {
+        "signature": {"x": "*fp32", "n": "i32", "BLOCK": "constexpr"},
+        "constexprs": {"BLOCK": 64},
+        "targets": ("sm_90",),
+    }
+    aot.AotCase("fits", Jit(), **fits).check()
+    with pytest.raises(ValueError, match=f"aot case bad: {message}"):
+        aot.AotCase("bad", Jit(), **{**fits, **changes}).check()
+
+
+def test_expected_instructions_by_target():
+    def case(expect):
+        return aot.AotCase("c", Jit(), {}, expect=expect)
+
+    assert case(None).expected("sm_90") == ()
+    assert case(("MMA",)).expected("sm_90") == ("MMA",)
+    assert case(("MMA",)).expected("gfx942") == ()
+    by_target = case({"sm_90": ("HGMMA",), "nvidia": ("MMA",), "gfx942": ("MFMA",)})
+    assert [by_target.expected(t) for t in ("sm_90", "sm_80", "gfx942")] == [("HGMMA",), ("MMA",), ("MFMA",)]
+    assert case({"sm_90": ("HGMMA",)}).expected("sm_100") == ()
+
+
+def test_alignment_attributes():
+    signature = {"x": "*fp32", "n": "i32", "BLOCK": "constexpr"}
+    sixteen = [["tt.divisibility", 16]]
+    assert aot.AotCase("c", Jit(), signature).resolved_attrs() == {(0,): sixteen}
+    assert aot.AotCase("c", Jit(), signature, divisible=()).resolved_attrs() == {}
+    assert aot.AotCase("c", Jit(), signature, divisible=("x", "n")).resolved_attrs() == {(0,): sixteen, (1,): sixteen}
+    assert aot.AotCase("c", Jit(), signature, attrs={(1,): sixteen}).resolved_attrs() == {(1,): sixteen}
+
+
+def test_instructions_are_counted_with_predicates_and_without_data():
+    text = """
+    .section  .text.kernel,"ax",@progbits
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 LDG.E.128.CONSTANT R8, desc[UR4][R2.64] ;
+        /*0030*/             @!UP1 UTMALDG.2D [UR8], [UR6] ;
+        /*0040*/               @P2 STL.64 [R1+0x8], R2 ;
+        /*0050*/                   LDG.E.U16 R4, desc[UR4][R2.64] ;
+    .section  .text.other,"ax",@progbits
+        /*0000*/                   EXIT ;
+    """
+    mixes = aot._instructions(text)
+    assert set(mixes) == {"kernel", "other"} and mixes["other"] == {"EXIT": 1}
+    figures = aot._summary(mixes["kernel"])
+    expected = {"loads_128": 2, "loads_16": 1, "bulk_copies": 1, "spills": 1, "stores_128": 0, "matrix": {}}
+    assert figures == expected
+
+
+@pytest.mark.parametrize(
+    "name, short",
+    [
+        ("void tilefuse::rope_kernel<__nv_bfloat16, 8>(__nv_bfloat16 const*, long)", "rope_kernel<__nv_bfloat16, 8>"),
+        ("tilefuse::(anonymous namespace)::fill(int*)", "fill"),
+        ("void tilefuse::map<tilefuse::bf16, (tilefuse::Mode)1>(int)", "map<bf16, (Mode)1>"),
+        ("kernel", "kernel"),
+    ],
+)
+def test_names_of_cuda_kernels(name, short):
+    assert aot._short(name) == short
+
+
+def test_cubin_of_nvcc(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or emulation._cuda_include() is None or not aot._can_read():
+        pytest.skip("needs nvcc, cuobjdump and nvdisasm")
+    source = tmp_path / "k.cu"
+    source.write_text(
+        """
+        __global__ void copy(const float4* x, float4* out) { out[threadIdx.x] = x[threadIdx.x]; }
+        __global__ void local(const float* x, float* out, int n) {
+          float values[64];
+          for (int i = 0; i < n; ++i) values[i * 7 % 64] = x[i];
+          out[threadIdx.x] = values[threadIdx.x % 64];
+        }
+        """
+    )
+    command = [nvcc, "-cubin", "-arch=sm_90", "-o", str(tmp_path / "k.cubin"), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = aot.read_cubin(tmp_path / "k.cubin")
+    copy, local = (found[next(n for n in found if k in n)] for k in ("copy", "local"))
+    assert (copy["loads_128"], copy["stores_128"], copy["stack"], copy["spills"]) == (1, 1, 0, 0)
+    # an array indexed at run time lives in local memory: as slow as a spill, and found like one
+    assert local["stack"] >= 256 and local["spills"] > 0
+
+
+@needs_triton
+def test_inspect_command(capsys):
+    code = main(["inspect", "--json", "--file", str(EXAMPLES), "--target", "sm_90"])
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert code == 1 and {r["case"] for r in result["records"]} == {"wide", "narrow", "tile"}
+    assert result["problems"] == [
+        "file/aot_examples: forgotten is launched but compiled by no aot case",
+        "file/aot_examples/narrow on sm_90: no LDG.128",
+    ]
+    assert "4 HGMMA" in captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments, message", [(["--target", "sm_1"], "--target must be one of"), (["--family", "nope"], "no kernels in")]
+)
+@needs_triton
+def test_inspect_usage_errors(capsys, arguments, message):
+    assert main(["inspect", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unimportable_file_is_an_error(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise RuntimeError('kaputt')\n")
+    if triton_missing():
+        pytest.skip(triton_missing())
+    with pytest.raises(RuntimeError, match="kaputt"):
+        aot.records(file=broken)

@@ -1,0 +1,197 @@
+"""Per-head products between query space and latent space, with RoPE of the rest of each row in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import aot
+from ..common.launch import on_device
+from .mla_compress_kv import load_pairs, load_tables, position_of, store_pairs
+
+
+@triton.jit(do_not_specialize=["tokens", "table_rows"])
+def absorb_kernel(
+    x,
+    weight,
+    cos,
+    sin,
+    positions,
+    out,
+    tokens,
+    table_rows,
+    x_token,
+    x_head,
+    w_head,
+    w_k,
+    w_n,
+    cos_stride,
+    sin_stride,
+    HEADS: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """out[t, h] = x[t, h, :K] @ weight[h] | rotated x[t, h, K:]."""
+    head = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    mask = token < tokens
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row_in = x + token * x_token + head * x_head
+    row_out = out + (token * HEADS + head) * (N + 2 * HALF)
+    weight += head * w_head
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(row_in[:, None] + k[None, :], mask=mask[:, None] & (k < K)[None, :], other=0.0)  # [BM, BK]
+        keep = (k < K)[:, None] & (n < N)[None, :]
+        b = tl.load(weight + k[:, None] * w_k + n[None, :] * w_n, mask=keep, other=0.0)  # [BK, BN]
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    tl.store(row_out[:, None] + n[None, :], acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < N)[None, :])
+    if HALF > 0:  # noqa: SIM102, the outer one is decided by the compiler
+        if tl.program_id(1) == 0:
+            position = position_of(positions, token, mask, table_rows)
+            c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+            if CONJUGATE:
+                s = -s
+            a, b = load_pairs(row_in + K, mask, HALF, HALF_PAD, INTERLEAVED)
+            store_pairs(row_out + N, a * c - b * s, b * c + a * s, mask, HALF, HALF_PAD, INTERLEAVED)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def absorb_weight_kernel(
+    q,
+    grad,
+    grad_w,
+    tokens,
+    q_token,
+    q_head,
+    g_token,
+    g_head,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """grad_w[h] = q[:, h, :K].T @ grad[:, h, :N], summed over tokens in their order."""
+    head = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * BM + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    q += head * q_head
+    grad += head * g_head
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, tokens, BK):
+        token = start + tl.arange(0, BK).to(tl.int64)
+        mask = (token < tokens)[:, None]
+        a = tl.load(q + token[:, None] * q_token + p[None, :], mask=mask & (p < K)[None, :], other=0.0)  # [BK, BM]
+        b = tl.load(grad + token[:, None] * g_token + n[None, :], mask=mask & (n < N)[None, :], other=0.0)  # [BK, BN]
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+    keep = (p < K)[:, None] & (n < N)[None, :]
+    at = head * K * N + p.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(grad_w + at, acc.to(grad_w.dtype.element_ty), mask=keep)
+
+
+def tile(rows: int, columns: int, depth: int, itemsize: int) -> dict[str, int]:
+    """Tile of a product [rows, depth] x [depth, columns]: narrow where there are few rows, as in decode."""
+    if itemsize > 2:
+        return {"BM": 32 if rows > 16 else 16, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+    block_m = 16 if rows <= 16 else 64 if rows <= 256 else 128
+    block_n = 64 if columns <= 64 else 128
+    block_k = 32 if depth <= 32 else 64
+    return {"BM": block_m, "BN": block_n, "BK": block_k, "num_warps": 8 if block_m == 128 else 4, "num_stages": 3}
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    weight_strides: tuple[int, int, int],
+    k: int,
+    n: int,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    conjugate: bool,
+) -> Tensor:
+    tokens, heads, width = x.shape
+    out = torch.empty(tokens, heads, n + width - k, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    half = (width - k) // 2
+    config = tile(tokens, n, k, x.element_size())
+    with on_device(x):
+        absorb_kernel[(triton.cdiv(tokens, config["BM"]), triton.cdiv(n, config["BN"]), heads)](
+            x,
+            weight,
+            cos,
+            sin,
+            positions,
+            out,
+            tokens,
+            cos.shape[0],
+            *x.stride()[:2],
+            *weight_strides,
+            cos.stride(0),
+            sin.stride(0),
+            HEADS=heads,
+            K=k,
+            N=n,
+            HALF=half,
+            HALF_PAD=triton.next_power_of_2(max(1, half)),
+            INTERLEAVED=interleaved,
+            CONJUGATE=conjugate,
+            **config,
+        )
+    return out
+
+
+def mla_absorb_query_fwd(
+    q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> Tensor:
+    _, nope, rank = w_uk.shape
+    return product(q, w_uk, w_uk.stride(), nope, rank, cos, sin, positions, interleaved, False)
+
+
+def mla_absorb_query_bwd(
+    grad: Tensor, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    heads, nope, rank = w_uk.shape
+    transposed = (w_uk.stride(0), w_uk.stride(2), w_uk.stride(1))
+    grad_q = product(grad, w_uk, transposed, rank, nope, cos, sin, positions, interleaved, True)
+    grad_w = torch.empty(w_uk.shape, dtype=w_uk.dtype, device=w_uk.device)
+    config = tile(nope, rank, q.shape[0], q.element_size())
+    if grad_w.numel():
+        with on_device(q):
+            absorb_weight_kernel[(triton.cdiv(nope, config["BM"]), triton.cdiv(rank, config["BN"]), heads)](
+                q, grad, grad_w, q.shape[0], *q.stride()[:2], *grad.stride()[:2], K=nope, N=rank, **config
+            )
+    return grad_q, grad_w
+
+
+def aot_cases():
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
+        for name, tokens in (("decode", 8), ("prefill", 4096)):
+            if itemsize == 4 and name == "decode":
+                continue
+            pointers = {"x": kind, "weight": kind, "cos": "fp32", "sin": "fp32", "positions": "i32", "out": kind}
+            constants = {
+                "HEADS": 128, "K": 128, "N": 512, "HALF": 32, "HALF_PAD": 32, "INTERLEAVED": True, "CONJUGATE": False,
+                **tile(tokens, 512, 128, itemsize),
+            }  # fmt: skip
+            pinned = {"w_n": 1}
+            yield aot.case(f"{name}_{kind}", absorb_kernel, pointers, constants | pinned, expect=expect)
+            constants |= {"K": 512, "N": 128, "CONJUGATE": True, **tile(tokens, 128, 512, itemsize)}
+            yield aot.case(f"{name}_backward_{kind}", absorb_kernel, pointers, constants | {"w_k": 1}, expect=expect)
+        pointers = {"q": kind, "grad": kind, "grad_w": kind}
+        constants = {"K": 128, "N": 512, **tile(128, 512, 4096, itemsize)}
+        yield aot.case(f"weight_{kind}", absorb_weight_kernel, pointers, constants, expect=expect)

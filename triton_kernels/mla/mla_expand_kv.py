@@ -1,0 +1,271 @@
+"""Up-projection of latent rows straight into keys and values: nothing is concatenated or copied afterwards."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..common import aot
+from ..common.launch import on_device
+from .mla_absorb_query import tile
+
+
+@triton.jit
+def head_block(pid, P: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+    """Head, whether this block of columns belongs to v, and its first column there."""
+    k_blocks: tl.constexpr = (P + BLOCK - 1) // BLOCK
+    blocks: tl.constexpr = k_blocks + (V + BLOCK - 1) // BLOCK
+    head = (pid // blocks).to(tl.int64)
+    block = pid % blocks
+    is_v = block >= k_blocks
+    return head, is_v, tl.where(is_v, block - k_blocks, block) * BLOCK
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expand_kernel(
+    latent,
+    weight,
+    k_out,
+    v_out,
+    tokens,
+    latent_stride,
+    w_stride,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    P: tl.constexpr,
+    V: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    mask = token < tokens
+    head, is_v, first = head_block(tl.program_id(1), P, V, BN)
+    column = first + tl.arange(0, BN)
+    width = tl.where(is_v, V, P)
+    inside = column < width
+    w_rows = weight + (head * (P + V) + tl.where(is_v, P, 0) + column) * w_stride
+    row_in = latent + token * latent_stride
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, RANK, BK):
+        k = start + tl.arange(0, BK)
+        a = tl.load(row_in[:, None] + k[None, :], mask=mask[:, None] & (k < RANK)[None, :], other=0.0)  # [BM, BK]
+        b = tl.load(w_rows[:, None] + k[None, :], mask=inside[:, None] & (k < RANK)[None, :], other=0.0)  # [BN, BK]
+        acc = tl.dot(a, tl.trans(b.to(a.dtype)), acc, input_precision="ieee")
+    keep = mask[:, None] & inside[None, :]
+    value = acc.to(k_out.dtype.element_ty)
+    row_k = k_out + (token * HEADS + head) * (P + ROPE)
+    if is_v:
+        row_v = v_out + (token * HEADS + head) * V
+        tl.store(row_v[:, None] + column[None, :], value, mask=keep)
+    else:
+        tl.store(row_k[:, None] + column[None, :], value, mask=keep)
+    if ROPE > 0:  # noqa: SIM102, the outer one is decided by the compiler
+        # V > 0, so the first block of v copies the shared part to every head's key
+        if is_v & (first == 0):
+            r = tl.arange(0, ROPE_PAD)
+            keep = mask[:, None] & (r < ROPE)[None, :]
+            rope = tl.load(row_in[:, None] + RANK + r[None, :], mask=keep, other=0.0)  # [BM, r]
+            tl.store(row_k[:, None] + P + r[None, :], rope, mask=keep)
+
+
+@triton.jit
+def grad_product(acc, grad_rows, w_rows, w_stride, mask, n, WIDTH: tl.constexpr, RANK: tl.constexpr, BK: tl.constexpr):
+    """acc [BM, BN] += grad [BM, WIDTH] @ weight rows [WIDTH, BN]."""
+    for start in range(0, WIDTH, BK):
+        c = start + tl.arange(0, BK)
+        inside = c < WIDTH
+        a = tl.load(grad_rows[:, None] + c[None, :], mask=mask[:, None] & inside[None, :], other=0.0)  # [BM, BK]
+        keep = inside[:, None] & (n < RANK)[None, :]
+        b = tl.load(w_rows + c.to(tl.int64)[:, None] * w_stride + n[None, :], mask=keep, other=0.0)  # [BK, BN]
+        acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expand_backward_kernel(
+    grad_k,
+    grad_v,
+    weight,
+    grad_latent,
+    tokens,
+    gk_token,
+    gk_head,
+    gv_token,
+    gv_head,
+    w_stride,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    P: tl.constexpr,
+    V: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Gradient of latent rows: a product over all heads' columns, and the sum over heads of the shared part."""
+    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    mask = token < tokens
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row_out = grad_latent + token * (RANK + ROPE)
+    if tl.program_id(1) * BN < RANK:
+        acc = tl.zeros([BM, BN], tl.float32)
+        for head in range(HEADS):
+            from_k = grad_k + token * gk_token + head.to(tl.int64) * gk_head
+            from_v = grad_v + token * gv_token + head.to(tl.int64) * gv_head
+            w_rows = weight + (head * (P + V)).to(tl.int64) * w_stride
+            acc = grad_product(acc, from_k, w_rows, w_stride, mask, n, P, RANK, BK)
+            acc = grad_product(acc, from_v, w_rows + P * w_stride, w_stride, mask, n, V, RANK, BK)
+        keep = mask[:, None] & (n < RANK)[None, :]
+        tl.store(row_out[:, None] + n[None, :], acc.to(grad_latent.dtype.element_ty), mask=keep)
+    elif ROPE > 0:
+        r = tl.arange(0, ROPE_PAD)
+        keep = mask[:, None] & (r < ROPE)[None, :]
+        total = tl.zeros([BM, ROPE_PAD], tl.float32)
+        for head in range(HEADS):
+            from_k = grad_k + token * gk_token + head.to(tl.int64) * gk_head + P
+            total += tl.load(from_k[:, None] + r[None, :], mask=keep, other=0.0).to(tl.float32)
+        tl.store(row_out[:, None] + RANK + r[None, :], total.to(grad_latent.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def weight_product(
+    acc, grad, g_token, latent, latent_stride, tokens, column, WIDTH: tl.constexpr, n, RANK: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, BN] += grad[:, column].T @ latent[:, n], over tokens in their order."""
+    for start in range(0, tokens, BK):
+        token = start + tl.arange(0, BK).to(tl.int64)
+        mask = (token < tokens)[:, None]
+        keep = mask & (column < WIDTH)[None, :]
+        a = tl.load(grad + token[:, None] * g_token + column[None, :], mask=keep, other=0.0)  # [BK, BM]
+        keep = mask & (n < RANK)[None, :]
+        b = tl.load(latent + token[:, None] * latent_stride + n[None, :], mask=keep, other=0.0)  # [BK, BN]
+        acc = tl.dot(tl.trans(a), b.to(a.dtype), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def expand_weight_kernel(
+    grad_k,
+    grad_v,
+    latent,
+    grad_w,
+    tokens,
+    gk_token,
+    gk_head,
+    gv_token,
+    gv_head,
+    latent_stride,
+    RANK: tl.constexpr,
+    P: tl.constexpr,
+    V: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    head, is_v, first = head_block(tl.program_id(0), P, V, BM)
+    column = first + tl.arange(0, BM)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    acc = tl.zeros([BM, BN], tl.float32)
+    if is_v:
+        acc = weight_product(
+            acc, grad_v + head * gv_head, gv_token, latent, latent_stride, tokens, column, V, n, RANK, BK
+        )
+    else:
+        acc = weight_product(
+            acc, grad_k + head * gk_head, gk_token, latent, latent_stride, tokens, column, P, n, RANK, BK
+        )
+    row = (head * (P + V) + tl.where(is_v, P, 0) + column) * RANK
+    keep = (column < tl.where(is_v, V, P))[:, None] & (n < RANK)[None, :]
+    tl.store(grad_w + row[:, None] + n[None, :], acc.to(grad_w.dtype.element_ty), mask=keep)
+
+
+def mla_expand_kv_fwd(
+    latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
+) -> tuple[Tensor, Tensor]:
+    tokens, width = latent.shape
+    rope_dim = width - kv_lora_rank
+    heads = w_ukv.shape[0] // (nope_dim + v_dim)
+    k = torch.empty(tokens, heads, nope_dim + rope_dim, dtype=latent.dtype, device=latent.device)
+    v = torch.empty(tokens, heads, v_dim, dtype=latent.dtype, device=latent.device)
+    if v.numel() == 0:
+        return k, v
+    config = tile(tokens, max(nope_dim, v_dim), kv_lora_rank, latent.element_size())
+    blocks = triton.cdiv(nope_dim, config["BN"]) + triton.cdiv(v_dim, config["BN"])
+    with on_device(latent):
+        expand_kernel[(triton.cdiv(tokens, config["BM"]), heads * blocks)](
+            latent,
+            w_ukv,
+            k,
+            v,
+            tokens,
+            latent.stride(0),
+            w_ukv.stride(0),
+            HEADS=heads,
+            RANK=kv_lora_rank,
+            P=nope_dim,
+            V=v_dim,
+            ROPE=rope_dim,
+            ROPE_PAD=triton.next_power_of_2(max(1, rope_dim)),
+            **config,
+        )
+    return k, v
+
+
+def mla_expand_kv_bwd(
+    grad_k: Tensor, grad_v: Tensor, latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
+) -> tuple[Tensor, Tensor]:
+    tokens, width = latent.shape
+    rope_dim = width - kv_lora_rank
+    heads = w_ukv.shape[0] // (nope_dim + v_dim)
+    grad_latent = torch.empty(latent.shape, dtype=latent.dtype, device=latent.device)
+    grad_w = torch.empty(w_ukv.shape, dtype=w_ukv.dtype, device=w_ukv.device)
+    shape = {"RANK": kv_lora_rank, "P": nope_dim, "V": v_dim}
+    strides = (*grad_k.stride()[:2], *grad_v.stride()[:2])
+    with on_device(latent):
+        if tokens:
+            config = tile(tokens, kv_lora_rank, v_dim, latent.element_size())
+            blocks = triton.cdiv(kv_lora_rank, config["BN"]) + (rope_dim > 0)
+            expand_backward_kernel[(triton.cdiv(tokens, config["BM"]), blocks)](
+                grad_k,
+                grad_v,
+                w_ukv,
+                grad_latent,
+                tokens,
+                *strides,
+                w_ukv.stride(0),
+                HEADS=heads,
+                ROPE=rope_dim,
+                ROPE_PAD=triton.next_power_of_2(max(1, rope_dim)),
+                **shape,
+                **config,
+            )
+        config = tile(max(nope_dim, v_dim), kv_lora_rank, max(tokens, 1), latent.element_size())
+        blocks = triton.cdiv(nope_dim, config["BM"]) + triton.cdiv(v_dim, config["BM"])
+        expand_weight_kernel[(heads * blocks, triton.cdiv(kv_lora_rank, config["BN"]))](
+            grad_k, grad_v, latent, grad_w, tokens, *strides, latent.stride(0), **shape, **config
+        )
+    return grad_latent, grad_w
+
+
+def aot_cases():
+    shape = {"RANK": 512, "P": 128, "V": 128}
+    rope = {"HEADS": 128, "ROPE": 64, "ROPE_PAD": 64}
+    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
+        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
+        pointers = {"latent": kind, "weight": kind, "k_out": kind, "v_out": kind}
+        for name, tokens in (("few", 8), ("many", 4096)):
+            constants = {**shape, **rope, **tile(tokens, 128, 512, itemsize)}
+            yield aot.case(f"{name}_{kind}", expand_kernel, pointers, constants, expect=expect)
+        pointers = dict.fromkeys(("grad_k", "grad_v", "weight", "grad_latent"), kind)
+        constants = {**shape, **rope, **tile(4096, 512, 128, itemsize)}
+        yield aot.case(f"latent_{kind}", expand_backward_kernel, pointers, constants, expect=expect)
+        pointers = dict.fromkeys(("grad_k", "grad_v", "latent", "grad_w"), kind)
+        constants = {**shape, **tile(128, 512, 4096, itemsize)}
+        yield aot.case(f"weight_{kind}", expand_weight_kernel, pointers, constants, expect=expect)
