@@ -69,6 +69,14 @@ def as_rows(x: Tensor) -> Tensor:
     return errors.check_last_dim_contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def split_rows(scale: Tensor, lead: Sequence[int]) -> Tensor:
+    """``[rows, blocks]`` scales as ``[*lead, blocks]``, without a copy."""
+    if len(lead) == 1:
+        # a view of one row would make up another stride for it
+        return scale
+    return scale.view(*lead, scale.shape[1])
+
+
 def as_batch(x: Tensor) -> Tensor:
     """``[G, M, K]`` with a contiguous last dim."""
     return errors.check_last_dim_contiguous(x).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
@@ -176,7 +184,7 @@ def fp8_quantize(
     check_input("fp8_quantize", "x", x, 1 if rows == 1 else 2)
     if rows == 1:
         q, scale = fp8_quantize_rows(as_rows(x), scale_format == "pow2", eps)
-        return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1])
+        return q.view(x.shape), split_rows(scale, x.shape[:-1])
     q, scale = fp8_quantize_tiles(as_batch(x), scale_format == "pow2", eps)
     return q.view(x.shape), scale.view(*x.shape[:-2], *scale.shape[1:])
 
@@ -210,7 +218,7 @@ def fp8_quantize_dual(
     eps = check_scale_options("fp8_quantize_dual", scale_format, eps)
     check_input("fp8_quantize_dual", "x", x)
     q, scale, q_t, scale_t = fp8_quantize_dual_fwd(as_rows(x), scale_format == "pow2", eps)
-    return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1]), q_t, scale_t
+    return q.view(x.shape), split_rows(scale, x.shape[:-1]), q_t, scale_t
 
 
 @op(

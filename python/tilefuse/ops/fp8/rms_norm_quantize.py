@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import kernel, op
-from .quantize import CODES, as_rows, blocks_of, check_input, check_scale_options, empty_row_scale
+from .quantize import CODES, as_rows, blocks_of, check_input, check_scale_options, empty_row_scale, split_rows
 
 __all__ = ["rms_norm_quantize"]
 
@@ -102,4 +102,4 @@ def rms_norm_quantize(
     q, scale, h = rms_norm_quantize_fwd(
         as_rows(x), weight.contiguous(), rows, norm_eps, scale_format == "pow2", eps
     )  # fmt: skip
-    return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1]), h.view(x.shape)
+    return q.view(x.shape), split_rows(scale, x.shape[:-1]), h.view(x.shape)
