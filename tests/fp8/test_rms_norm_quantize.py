@@ -74,7 +74,9 @@ def test_empty_11(device, shape):
 
 
 def test_zero_row_6(device):
-    q, scale, _ = tilefuse.rms_norm_quantize(torch.zeros(2, 256, device=device), torch.ones(256, device=device), norm_eps=0.0)
+    q, scale, _ = tilefuse.rms_norm_quantize(
+        torch.zeros(2, 256, device=device), torch.ones(256, device=device), norm_eps=0.0
+    )
     # 0 / 0 is NaN, as in every RMSNorm without eps
     assert q.float().isnan().all()
     q, scale, _ = tilefuse.rms_norm_quantize(torch.zeros(2, 256, device=device), torch.ones(256, device=device))
@@ -85,8 +87,13 @@ def test_zero_row_6(device):
 def test_strides_13(device, reference):
     base = magnitudes((9, 3, 400), torch.bfloat16).to(device)
     weight = torch.rand(600, device=device)[::2]
-    for x, residual in ((base[:, 1, 8:308], base[:, 2, 8:308]), (base[::2, 0, :300], base[1::2, 0, :300].repeat(2, 1)[:5])):
-        expected = reference(tilefuse.rms_norm_quantize, x.cpu().contiguous(), weight.cpu(), residual.cpu().contiguous())
+    for x, residual in (
+        (base[:, 1, 8:308], base[:, 2, 8:308]),
+        (base[::2, 0, :300], base[1::2, 0, :300].repeat(2, 1)[:5]),
+    ):
+        expected = reference(
+            tilefuse.rms_norm_quantize, x.cpu().contiguous(), weight.cpu(), residual.cpu().contiguous()
+        )
         same(tilefuse.rms_norm_quantize(x, weight, residual), expected)
 
 
@@ -96,9 +103,9 @@ def test_batch_invariant_17(device):
     same(tilefuse.rms_norm_quantize(x[5:6], weight, x[5:6]), [t[5:6] for t in whole])
 
 
-def test_opcheck_18():
+def test_opcheck_18(opcheck):
     for sample in samples("rms_norm_quantize"):
-        torch.library.opcheck(torch.ops.tilefuse.rms_norm_quantize.default, sample.args, dict(sample.kwargs))
+        opcheck("rms_norm_quantize", sample)
 
 
 def test_compile_18():

@@ -78,9 +78,9 @@ def test_batch_invariant_17(device):
     same(tilefuse.silu_mul_quantize(x[5:6]), (q[5:6], scale[5:6]))
 
 
-def test_opcheck_18():
+def test_opcheck_18(opcheck):
     for sample in samples("silu_mul_quantize"):
-        torch.library.opcheck(torch.ops.tilefuse.silu_mul_quantize.default, sample.args, dict(sample.kwargs))
+        opcheck("silu_mul_quantize", sample)
 
 
 def test_compile_18():

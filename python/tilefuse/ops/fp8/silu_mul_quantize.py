@@ -53,7 +53,7 @@ def silu_mul_quantize(gate_up: Tensor, *, scale_format: str = "fp32", eps: float
 
     Source: the fused activation of SGLang and vLLM (``silu_and_mul`` with per-token-group quantisation).
     """
-    eps = check_scale_options("silu_mul_quantize", scale_format, eps)
+    check_scale_options("silu_mul_quantize", scale_format, eps)
     check_input("silu_mul_quantize", "gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         errors.value_error("silu_mul_quantize", "gate_up", "[..., 2I], an even last dim", gate_up)
