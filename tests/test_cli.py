@@ -159,7 +159,7 @@ def broken_kernel(monkeypatch, name, spoil):
 
     monkeypatch.setattr(kernel, "implementation", implementation)
     # kernels cache their choice until the setting changes
-    monkeypatch.setattr(backends, "generation", backends.generation + 1)
+    backends.forget()
 
 
 def one_row_off(out):
@@ -249,3 +249,26 @@ def test_bench_writes_lines_table_and_plots(capsys, monkeypatch, tmp_path):
     assert "4 x 64" in out and "toy" in out
     code, out, _ = run(capsys, "bench", "--list", "--json")
     assert json.loads(out) == [case.id]
+
+
+def test_check_that_runs_out_of_time_is_incomplete_and_not_recorded(monkeypatch, tmp_path):
+    check = verification.check_op("rope", "cpu", "reference", limit=4, seconds=0)
+    assert not check.complete
+    assert "left out" in check.reason
+    path = tmp_path / "verified.json"
+    path.write_text("{}")
+    monkeypatch.setattr(backends, "VERIFIED_PATH", path)
+    monkeypatch.setattr(verify.arch, "of", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    checks = [Check("rope", "rope", "cuda", "cuda", "ok", 3, 1, 0.5, ("rope_fwd",), complete=False)]
+    assert verify._record(checks, torch.device("cuda"))["kernels"] == {}
+    backends.verified.cache_clear()
+
+
+def test_verify_in_processes_of_their_own(capsys):
+    code, out, err = run(capsys, "verify", "--quick", "--op", "rope", "--jobs", "1", "--json")
+    assert code == cli.OK, err
+    assert {c["status"] for c in json.loads(out)["checks"]} == {"ok"}
+    code, out, _ = run(capsys, "verify", "--quick", "--op", "rope", "--jobs", "1", "--timeout", "0.1", "--json")
+    assert code == cli.FAILED
+    assert "took more than" in json.loads(out)["checks"][0]["reason"]

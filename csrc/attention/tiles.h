@@ -344,11 +344,11 @@ class Forward {
   }
 
   // a null row is not written
-  void end(T* const* out, float* const* lse) {
+  void end(T* const* out, float* const* lse, float scale = 1.0f) {
     for (int lane = 0; lane < L; ++lane) {
       if (out[lane] == nullptr) continue;
       const float total = total_[lane];
-      const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const float inverse = total == 0.0f ? 0.0f : scale / total;
       for (int64_t d = 0; d < dim_v_; ++d) out[lane][d] = from_float<T>(acc_[d * L + lane] * inverse);
       *lse[lane] = total == 0.0f ? -kInfinity : top_[lane] + std::log(total);
     }

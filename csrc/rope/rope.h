@@ -86,6 +86,37 @@ static inline void rotate_interleaved(const T* in, T* out, const float* cos, con
   }
 }
 
+template <typename T, bool kInterleaved>
+static void rotate_tokens(const RopeCall& call, int64_t begin, int64_t end) {
+  float cos_buffer[kPairs], sin_buffer[kPairs];
+  const int64_t rotary_end = call.offset + 2 * call.half;
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t batch = token / call.seq_len, place = token % call.seq_len;
+    for (int64_t first = 0; first < call.half; first += kPairs) {
+      const int64_t n = call.half - first < kPairs ? call.half - first : kPairs;
+      const float *cos, *sin;
+      token_table(call, token, first, n, cos_buffer, sin_buffer, &cos, &sin);
+      for (int which = 0; which < call.count; ++which) {
+        const RopeTensor& x = call.tensors[which];
+        const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
+        T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
+        const int64_t start = call.offset + (kInterleaved ? 2 * first : first);
+        for (int64_t head = 0; head < x.heads; ++head, in += x.in_strides[2], out += x.out_strides[2]) {
+          if (kInterleaved) {
+            rotate_interleaved(in + start, out + start, cos, sin, n);
+          } else {
+            rotate_half(in + start, out + start, call.half, cos, sin, n);
+          }
+          if (first == 0 && in != out) {
+            std::memcpy(out, in, call.offset * sizeof(T));
+            std::memcpy(out + rotary_end, in + rotary_end, (call.dim - rotary_end) * sizeof(T));
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace TILEFUSE_ISA
 
 #ifdef TILEFUSE_REGISTER

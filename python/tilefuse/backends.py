@@ -53,6 +53,14 @@ def _set(name: str) -> None:
         generation += 1
 
 
+def forget() -> None:
+    """Makes every kernel choose again: something that a choice depends on has changed, such as verified.json."""
+    global generation
+    verified.cache_clear()
+    with _lock:
+        generation += 1
+
+
 def backend(name: str | None = None) -> str | _Setting:
     """Sets the backend of every tilefuse op in this process, or returns the current one.
 

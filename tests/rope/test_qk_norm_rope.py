@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse import native
@@ -192,7 +193,7 @@ def test_17_opcheck(name):
 
 def test_11_compile_fullgraph_without_recompiling():
     cos, sin = tables(64, 64)
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiles = CompileCounterWithBackend("aot_eager")
     step = torch.compile(tilefuse.qk_norm_rope, fullgraph=True, backend=compiles, dynamic=True)
     weights = [normal(64, dtype=torch.float32, seed=s) for s in (1, 2)]
     for tokens in (5, 9, 33):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse import native
@@ -293,7 +294,7 @@ def test_17_opcheck(name):
 
 def test_11_compile_fullgraph_without_recompiling():
     cos, sin = tables(64, 64)
-    compiles = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiles = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, backend=compiles, dynamic=True)
     def step(q, k):

@@ -56,7 +56,19 @@ def _find_sequence(CU, total, n_seq, tile, dilation, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sequence(
-    tile, CU, CU_Q, CU_K, own, seq_q, seq_k, total_q, total_k, n_seq, dilation, BLOCK: tl.constexpr, VARLEN: tl.constexpr
+    tile,
+    CU,
+    CU_Q,
+    CU_K,
+    own,
+    seq_q,
+    seq_k,
+    total_q,
+    total_k,
+    n_seq,
+    dilation,
+    BLOCK: tl.constexpr,
+    VARLEN: tl.constexpr,
 ):
     """(b, tile within the sequence, first query token, Sq, first key token, Sk)."""
     if VARLEN:
@@ -182,7 +194,19 @@ def _fwd_kernel(
     pid = tl.program_id(0)
     h = pid % heads
     b, local, q0, sq, k0, sk = _sequence(
-        pid // heads, CU_Q, CU_Q, CU_K, total_q if VARLEN else seq_q, seq_q, seq_k, total_q, total_k, n_seq, dilation, BM, VARLEN
+        pid // heads,
+        CU_Q,
+        CU_Q,
+        CU_K,
+        total_q if VARLEN else seq_q,
+        seq_q,
+        seq_k,
+        total_q,
+        total_k,
+        n_seq,
+        dilation,
+        BM,
+        VARLEN,
     )
     per_class = tl.maximum(tl.cdiv(tl.cdiv(sq, dilation), BM), 1)
     residue = local // per_class
@@ -293,7 +317,19 @@ def _dq_kernel(
     pid = tl.program_id(0)
     h = pid % heads
     b, local, q0, sq, k0, sk = _sequence(
-        pid // heads, CU_Q, CU_Q, CU_K, total_q if VARLEN else seq_q, seq_q, seq_k, total_q, total_k, n_seq, dilation, BM, VARLEN
+        pid // heads,
+        CU_Q,
+        CU_Q,
+        CU_K,
+        total_q if VARLEN else seq_q,
+        seq_q,
+        seq_k,
+        total_q,
+        total_k,
+        n_seq,
+        dilation,
+        BM,
+        VARLEN,
     )
     per_class = tl.maximum(tl.cdiv(tl.cdiv(sq, dilation), BM), 1)
     residue = local // per_class
@@ -433,7 +469,19 @@ def _dkdv_kernel(
     pid = tl.program_id(0)
     kv = pid % kv_heads
     b, local, q0, sq, k0, sk = _sequence(
-        pid // kv_heads, CU_K, CU_Q, CU_K, total_k if VARLEN else seq_k, seq_q, seq_k, total_q, total_k, n_seq, dilation, BN, VARLEN
+        pid // kv_heads,
+        CU_K,
+        CU_Q,
+        CU_K,
+        total_k if VARLEN else seq_k,
+        seq_q,
+        seq_k,
+        total_q,
+        total_k,
+        n_seq,
+        dilation,
+        BN,
+        VARLEN,
     )
     per_class = tl.maximum(tl.cdiv(tl.cdiv(sk, dilation), BN), 1)
     residue = local // per_class
@@ -589,7 +637,6 @@ def _prefix_reduce_kernel(
     store_rows(DV_OUT, p, stride_dvs, p < stop, dv, DV, BDV)
 
 
-
 @dataclass(frozen=True)
 class Config:
     block_m: int
@@ -605,7 +652,11 @@ def config(kernel: str, head_dim: int, element_size: int, span: int) -> Config:
     if kernel == "fwd":
         if head_dim <= 64:
             return Config(64 if span <= 256 else 128, 64, 4, 3)
-        return Config(64 if span <= 256 else 128, 64, 4 if span <= 256 else 8, 2) if head_dim <= 128 else Config(64, 32, 4, 2)
+        return (
+            Config(64 if span <= 256 else 128, 64, 4 if span <= 256 else 8, 2)
+            if head_dim <= 128
+            else Config(64, 32, 4, 2)
+        )
     if kernel == "dq":
         if head_dim <= 64:
             return Config(64, 64, 4, 2)
@@ -778,7 +829,8 @@ def backward(
         chunks = problem.tiles(True, PREFIX_CHUNK, 1)
         keys, values = (k, v) if prefix.kind == 1 else (prefix.keys, prefix.values)
         dk_part, dv_part = (
-            torch.empty((chunks, kv_heads, prefix.count, x.shape[-1]), dtype=torch.float32, device=x.device) for x in (k, v)
+            torch.empty((chunks, kv_heads, prefix.count, x.shape[-1]), dtype=torch.float32, device=x.device)
+            for x in (k, v)
         )
         columns = triton.cdiv(prefix.count, tile.block_n)
         if chunks > 0:

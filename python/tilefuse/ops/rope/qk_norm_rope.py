@@ -116,7 +116,6 @@ def qk_norm_rope(
     Source: Zhang and Sennrich, RMSNorm (arXiv 1910.07467); Qwen3 (arXiv 2505.09388).
     """
     _check(q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, rotary_offset)
-    errors.check_not_differentiated("qk_norm_rope", "tables get no gradient", cos=cos, sin=sin)
     args = (
         contiguous_rows(q), contiguous_rows(k), contiguous_rows(q_weight), contiguous_rows(k_weight),
         contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,

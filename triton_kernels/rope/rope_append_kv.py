@@ -1,0 +1,192 @@
+"""Rotary embedding and paged cache write: a program takes a block of tokens by a block of heads of q, k or v."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...reference.rope.rope import token_positions
+from ...reference.rope.rope_append_kv import check_slots
+from ..common.fp8 import encode, native_cast
+from ..common.launch import on_device, vector_width
+from .rope import (
+    LAYOUTS,
+    config,
+    load_tables,
+    position_strides,
+    rotate_block,
+    rotate_half,
+    signature_of,
+    strides_of,
+    token_rows,
+)
+
+
+@triton.jit
+def _store(pointer, value, scale, mask, FP8: tl.constexpr, NATIVE: tl.constexpr):
+    if FP8:
+        tl.store(pointer, encode(tl.div_rn(value.to(tl.float32), scale), NATIVE), mask)
+    else:
+        tl.store(pointer, value.to(pointer.dtype.element_ty), mask)
+
+
+@triton.jit
+def _append_block(
+    x_ptr, x_sb, x_ss, x_sh, cache_ptr, cache_sp, cache_so, cache_sh, scale, head_block,
+    batch, place, page, offset, valid, cos, sin,
+    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
+    VEC: tl.constexpr, CACHE_VEC: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
+):  # fmt: skip
+    """Rows of k (HALF > 0) or v (HALF == 0) to their slots."""
+    head = head_block * BH + tl.arange(0, BH)
+    mask = (valid[:, None] & (head < HEADS)[None, :])[:, :, None]
+    head = head.to(tl.int64)[None, :]
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * VEC  # [BT, BH, 1]
+    out_row = cache_ptr + ((page * cache_sp + offset * cache_so)[:, None] + head * cache_sh)[:, :, None] * CACHE_VEC
+    if HALF > 0:
+        cos = cos[:, None, :]
+        sin = sin[:, None, :]
+        if INTERLEAVED:
+            dim = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            inside = mask & (dim < 2 * HALF)
+            x = tl.load(x_row + OFFSET + dim, inside, 0.0)  # [BT, BH, R]
+            a, b = tl.split(tl.reshape(x, (BT, BH, BLOCK_HALF, 2)))
+            a, b = rotate_half(a.to(tl.float32), b.to(tl.float32), cos, sin)
+            _store(
+                out_row + OFFSET + dim, tl.reshape(tl.join(a, b), (BT, BH, 2 * BLOCK_HALF)), scale, inside, FP8, NATIVE
+            )
+        else:
+            pair = tl.arange(0, BLOCK_HALF)[None, None, :]
+            inside = mask & (pair < HALF)
+            a = tl.load(x_row + OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
+            b = tl.load(x_row + OFFSET + HALF + pair, inside, 0.0).to(tl.float32)
+            a, b = rotate_half(a, b, cos, sin)
+            _store(out_row + OFFSET + pair, a, scale, inside, FP8, NATIVE)
+            _store(out_row + OFFSET + HALF + pair, b, scale, inside, FP8, NATIVE)
+    dim = tl.arange(0, BLOCK_COPY)[None, None, :]
+    for start in tl.static_range(0, OFFSET, BLOCK_COPY):
+        inside = mask & (dim < OFFSET - start)
+        _store(out_row + start + dim, tl.load(x_row + start + dim, inside), scale, inside, FP8, NATIVE)
+    for start in tl.static_range(OFFSET + 2 * HALF, D, BLOCK_COPY):
+        inside = mask & (dim < D - start)
+        _store(out_row + start + dim, tl.load(x_row + start + dim, inside), scale, inside, FP8, NATIVE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "tokens", "seq_len", "table_rows", "slots", "page_size", "k_scale", "v_scale", "cos_st", "sin_st",
+        "pos_sb", "pos_ss", "slot_sb", "slot_ss", "q_sb", "q_ss", "q_sh", "qo_sb", "qo_ss", "qo_sh",
+        "k_sb", "k_ss", "k_sh", "v_sb", "v_ss", "v_sh", "kc_sp", "kc_so", "kc_sh", "vc_sp", "vc_so", "vc_sh",
+    ]
+)  # fmt: skip
+def rope_append_kv_kernel(
+    q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, k_ptr, k_sb, k_ss, k_sh, v_ptr, v_sb, v_ss, v_sh,
+    kc_ptr, kc_sp, kc_so, kc_sh, vc_ptr, vc_sp, vc_so, vc_sh, k_scale, v_scale,
+    cos_ptr, sin_ptr, cos_st, sin_st, pos_ptr, pos_sb, pos_ss, slot_ptr, slot_sb, slot_ss, slots, page_size,
+    tokens, seq_len, table_rows,
+    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr, VEC: tl.constexpr, CACHE_VEC: tl.constexpr, TABLE_VEC: tl.constexpr, FP8: tl.constexpr,
+    NATIVE: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    mask = token < tokens
+    batch = (token // seq_len).to(tl.int64)
+    place = (token % seq_len).to(tl.int64)
+    row = token_rows(pos_ptr, pos_sb, pos_ss, None, 0, token, batch, place, mask, table_rows)
+    cos, sin = load_tables(
+        cos_ptr, sin_ptr, cos_st, sin_st, row, row, row, mask, HALF, BLOCK_HALF, TABLE_VEC, False,
+        False, False, 0, 0, 0,
+    )  # fmt: skip
+    slot = tl.load(slot_ptr + batch * slot_sb + place * slot_ss, mask, -1).to(tl.int64)
+    # a slot past the cache is skipped like a negative one
+    valid = mask & (slot >= 0) & (slot < slots)
+    page = slot // page_size
+    offset = slot % page_size
+    block = tl.program_id(1)
+    q_blocks: tl.constexpr = (HQ + BH - 1) // BH
+    k_blocks: tl.constexpr = (HK + BH - 1) // BH
+    if block < q_blocks:
+        rotate_block(
+            q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, block, batch, place, mask, cos, sin,
+            HQ, D, HALF, OFFSET, INTERLEAVED, True, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
+        )  # fmt: skip
+    elif block < q_blocks + k_blocks:
+        _append_block(
+            k_ptr, k_sb, k_ss, k_sh, kc_ptr, kc_sp, kc_so, kc_sh, k_scale, block - q_blocks,
+            batch, place, page, offset, valid, cos, sin, HK, D, HALF, OFFSET, INTERLEAVED,
+            VEC, CACHE_VEC, FP8, NATIVE, BT, BH, BLOCK_HALF, BLOCK_COPY,
+        )  # fmt: skip
+    else:
+        _append_block(
+            v_ptr, v_sb, v_ss, v_sh, vc_ptr, vc_sp, vc_so, vc_sh, v_scale, block - q_blocks - k_blocks,
+            batch, place, page, offset, valid, cos, sin, HK, DV, 0, 0, False,
+            VEC, CACHE_VEC, FP8, NATIVE, BT, BH, BLOCK_HALF, BLOCK_V,
+        )  # fmt: skip
+
+
+def rope_append_kv_fwd(
+    q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, interleaved, rotary_offset, k_scale, v_scale
+):
+    if q.device.type == "cpu":
+        check_slots(slot_mapping, k_cache)
+        token_positions("rope_append_kv", q.shape[:-2], cos.shape[0], positions, None, q.device)
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    seq_len = q.shape[-3]
+    tokens = seq_len if q.ndim == 3 else q.shape[0] * seq_len
+    heads, half, dim, dim_v = (q.shape[-2], k.shape[-2]), cos.shape[1], q.shape[-1], v.shape[-1]
+    if tokens == 0 or sum(heads) == 0:
+        return q_out
+    fp8 = k_cache.dtype == torch.float8_e4m3fn
+    if fp8:
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    vec, (q_st, qo_st, k_st, v_st) = strides_of(q, q_out, k, v)
+    # the widest store of a row that was loaded in 16 bytes
+    cache_vec = vector_width(max(k_cache.element_size(), 2), *k_cache.stride()[:3], *v_cache.stride()[:3])
+    table_vec = vector_width(4, cos.stride(0), sin.stride(0))
+    tile = config(heads, 2 * half, dim - 2 * half)
+    grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in (*heads, heads[1])))
+    with on_device(q):
+        rope_append_kv_kernel[grid](
+            q, *q_st, q_out, *qo_st, k, *k_st, v, *v_st,
+            k_cache, *(s // cache_vec for s in k_cache.stride()[:3]),
+            v_cache, *(s // cache_vec for s in v_cache.stride()[:3]), k_scale, v_scale,
+            cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec,
+            positions, *position_strides(positions, q, ()), slot_mapping, *position_strides(slot_mapping, q, ()),
+            k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1], tokens, seq_len, cos.shape[0],
+            HQ=heads[0], HK=heads[1], D=dim, DV=dim_v, HALF=half, OFFSET=rotary_offset, INTERLEAVED=interleaved,
+            VEC=vec, CACHE_VEC=cache_vec, TABLE_VEC=table_vec, FP8=fp8, NATIVE=fp8 and native_cast(q.device),
+            BLOCK_V=min(128, triton.next_power_of_2(max(dim_v, 1))), **tile,
+        )  # fmt: skip
+    return q_out
+
+
+def aot_cases():
+    from ... import arch
+    from ...testing.aot import AotCase
+
+    for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
+        for cache, native in (("bf16", False), ("u8", True), ("u8", False)):
+            tile = config(heads, rotary, dim - rotary)
+            options = {"num_warps": tile.pop("num_warps")}
+            fp8 = cache == "u8"
+            constants = {
+                "HQ": heads[0], "HK": heads[1], "D": dim, "DV": dim, "HALF": rotary // 2, "OFFSET": offset,
+                "INTERLEAVED": interleaved, "VEC": 8, "CACHE_VEC": 8, "TABLE_VEC": 4, "FP8": fp8, "NATIVE": native,
+                "BLOCK_V": 128, **tile,
+            }  # fmt: skip
+            pointers = {f"{name}_ptr": "bf16" for name in ("q", "qo", "k", "v")} | {"kc_ptr": cache, "vc_ptr": cache}
+            pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "slot_ptr": "i32"}
+            # the conversion instruction is there from sm_89 on
+            targets = [t for t in arch.COMPILE_TARGETS if t != "sm_80"] if native else None
+            yield AotCase(
+                f"{layout}_{cache}{'_native' * native}",
+                rope_append_kv_kernel,
+                signature=signature_of(rope_append_kv_kernel, pointers, constants, floats=("k_scale", "v_scale")),
+                constexprs=constants,
+                options=options,
+                targets=targets,
+                expect=("LDG.128", "STG.128"),
+            )
