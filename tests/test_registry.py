@@ -45,6 +45,12 @@ def copied(values):
     return tree_map_only(Tensor, copy, values)
 
 
+def cuda_source(kernel):
+    """A kernel for one generation of GPUs carries its name, as in csrc/fp8/matmul_sm90.cu."""
+    found = sorted((ROOT / "csrc").glob(f"{kernel.module}_sm*.cu"))
+    return str(found[0].relative_to(ROOT)) if found else f"csrc/{kernel.module}.cu"
+
+
 def defined_functions(path):
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
@@ -68,11 +74,11 @@ def test_a_module_has_its_file_in_every_layer(module):
                     "reference": f"python/tilefuse/reference/{kernel.module}.py",
                     "cpu": f"csrc/{kernel.module}_cpu.cpp",
                     "triton": f"triton_kernels/{kernel.module}.py",
-                    "cuda": f"csrc/{kernel.module}.cu",
+                    "cuda": cuda_source(kernel),
                 }[backend]
             )
             if backend == "cuda":
-                wanted.add(f"csrc/{kernel.module}.cuh")
+                wanted.add(f"{cuda_source(kernel)}h")
     missing = sorted(path for path in wanted if not (ROOT / path).exists())
     assert not missing, f"{module} lacks {', '.join(missing)}"
 
@@ -92,7 +98,8 @@ def test_a_kernel_has_its_implementations(name):
         # without importing it: Triton may be missing
         assert name in defined_functions(ROOT / f"triton_kernels/{kernel.module}.py")
     for backend in {"cpu", "cuda"} & set(kernel.backends):
-        assert name in (ROOT / f"csrc/{kernel.module}{'_cpu.cpp' if backend == 'cpu' else '.cu'}").read_text()
+        source = f"csrc/{kernel.module}_cpu.cpp" if backend == "cpu" else cuda_source(kernel)
+        assert name in (ROOT / source).read_text()
         if native.load(backend).missing is None:
             found, reason = native.find(backend, name)
             assert found is not None, reason

@@ -108,7 +108,7 @@ void launch(const Arguments& args) {
   STD_TORCH_CHECK(error == cudaSuccess, "tilefuse.fp8_matmul: CUDA launch failed: ", cudaGetErrorString(error));
 }
 
-// tile shapes, in the order of the `config` argument of fp8_matmul_sm90; the relative costs per output element follow
+// tile shapes, in the order of the `tile` argument of fp8_matmul_sm90; the relative costs per output element follow
 // from the shared-memory traffic of each (wider tiles read less of the other operand from L2)
 struct Tile {
   int m, n, cluster;
@@ -153,7 +153,8 @@ void launch_tile(int tile, const Arguments& args) {
   }
 }
 
-Tensor matmul(
+// `tile` indexes kTiles, -1 chooses; the caller has checked what TMA asks of shapes and strides (ops/fp8/matmul.py)
+Tensor matmul_tile(
     const Tensor& a,
     const Tensor& a_scale,
     const Tensor& b,
@@ -161,24 +162,23 @@ Tensor matmul(
     const std::optional<Tensor>& bias,
     ScalarType out_dtype,
     int64_t tile) {
-  STD_TORCH_CHECK(tile >= -1 && tile < kTileCount, "tilefuse.fp8_matmul_sm90: config must be in [-1, ", kTileCount, "), got ", tile);
+  STD_TORCH_CHECK(tile >= -1 && tile < kTileCount, "tilefuse.fp8_matmul_sm90: tile must be in [-1, ", kTileCount, "), got ", tile);
   const CudaCall call(a);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
   if (m == 0 || n == 0) return out;
 
-  std::optional<Tensor> bias_f32;
-  if (bias.has_value()) bias_f32 = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+  const int64_t scale_stride = a_scale.size(1) == 1 ? round_up(m, int64_t{4}) : a_scale.stride(1);
   const Arguments args{
       a.const_data_ptr(),
       static_cast<const float*>(a_scale.const_data_ptr()),
       b.const_data_ptr(),
       static_cast<const float*>(b_scale.const_data_ptr()),
-      bias_f32.has_value() ? static_cast<const float*>(bias_f32->const_data_ptr()) : nullptr,
+      bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr,
       out.mutable_data_ptr(),
       a.stride(0),
       b.stride(0),
-      a_scale.stride(1),
+      scale_stride,
       MatmulShape{static_cast<int32_t>(m), static_cast<int32_t>(n), static_cast<int32_t>(k), n,
                   static_cast<int32_t>(b_scale.stride(0))},
       multiprocessors(call.device),
@@ -195,15 +195,28 @@ Tensor matmul(
   return out;
 }
 
+Tensor matmul(
+    const Tensor& a,
+    const Tensor& a_scale,
+    const Tensor& b,
+    const Tensor& b_scale,
+    const std::optional<Tensor>& bias,
+    ScalarType out_dtype) {
+  return matmul_tile(a, a_scale, b, b_scale, bias, out_dtype, -1);
+}
+
 }  // namespace
 }  // namespace tilefuse::fp8
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
+  m.def("fp8_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor");
+  // one tile shape of the above, for tests and measurements
   m.def(
-      "fp8_matmul_sm90(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype, int config)"
+      "fp8_matmul_sm90(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype, int tile)"
       " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {
-  m.impl("fp8_matmul_sm90", TORCH_BOX(&tilefuse::fp8::matmul));
+  m.impl("fp8_matmul_fwd", TORCH_BOX(&tilefuse::fp8::matmul));
+  m.impl("fp8_matmul_sm90", TORCH_BOX(&tilefuse::fp8::matmul_tile));
 }

@@ -35,10 +35,11 @@ class Dispatched:
     """Rows that arrived at this rank, and what ``combine`` needs to send their results back.
 
     Attributes:
-        x: ``[R, ...]`` received rows, by source rank, then by expert, then in the source's token order. With a capacity,
-            ``R = W * capacity`` and unused rows are zero.
+        x: ``[R, ...]`` received rows, by source rank, then by expert, then in the source's token order. With a
+            capacity, ``R = W * capacity`` and unused rows are zero.
         ids: ``[R, 1]`` int32, *local* expert of each row in ``[0, E / W)``; -1 for an unused row.
-        inverse: ``[T * k]`` int32, where each flat slot of this rank's tokens sits among the rows it sent; -1 if dropped.
+        inverse: ``[T * k]`` int32, where each flat slot of this rank's tokens sits among the rows it sent; -1 if
+            dropped.
         send_splits, receive_splits: rows per rank; None where every rank gets ``capacity`` rows.
     """
 
@@ -56,9 +57,9 @@ class ExpertParallel:
         num_experts: E, over all ranks; a multiple of the group's size.
         group: process group; None is the default group.
         capacity: None sends exactly the rows that are there, which needs their counts on the host (one synchronisation
-            per layer). A number fixes the rows per pair of ranks instead: nothing synchronises, so the layer can be captured
-            in a CUDA graph; the slots of a token beyond the capacity of a destination rank are dropped, later
-            flat slots (``t * k + j`` in the order of ``moe_plan``) first, and count as zero in the sum.
+            per layer). A number fixes the rows per pair of ranks instead, and nothing synchronises: of the rows for
+            one rank, those past the capacity in the order of ``moe_plan`` (by expert, then by flat slot) are dropped
+            and count as zero in the sum.
         timeout: seconds that a collective may take before it raises; None takes the group's own limit. On NCCL the
             group's watchdog enforces the limit.
 

@@ -227,7 +227,7 @@ def case_rank_dies():
 def case_rank_stalls():
     """Only run on its own: rank 1 stops calling but lives; the time limit must end the wait of the others."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    x, weights, ids = tokens(9, [4] * world)[rank]
+    x, _, ids = tokens(9, [4] * world)[rank]
     parallel = ExpertParallel(EXPERTS, timeout=2.0)
     if rank == 1:
         # long enough for the others' limit to pass

@@ -120,15 +120,21 @@ def _chunk_kernel(
 
 @triton.jit
 def _merge_kernel(
-    PARTS, PART_LSE, OUT, LSE, SINKS, stride_px, stride_pb, stride_ps, stride_ph, stride_lx, stride_lb, stride_lh,
-    stride_ob, stride_os, stride_oh, chunks, sq, heads,
-    DV: tl.constexpr, BDV: tl.constexpr, SINK: tl.constexpr,
+    PARTS, PART_LSE, OUT, LSE, SINKS, ROWS, stride_px, stride_pb, stride_ps, stride_ph, stride_lx, stride_lb, stride_lh,
+    stride_ob, stride_os, stride_oh, stride_tb, stride_th, chunks, sq, heads,
+    DV: tl.constexpr, BDV: tl.constexpr, SINK: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
-    """Merges the chunks of one row in their order; the sink is one more key without a value."""
+    """Merges the chunks of one row in their order; the sink is one more key without a value.
+
+    With SCATTER the row goes to place ROWS[b, j] of the output, or nowhere if that is negative.
+    """
     pid = tl.program_id(0)
     h = pid % heads
     j = pid // heads % sq
     b = (pid // heads // sq).to(tl.int64)
+    place = j.to(tl.int64)
+    if SCATTER:
+        place = tl.load(ROWS + b * sq + j).to(tl.int64)
     row = b * stride_pb + j.to(tl.int64) * stride_ps + h.to(tl.int64) * stride_ph
     row_lse = b * stride_lb + h.to(tl.int64) * stride_lh + j
     columns = tl.arange(0, BDV)
@@ -140,11 +146,8 @@ def _merge_kernel(
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     for chunk in range(0, chunks):
         lse = tl.load(PART_LSE + tl.cast(chunk, tl.int64) * stride_lx + row_lse) * LOG2E
-        part = tl.load(
-            PARTS + tl.cast(chunk, tl.int64) * stride_px + row + columns,
-            mask=(columns < DV) & (lse > float("-inf")),
-            other=0.0,
-        )
+        pointers = PARTS + tl.cast(chunk, tl.int64) * stride_px + row + columns
+        part = tl.load(pointers, mask=(columns < DV) & (lse > float("-inf")), other=0.0)
         new_top = tl.maximum(top, lse)
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         alpha = tl.exp2(top - safe)
@@ -154,10 +157,10 @@ def _merge_kernel(
         top = new_top
     empty = total == 0.0
     safe_total = tl.where(empty, 1.0, total)
-    out = OUT + b * stride_ob + j.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh + columns
-    tl.store(out, (acc / safe_total).to(OUT.dtype.element_ty), mask=columns < DV)
-    # out and the merged lse have the shape of one chunk's
-    tl.store(LSE + row_lse, tl.where(empty, float("-inf"), top * LN2 + tl.log(safe_total)))
+    out = OUT + b * stride_ob + place * stride_os + h.to(tl.int64) * stride_oh + columns
+    tl.store(out, (acc / safe_total).to(OUT.dtype.element_ty), mask=(columns < DV) & (place >= 0))
+    lse = tl.where(empty, float("-inf"), top * LN2 + tl.log(safe_total))
+    tl.store(LSE + b * stride_tb + h.to(tl.int64) * stride_th + place, lse, mask=place >= 0)
 
 
 @dataclass(frozen=True)
@@ -210,8 +213,9 @@ def paged_attention_fwd(
     )  # fmt: skip
     if not one:
         _merge_kernel[(batch * sq * heads,)](
-            parts, part_lse, out, lse, sinks, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out), chunks, sq,
-            heads, DV=dim_v, BDV=padded(dim_v), SINK=sinks is not None, num_warps=1,
+            parts, part_lse, out, lse, sinks, None, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
+            *lse.stride()[:2], chunks, sq, heads, DV=dim_v, BDV=padded(dim_v), SINK=sinks is not None, SCATTER=False,
+            num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -241,6 +245,11 @@ def aot_cases():
     yield AotCase(
         "merge_bf16_d128",
         _merge_kernel,
-        **aot_arguments(_merge_kernel, {"": "bf16"} | types | {"OUT": "bf16"}, {"DV": 128, "BDV": 128, "SINK": True}),
+        **aot_arguments(
+            _merge_kernel,
+            {"": "bf16"} | types | {"OUT": "bf16"},
+            {"DV": 128, "BDV": 128, "SINK": True, "SCATTER": False},
+            ["ROWS"],
+        ),
         options={"num_warps": 1},
     )

@@ -780,13 +780,19 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    problem: Problem, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor
+    problem: Problem,
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    key_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """dq, dk, dv, delta (float32, as lse), and float32 gradients of gathered prefix keys and values."""
+    """dq, dk, dv (in ``key_dtype``), delta (float32, as lse), float32 gradients of gathered prefix keys and values."""
     q, k, v, prefix = problem.q, problem.k, problem.v, problem.prefix
     seq_q, seq_k, total_q, total_k, n_seq = problem.sizes
     new = torch.zeros if problem.packed else torch.empty
-    dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq = new(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (new(x.shape, dtype=key_dtype or x.dtype, device=x.device) for x in (k, v))
     delta = new(lse.shape, dtype=torch.float32, device=q.device)
     dpk = dpv = None
     if prefix.kind == 2:

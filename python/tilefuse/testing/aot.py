@@ -44,7 +44,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -330,8 +330,10 @@ def _cache_dir() -> Path:
 
 @functools.cache
 def _reader_version() -> str:
-    """Changes whenever this file does: cached figures are then read anew."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    """Changes with the code that makes the figures: cached ones are then made anew."""
+    makers = (_summary, _instructions, read_cubin, _by_base, _read_amdgcn, _compile_triton, _read_library, _short)
+    code = "".join(inspect.getsource(f) for f in makers) + _MATRIX.pattern + _TMA.pattern
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def _cached(key: str, make: Any) -> Any:
@@ -473,12 +475,21 @@ def _compile_one(index: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _first_of_each(listed: Sequence[tuple[str, str, AotCase]]) -> list[tuple[str, str, AotCase]]:
+    """The first case of each kernel, and of each set of targets that a kernel is restricted to."""
+    first = {}
+    for family, op, case in listed:
+        first.setdefault((family, op, id(case.jit), tuple(case.targets or ())), (family, op, case))
+    return list(first.values())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compile every kernel for every architecture")
     parser.add_argument("--json", required=True, help="file for the records")
     parser.add_argument("--family")
     parser.add_argument("--file", help="a Python file with aot_cases(), in place of this package")
     parser.add_argument("--targets", nargs="*", default=list(arch.COMPILE_TARGETS))
+    parser.add_argument("--quick", action="store_true", help="only the first case of each kernel")
     parser.add_argument("--jobs", type=int, default=int(os.environ.get("MAX_JOBS", min(2, os.cpu_count() or 1))))
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -489,13 +500,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         triton_version = triton.__version__
         listed, uncovered = cases(_from_file(args.file) if args.file else modules(args.family))
-        for family, op, case in listed:
+        for family, op, case in _first_of_each(listed) if args.quick else listed:
             _work.extend((family, op, case, t) for t in case.targets or arch.COMPILE_TARGETS if t in args.targets)
         with tempfile.TemporaryDirectory() as folder:
             # the figures are cached; keeping the binaries as well would only take space
             os.environ["TRITON_CACHE_DIR"] = folder
             with multiprocessing.get_context("fork").Pool(max(1, args.jobs)) as pool:
-                found = list(pool.imap(_compile_one, range(len(_work))))
+                for record in pool.imap(_compile_one, range(len(_work))):
+                    found.append(record)
+                    print(f"{len(found)}/{len(_work)} {label(record)}", flush=True)
     found += [] if args.file else cuda_records(args.targets, args.family)
     missing = [] if triton_version else ["Triton kernels: triton is not installed"]
     if not _CUDA_LIBRARY.exists():
@@ -507,6 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nvcc": _nvcc_version(),
         "targets": args.targets,
         "family": args.family,
+        "quick": args.quick,
         "records": found,
         "uncovered": uncovered,
         "missing": missing,
@@ -527,9 +541,20 @@ def _nvcc_version() -> str | None:
 
 
 def records(
-    *, family: str | None = None, targets: Sequence[str] | None = None, file: str | Path | None = None
+    *,
+    family: str | None = None,
+    targets: Sequence[str] | None = None,
+    file: str | Path | None = None,
+    quick: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the compiling process and returns its result: versions, ``records``, ``uncovered``, ``missing``.
+
+    Args:
+        family, targets: only these; None is all.
+        file: a Python file with ``aot_cases()``, in place of this package.
+        quick: only the first case of each kernel.
+        progress: called with (compiled so far, of how many, name) after each compilation.
 
     Raises:
         RuntimeError: the process failed (a module that cannot be imported, a case that does not fit its kernel).
@@ -540,10 +565,16 @@ def records(
         command += ["--family", family] if family else []
         command += ["--file", str(file)] if file else []
         command += ["--targets", *targets] if targets else []
+        command += ["--quick"] if quick else []
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
-        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if ran.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stderr[-4000:]}")
+        with open(Path(folder) / "stderr", "w+") as errors:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+            for line in process.stdout:
+                if progress and (step := re.match(r"(\d+)/(\d+) (.*)", line)):
+                    progress(int(step.group(1)), int(step.group(2)), step.group(3))
+            if process.wait() != 0:
+                errors.seek(0)
+                raise RuntimeError(f"{' '.join(command)} failed:\n{errors.read()[-4000:]}")
         return json.loads(out.read_text())
 
 
@@ -640,7 +671,8 @@ def problems(result: Mapping[str, Any], folder: Path = BASELINE_DIR) -> list[str
                 compiler = "triton" if r["backend"] == "triton" else "nvcc"
                 found += _worse(r, old, baseline.get(compiler) == result[compiler])
         # only what was looked at can be missing
-        looked_at = {("triton", t) for t in result["targets"]} if result["triton"] else set()
+        every_case = result["triton"] and not result["quick"]
+        looked_at = {("triton", t) for t in result["targets"]} if every_case else set()
         looked_at |= {("cuda", r["target"]) for r in result["records"] if r["backend"] == "cuda"}
         for name, lines in baseline["kernels"].items():
             backend = "cuda" if ".cu/" in name else "triton"

@@ -115,6 +115,10 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def contiguous_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
+    return cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+
+
 def _fake_x(name: str) -> Any:
     def fake(x, cos, sin, positions, cu_seqlens, _interleaved, rotary_offset, _conjugate, mrope_section, _mrope):
         check_rope(name, "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
@@ -131,7 +135,7 @@ def _fake_qk(name: str) -> Any:
     return fake
 
 
-_BACKENDS = ("reference", "cpu", "triton")
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
 rope_fwd = kernel(
     f"rope_fwd(Tensor x, {_TABLES}, {_OPTIONS}) -> Tensor", module=_MODULE, fake=_fake_x("rope"), backends=_BACKENDS
 )
@@ -270,7 +274,7 @@ def rope(
     """
     check_rope("rope", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     return _apply(
-        x, contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        x, contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
 
@@ -306,7 +310,7 @@ def rope_qk(
     """
     check_rope("rope_qk", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     return _apply_qk(
-        q, k, contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        q, k, contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
 
@@ -344,7 +348,7 @@ def rope_(
     check_in_place("rope_", x=x)
     errors.check_not_differentiated("rope_", "works in place and has no gradient", x=x)
     rest = (
-        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
     if x.stride(-1) == 1:
@@ -384,7 +388,7 @@ def rope_qk_(
     check_in_place("rope_qk_", q=q, k=k)
     errors.check_not_differentiated("rope_qk_", "works in place and has no gradient", q=q, k=k)
     rest = (
-        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
     if q.stride(-1) == 1 and k.stride(-1) == 1:
