@@ -654,7 +654,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, heavy: bool
         heavy: masks, biases or ragged head dims that cost registers. The tiles are the largest that spill nowhere.
     """
     if element_size > 2:
-        return Config(16, 16, 4 if head_dim <= 64 else 8, 1)
+        return Config(16, 16, 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
             return Config(64, 64, 4, 2) if heavy or span <= 256 else Config(128, 64, 4, 3)
