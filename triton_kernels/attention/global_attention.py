@@ -233,7 +233,7 @@ def config(kernel: str, head_dim: int, element_size: int, globals_: int) -> Conf
     """Tiles of ``fwd``, ``dq`` or ``dkdv`` of the global rows; few rows take a small tile."""
     rows = max(16, triton.next_power_of_2(globals_))
     if element_size > 2:
-        return Config(16 if head_dim > 64 else 32, 16 if head_dim > 64 else 32, 4, 1)
+        return Config(16, 16, 8, 1)
     if kernel == "fwd":
         return Config(min(rows, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 2)
     if kernel == "dq":
@@ -276,7 +276,9 @@ def global_attention_fwd(
     count = positions.shape[1]
     if count == 0 or out.numel() == 0:
         return out, lse
-    q_global, k_global, v_global = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
+    q_global, k_global, v_global = (
+        a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v))
+    )
     batch, length, heads, _ = q.shape
     positions = positions.int().contiguous()
     chunks = triton.cdiv(length, CHUNK)
@@ -364,9 +366,23 @@ def aot_cases():
     types |= {"POSITIONS": "i32", "KEY_MASK": "u8"}
     kernels = {"fwd": _rows_fwd_kernel, "dq": _rows_dq_kernel, "dkdv": _rows_dkdv_kernel}
     for kernel, fn in kernels.items():
-        for dtype, dim, count in (("bf16", 64, 16), ("bf16", 64, 256), ("bf16", 128, 64), ("bf16", 256, 16), ("fp32", 64, 16)):
+        for dtype, dim, count in (
+            ("bf16", 64, 16),
+            ("bf16", 64, 256),
+            ("bf16", 128, 64),
+            ("bf16", 256, 16),
+            ("fp32", 64, 16),
+        ):
             tile = config(kernel, dim, 4 if dtype == "fp32" else 2, count)
-            constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "BM": tile.block_m, "BN": tile.block_n, "CHUNK": CHUNK}
+            constants = {
+                "D": dim,
+                "DV": dim,
+                "BD": dim,
+                "BDV": dim,
+                "BM": tile.block_m,
+                "BN": tile.block_n,
+                "CHUNK": CHUNK,
+            }
             constants |= {"MASKED": True, "CAUSAL": False, "DLSE_GIVEN": False, "ADD_K": True, "ADD_V": True}
             yield AotCase(
                 f"{kernel}_{dtype}_d{dim}_g{count}",

@@ -645,25 +645,33 @@ class Config:
     stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, span: int) -> Config:
-    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix`` for the larger padded head dim and the window's keys."""
+def config(kernel: str, head_dim: int, element_size: int, span: int, heavy: bool) -> Config:
+    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``.
+
+    Args:
+        head_dim: the larger padded one of k and v.
+        span: keys of a window; a narrow one wastes less of a small tile.
+        heavy: masks, biases or ragged head dims that cost registers. The tiles are the largest that spill nowhere.
+    """
     if element_size > 2:
-        return Config(32, 32, 4, 1) if head_dim <= 128 else Config(16, 16, 4, 1)
+        return Config(16, 16, 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
-            return Config(64 if span <= 256 else 128, 64, 4, 3)
-        return (
-            Config(64 if span <= 256 else 128, 64, 4 if span <= 256 else 8, 2)
-            if head_dim <= 128
-            else Config(64, 32, 4, 2)
-        )
+            return Config(64, 64, 4, 2) if heavy or span <= 256 else Config(128, 64, 4, 3)
+        if head_dim <= 128:
+            return Config(64 if heavy or span <= 256 else 128, 64, 8, 2)
+        return Config(64, 32, 8, 2)
     if kernel == "dq":
         if head_dim <= 64:
-            return Config(64, 64, 4, 2)
-        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(64, 32, 8, 1)
-    if head_dim <= 64:
-        return Config(64, 64, 4, 2)
-    return Config(32, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 1)
+            return Config(64, 64, 8 if heavy else 4, 2)
+        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 1)
+    if kernel == "dkdv":
+        if head_dim <= 64:
+            return Config(32, 64, 8, 1) if heavy else Config(32, 64, 4, 2)
+        if head_dim <= 128:
+            return Config(32, 32, 8, 1) if heavy else Config(32, 64, 8, 2)
+        return Config(32, 32, 8, 1)
+    return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
 
 def padded(head_dim: int) -> int:
@@ -728,8 +736,12 @@ class Problem:
 
     def config(self, kernel: str) -> Config:
         left, right = self.window
-        head_dim = max(padded(self.q.shape[-1]), padded(self.v.shape[-1]))
-        return config(kernel, head_dim, self.q.element_size(), left + right + 1)
+        d, dv = self.q.shape[-1], self.v.shape[-1]
+        heavy = (
+            (d, dv) != (padded(d), padded(dv)) or self.slopes is not None or self.hidden is not None
+            or self.packed or self.dilation > 1 or self.softcap > 0 or self.prefix.kind > 0
+        )  # fmt: skip
+        return config(kernel, max(padded(d), padded(dv)), self.q.element_size(), left + right + 1, heavy)
 
     @property
     def dims(self) -> dict[str, int]:
@@ -893,7 +905,8 @@ def aot_cases():
     def case(name, kernel, fn, head_dims, dtype, span, **flags):
         d, dv = head_dims
         size = 4 if dtype == "fp32" else 2
-        tile = config(kernel, max(padded(d), padded(dv)), size, span)
+        heavy = (d, dv) != (padded(d), padded(dv)) or bool(set(flags) - {"SINK", "DLSE_GIVEN"})
+        tile = config(kernel, max(padded(d), padded(dv)), size, span, heavy)
         constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
         constants |= {"CHUNK": PREFIX_CHUNK}
         constants |= {f: False for f in ("VARLEN", "DILATED", "SKIP", "SINK", "ALIBI", "SOFTCAP", "DLSE_GIVEN")}
