@@ -199,9 +199,7 @@ def test_16_gradcheck():
         args = widened(case(4, 3, 2, 6, 5, bias=bias))
         leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
         with tilefuse.backend("reference"):
-            assert torch.autograd.gradcheck(
-                lambda *a, o=options: tilefuse.moe_experts(*a, **o), leaves, fast_mode=True
-            )
+            assert torch.autograd.gradcheck(lambda *a, o=options: tilefuse.moe_experts(*a, **o), leaves, fast_mode=True)
 
 
 def test_16_compile():

@@ -20,7 +20,15 @@ def by_hand(ids, experts):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "dropped"),
-    [(1, 1, 1, 0.0), (7, 3, 5, 0.3), (40, 2, 8, 0.0), (33, 6, 160, 0.2), (9, 4, 4, 2.0), (0, 2, 4, 0.0), (5, 2, 384, 0.1)],
+    [
+        (1, 1, 1, 0.0),
+        (7, 3, 5, 0.3),
+        (40, 2, 8, 0.0),
+        (33, 6, 160, 0.2),
+        (9, 4, 4, 2.0),
+        (0, 2, 4, 0.0),
+        (5, 2, 384, 0.1),
+    ],
 )
 def test_17_is_the_stable_sort(tokens, top_k, experts, dropped, dtype, where):
     ids = ids_of(tokens, top_k, experts, where, dropped).to(dtype)

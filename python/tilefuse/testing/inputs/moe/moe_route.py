@@ -32,7 +32,9 @@ def logits_of(tokens: int, experts: int, device: Any = "cpu", dtype=torch.float3
     """Logits without ties or near ties: distinct, well separated values in random order."""
     generator = torch.Generator().manual_seed(seed + 31 * experts + tokens)
     grid = torch.linspace(-3, 3, experts) if experts > 1 else torch.zeros(1)
-    order = torch.stack([torch.randperm(experts, generator=generator) for _ in range(tokens)] or [torch.arange(experts)])
+    order = torch.stack(
+        [torch.randperm(experts, generator=generator) for _ in range(tokens)] or [torch.arange(experts)]
+    )
     return grid[order][:tokens].to(device, dtype)
 
 
