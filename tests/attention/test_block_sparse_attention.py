@@ -185,7 +185,9 @@ def test_equals_window_attention(device):
     """Lists of a window pattern with the window's mask are that window: with the causal flag, of whole blocks."""
     q, k, v = qkv(1, 96, 96, 2, 1, 16, device=device)
     pattern = tilefuse.block_pattern("window", 96, 96, block_size=16, window=(-1, 0), device=device)
-    out, lse = tilefuse.block_sparse_attention(q, k, v, pattern.row_offsets, pattern.col_index, block_size=16, causal=True)
+    out, lse = tilefuse.block_sparse_attention(
+        q, k, v, pattern.row_offsets, pattern.col_index, block_size=16, causal=True
+    )
     expected, expected_lse = tilefuse.window_attention(q, k, v, window=(-1, 0))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
@@ -258,7 +260,9 @@ def sparse_transformer(kind, n, stride, summary):
 @pytest.mark.parametrize(("stride", "summary"), [(1, 1), (3, 1), (4, 2), (20, 3)])
 @pytest.mark.parametrize("kind", ["strided", "fixed"])
 def test_sparse_transformer_patterns(kind, stride, summary):
-    p = tilefuse.block_pattern(kind, 11 * 16 - 3, 11 * 16 - 3, block_size=16, stride=stride, summary=summary, causal=True)
+    p = tilefuse.block_pattern(
+        kind, 11 * 16 - 3, 11 * 16 - 3, block_size=16, stride=stride, summary=summary, causal=True
+    )
     assert torch.equal(p.to_dense()[0, 0], sparse_transformer(kind, 11, stride, summary))
 
 
@@ -288,9 +292,13 @@ def test_bigbird_pattern(blocks):
     dense, counts = p.to_dense()[0], p.row_offsets.diff()[0]
     assert torch.equal(dense.sum(-1), counts.long()), "no block may be listed twice"
     assert (counts[:, [0, -1]] == blocks).all() and (counts[:, 2:-2] == 7).all() and (counts[:, [1, -2]] == 6).all()
-    again = tilefuse.block_pattern("bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=5)
+    again = tilefuse.block_pattern(
+        "bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=5
+    )
     assert torch.equal(again.col_index, p.col_index)
-    other = tilefuse.block_pattern("bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=6)
+    other = tilefuse.block_pattern(
+        "bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=6
+    )
     assert not torch.equal(other.col_index, p.col_index)
 
 
@@ -341,10 +349,13 @@ def test_plot():
     [
         (("circles", 64, 64), {}), (("window", -1, 64), {"window": (0, 0)}), (("window", 64, 64), {}),
         (("window", 64, 64), {"window": (-2, 0)}), (("window", 64, 64), {"window": (0, 0), "block_size": 0}),
-        (("window", 64, 64), {"window": (0, 0), "num_heads": 0}), (("strided", 64, 64), {}), (("strided", 64, 64), {"stride": 0}),
+        (("window", 64, 64), {"window": (0, 0), "num_heads": 0}), (("strided", 64, 64), {}), (("strided", 64, 64),
+        {"stride": 0}),
         (("fixed", 64, 64), {"stride": 2, "summary": 3}), (("bigbird", 640, 64), {}), (("bigbird", 256, 256), {}),
-        (("bigbird", 640, 640), {"num_random": -1}), (("bigbird", 384, 384), {"num_random": 4}), (("from_mask", 64, 64), {}),
-        (("from_mask", 64, 64), {"mask": torch.ones(3, 3, dtype=torch.bool)}), (("from_mask", 64, 64), {"mask": torch.ones(1, 1)}),
+        (("bigbird", 640, 640), {"num_random": -1}), (("bigbird", 384, 384), {"num_random": 4}), (("from_mask", 64,
+        64), {}),
+        (("from_mask", 64, 64), {"mask": torch.ones(3, 3, dtype=torch.bool)}), (("from_mask", 64, 64),
+        {"mask": torch.ones(1, 1)}),
         (("longformer", 640, 640), {"window": (9, 9), "global_blocks": (10,)}),
     ],
 )  # fmt: skip

@@ -127,7 +127,9 @@ def test_9_repeats_order_and_padding_of_the_list(device):
 def test_9_without_globals_is_window_attention(device):
     q, k, v = qkv(2, 60, 60, 2, 1, 16, device=device)
     none = torch.full((2, 3), -1, dtype=torch.int32, device=device)
-    for a, b in zip(tilefuse.global_attention(q, k, v, none, window=(7, 2)), tilefuse.window_attention(q, k, v, window=(7, 2))):
+    for a, b in zip(
+        tilefuse.global_attention(q, k, v, none, window=(7, 2)), tilefuse.window_attention(q, k, v, window=(7, 2))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -135,7 +137,10 @@ def test_9_without_globals_is_window_attention(device):
 def test_some_projections(some, device):
     """Each projection may be missing on its own; gradients of a shared tensor add up before they are rounded."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16, device=device))
-    own = [normal(*x.shape, device=device, seed=21).requires_grad_() if i in some else None for i, x in enumerate((q, k, v))]
+    own = [
+        normal(*x.shape, device=device, seed=21).requires_grad_() if i in some else None
+        for i, x in enumerate((q, k, v))
+    ]
     index = torch.tensor([[2, 30]], device=device)
     leaves = [q, k, v, *(x for x in own if x is not None)]
     got = torch.autograd.grad(tilefuse.global_attention(q, k, v, index, *own, window=(4, 4))[0].square().sum(), leaves)

@@ -160,7 +160,7 @@ def _rows_sum_kernel(
     at = tl.load(POSITIONS + b * globals_ + g).to(tl.int64)
     columns = tl.arange(0, BD)
     dq = tl.zeros([BD], tl.float32)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         part = tl.cast(chunk, tl.int64) * stride_px + b * stride_pb + g.to(tl.int64) * stride_ps + h * stride_ph
         dq += tl.load(PARTS + part + columns, mask=columns < D, other=0.0)
     pointers = DQ + b * stride_db + at * stride_ds + h * stride_dh + columns
@@ -189,7 +189,7 @@ def _rows_dkdv_kernel(
     v = load_rows(V + b * stride_vb + kv_head * stride_vh, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = (kv * group + member).to(tl.int64)
         QH = Q + b * stride_qb + head * stride_qh
         GH = DOUT + b * stride_gb + head * stride_gh

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.flash import (
-    aot_arguments,
     LOG2E,
+    aot_arguments,
     load_rows,
     logit_gradient,
     logits,
@@ -255,7 +255,8 @@ def _fwd_kernel(
             acc, top, total = softmax_step(acc, top, total, s, v)
     low, edge, middle, high = _query_runs(m0, tl.minimum(m0 + BM, rows), shift, keys, left, right, begin, BN)
     acc, top, total = _fwd_run(
-        acc, top, total, q, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys, left, right,
+        acc, top, total, q, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys, left,
+        right,
         residue, dilation, slope, scale, softcap, D, DV, BD, BDV, BN, True, DILATED, SKIP, ALIBI, SOFTCAP,
     )  # fmt: skip
     acc, top, total = _fwd_run(
@@ -277,7 +278,8 @@ def _fwd_kernel(
 
 @triton.jit
 def _dq_run(
-    dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, start, stop, m, shift, keys, left, right, residue, dilation,
+    dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, start, stop, m, shift, keys, left, right, residue,
+    dilation,
     slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     DILATED: tl.constexpr, SKIP: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -394,7 +396,8 @@ def _dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     low, edge, middle, high = _query_runs(m0, tl.minimum(m0 + BM, rows), shift, keys, left, right, begin, BN)
     dq = _dq_run(
-        dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys, left, right,
+        dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys,
+        left, right,
         residue, dilation, slope, scale, softcap, D, DV, BD, BDV, BN, True, DILATED, SKIP, ALIBI, SOFTCAP,
     )  # fmt: skip
     dq = _dq_run(
@@ -437,7 +440,8 @@ def _transposed_tile(
 
 @triton.jit
 def _dkdv_run(
-    dk, dv, k, v, Q, DOUT, LSE, DELTA, HIDDEN, stride_qs, stride_gs, start, stop, rows, first, n, shift, keys, left, right,
+    dk, dv, k, v, Q, DOUT, LSE, DELTA, HIDDEN, stride_qs, stride_gs, start, stop, rows, first, n, shift, keys, left,
+    right,
     dilation, slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr,
     DILATED: tl.constexpr, SKIP: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -449,7 +453,8 @@ def _dkdv_run(
         if SKIP:
             live = live & (tl.load(HIDDEN + token, mask=live, other=1) == 0)
         dk, dv = _transposed_tile(
-            k, v, Q, DOUT, LSE, DELTA, stride_qs, stride_gs, m, token, live, shift, keys, n, left, right, slope, dilation,
+            k, v, Q, DOUT, LSE, DELTA, stride_qs, stride_gs, m, token, live, shift, keys, n, left, right, slope,
+            dilation,
             scale, softcap, dk, dv, D, DV, BD, BDV, MASK or SKIP, ALIBI, SOFTCAP,
         )  # fmt: skip
     return dk, dv
@@ -783,7 +788,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
         prefix.positions, problem.hidden,
         *strides(q), *strides(k), *strides(v), *strides(out), *_statistics_strides(lse), *problem.prefix_strides,
         seq_q, seq_k, total_q, total_k, n_seq, heads, heads // k.shape[-2], *problem.window, prefix.reach,
-        problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n,
+        problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
+        BN=tile.block_n,
         VARLEN=problem.packed, DILATED=problem.dilation > 1, PREFIX=prefix.kind, SKIP=problem.hidden is not None,
         SINK=problem.sinks is not None, ALIBI=problem.slopes is not None, SOFTCAP=problem.softcap > 0,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -837,7 +843,8 @@ def backward(
     if grid[0] > 0 and n_seq > 0:
         _dkdv_kernel[grid](
             q, k, v, dout, lse, delta, dk, dv, problem.slopes, problem.cu_q, problem.cu_k, problem.hidden,
-            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv), *_statistics_strides(lse),
+            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
+            *_statistics_strides(lse),
             *sizes, kv_heads, group, *problem.window, problem.dilation, prefix.count, problem.scale, problem.softcap,
             **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1, **flags,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -855,7 +862,8 @@ def backward(
             _prefix_dkdv_kernel[(chunks * kv_heads, columns)](
                 q, keys, values, dout, lse, delta, dk_part, dv_part, problem.slopes, problem.cu_q, problem.cu_k,
                 prefix.positions, problem.hidden,
-                *strides(q), *problem.prefix_strides, *strides(dout), *_statistics_strides(lse), *sizes, kv_heads, group,
+                *strides(q), *problem.prefix_strides, *strides(dout), *_statistics_strides(lse), *sizes, kv_heads,
+                group,
                 prefix.reach, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
                 BN=tile.block_n, CHUNK=PREFIX_CHUNK, **flags, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
