@@ -92,13 +92,17 @@ def markdown(lines: Sequence[Line]) -> str:
     """The table of one device, with what it was measured on and which peers did not run."""
     if not lines:
         return "No results yet.\n"
-    first = lines[-1]
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items() if value)
-    commit = (first.get("commit") or "unknown")[:12] + (" with local changes" if first.get("dirty") else "")
-    roof = first["roof"]
+    latest = max(lines, key=lambda line: line["date"])
+    versions = ", ".join(f"{name} {value}" for name, value in latest["versions"].items() if value)
+    commits = {
+        (line.get("commit") or "unknown")[:12] + (" with local changes" if line.get("dirty") else "") for line in lines
+    }
+    days = sorted({line["date"][:10] for line in lines})
+    period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    roof = latest["roof"]
     tflops = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in roof["tflops"].items())
     out = [
-        f"**{first['device']}**, {first['date'][:10]}; {versions}; commit {commit}.",
+        f"**{latest['device']}**, {period}; {versions}; commit {', '.join(sorted(commits))}.",
         f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}.",
         "",
         _markdown_table(*rows(lines)),
@@ -188,7 +192,7 @@ def _plot_roof(lines: Sequence[Line], title: str, path: Path) -> Path:
     axes.axvline(100, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("% of this machine's measured roof (copy or matmul)")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _save(figure, path)
 
 

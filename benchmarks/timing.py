@@ -72,13 +72,13 @@ def _rounds(
         fewest = MIN_ROUNDS if estimate * MIN_ROUNDS < 2 * share else FEWEST_ROUNDS
         wanted[name] = min(MAX_ROUNDS, max(fewest, int(share / max(estimate, 1e-9))))
     total = max(wanted.values())
+    # powers of two: the rounds of a slow contestant are rounds of every faster one too, so all stay paired
+    stride = {name: 2 ** int(math.log2(total / count)) for name, count in wanted.items()}
     samples: dict[str, list[float | None]] = {name: [] for name in samplers}
     names = list(samplers)
     for i in range(total):
         for name in names:
-            # spread a contestant's samples evenly over all rounds
-            due = (i * wanted[name]) // total != ((i + 1) * wanted[name]) // total
-            samples[name].append(samplers[name]() if due else None)
+            samples[name].append(samplers[name]() if i % stride[name] == 0 else None)
         # another order each round: nobody always runs after the same neighbour
         names.append(names.pop(0))
     return samples
@@ -124,12 +124,16 @@ def _cpu_sampler(sets: Calls, n: int, kept: deque[Any]) -> Callable[[], float]:
 
 
 def measure_cuda(contestants: Mapping[str, Calls], budget: float) -> dict[str, Timing]:
-    """Times contestants with events around CUDA-graph replays; what cannot be captured is timed by events alone."""
+    """Times contestants with events around CUDA-graph replays; what cannot be captured is timed by events alone.
+
+    Runs on the current stream, which must not be the default one: autograd replays a backward on the stream of its
+    forward, and only that stream can be captured.
+    """
     samplers, estimates, calls, methods = {}, {}, {}, {}
     for name, sets in contestants.items():
         once = max(_cuda_seconds(lambda sets=sets: [call() for call in sets]) / len(sets), 1e-7)
         # whole turns over the sets, long enough for the event timer, few enough to capture quickly
-        turns = max(1, min(math.ceil(SAMPLE_SECONDS["cuda"] / once / len(sets)), 256 // len(sets) or 1))
+        turns = max(1, min(math.ceil(SAMPLE_SECONDS["cuda"] / once / len(sets)), 256 // len(sets)))
         n = turns * len(sets)
         try:
             replay, method = _capture(sets, n), "graph"
@@ -153,26 +157,16 @@ def _cuda_seconds(run: Callable[[], Any]) -> float:
 
 
 def _capture(sets: Calls, n: int) -> Callable[[], None]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in sets:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # outputs live for one turn, as on the CPU: each call of a turn writes memory of its own
     kept: deque[Any] = deque(maxlen=len(sets))
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         for j in range(n):
             kept.append(sets[j % len(sets)]())
     graph.replay()
     torch.cuda.synchronize()
-
-    def replay() -> None:
-        graph.replay()
-
-    return replay
+    return graph.replay
 
 
 def _eager_loop(sets: Calls, n: int) -> Callable[[], None]:
@@ -187,17 +181,18 @@ def _eager_loop(sets: Calls, n: int) -> Callable[[], None]:
 def call_cost(call: Callable[[], Any], device: torch.device, *, seconds: float = 0.05) -> float:
     """Host seconds of one eager call: what a decode step pays before the kernel even starts."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(3):
-        call()
+    call()
     synchronize()
+    before = time.perf_counter()
+    call()
+    synchronize()
+    # few enough that the launch queue does not fill up and block, fewer where a call takes long
+    n = max(1, min(20, int(seconds / 5 / (time.perf_counter() - before))))
     samples, end = [], time.perf_counter() + seconds
-    while len(samples) < 5 or time.perf_counter() < end:
+    while len(samples) < FEWEST_ROUNDS or (time.perf_counter() < end and len(samples) < MAX_ROUNDS):
         before = time.perf_counter()
-        # few enough that the launch queue does not fill up and block
-        for _ in range(20):
+        for _ in range(n):
             call()
-        samples.append((time.perf_counter() - before) / 20)
+        samples.append((time.perf_counter() - before) / n)
         synchronize()
-        if len(samples) >= MAX_ROUNDS:
-            break
     return statistics.median(samples)

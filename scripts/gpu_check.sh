@@ -134,7 +134,7 @@ phase doctor 40 01_environment.json "$PYTHON" -m tilefuse doctor --json
 if [ "$DRY" = 1 ]; then
     phase verify 120 03_verify.log "$PYTHON" -m tilefuse verify --quick --device cpu --family rope
 else
-    phase verify 170 03_verify.log "$PYTHON" -m tilefuse verify --record --jobs "$JOBS" --timeout 120
+    phase verify 170 03_verify.log "$PYTHON" -m tilefuse verify --record --jobs "$JOBS" --seconds 70 --timeout 110
 fi
 cp "$ROOT/python/tilefuse/verified.json" "$OUT/"
 

@@ -55,8 +55,9 @@ def _backend_restored():
 
     before = tilefuse.backend()
     yield
-    if tilefuse.backend() != before:
-        tilefuse.backend(before)
+    tilefuse.backend(before)
+    # a test may have replaced an implementation
+    tilefuse.backends.forget()
 
 
 @pytest.fixture

@@ -256,11 +256,15 @@ def test_slow_contestants_sit_out_rounds_but_stay_paired():
 
         return sample
 
-    samples = timing._rounds({"a": sampler("a", 0.001), "b": sampler("b", 0.05)}, {"a": 0.001, "b": 0.05}, 0.2)
-    assert len(samples["a"]) == len(samples["b"])
-    assert clock["a"] > clock["b"] >= timing.FEWEST_ROUNDS
-    both = [timing._summary(samples[name], 1, "test") for name in ("b", "a")]
-    assert timing.paired_ratio(*both) == pytest.approx(50)
+    cost = {"a": 0.001, "b": 0.05, "c": 0.007}
+    clock["c"] = 0
+    samples = timing._rounds({name: sampler(name, cost[name]) for name in cost}, cost, 0.4)
+    assert len({len(taken) for taken in samples.values()}) == 1
+    assert clock["a"] > clock["c"] > clock["b"] >= timing.FEWEST_ROUNDS
+    timings = {name: timing._summary(samples[name], 1, "test") for name in cost}
+    for ours in cost:
+        for other in cost:
+            assert timing.paired_ratio(timings[other], timings[ours]) == pytest.approx(cost[other] / cost[ours])
 
 
 def test_measure_cpu_rotates_over_the_sets():
@@ -381,7 +385,15 @@ def test_cuda_timer_agrees_with_the_roof():
     device = torch.device("cuda")
     x = torch.randn(2**28, device=device)
     y = torch.empty_like(x)
-    found = timing.measure_cuda({"copy": [lambda: y.copy_(x)]}, 0.2)["copy"]
-    assert found.method == "graph"
+    leaf = torch.randn(2**20, device=device, requires_grad=True)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        out = leaf.exp()
+        calls = {
+            "copy": [lambda: y.copy_(x)],
+            "backward": [lambda: torch.autograd.grad(out, leaf, out, retain_graph=True)],
+        }
+        timings = timing.measure_cuda(calls, 0.2)
+    assert {t.method for t in timings.values()} == {"graph"}
+    found = timings["copy"]
     roof = roofline.measure(device)
     assert 2 * x.nbytes / found.median / 1e9 == pytest.approx(roof.copy_gbps, rel=0.1)

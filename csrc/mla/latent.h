@@ -73,7 +73,7 @@ static inline void store_row(const float* row, int64_t n, void* out) {
 #ifdef TILEFUSE_REGISTER
 
 // the norm's weight as float32
-inline std::vector<float> float_weight(const Tensor& weight) {
+static std::vector<float> float_weight(const Tensor& weight) {
   using namespace TILEFUSE_ISA;
   std::vector<float> values(weight.size(0));
   TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
@@ -83,7 +83,7 @@ inline std::vector<float> float_weight(const Tensor& weight) {
   return values;
 }
 
-inline LatentCall latent_call(const Tensor& kv_a, const std::vector<float>& weight, const Tensor& cos,
+static LatentCall latent_call(const Tensor& kv_a, const std::vector<float>& weight, const Tensor& cos,
                               const Tensor& sin, const std::optional<Tensor>& positions, double eps,
                               bool interleaved) {
   LatentCall call{};

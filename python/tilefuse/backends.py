@@ -53,6 +53,14 @@ def _set(name: str) -> None:
         generation += 1
 
 
+def forget() -> None:
+    """Makes every kernel choose again: something that a choice depends on has changed, such as verified.json."""
+    global generation
+    verified.cache_clear()
+    with _lock:
+        generation += 1
+
+
 def backend(name: str | None = None) -> str | _Setting:
     """Sets the backend of every tilefuse op in this process, or returns the current one.
 
@@ -72,6 +80,9 @@ def backend(name: str | None = None) -> str | _Setting:
         return _requested
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"tilefuse.backend: name must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and interpreting():
+        # installs the faithful interpreter; a reason against Triton is told by the first call
+        triton_missing()
     setting = _Setting(_requested)
     _set(name)
     return setting

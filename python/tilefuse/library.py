@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -84,7 +85,7 @@ class Kernel:
     reference   ``tilefuse/reference/<module>.py``, function ``<name>``
     cpu         ``torch.ops.tilefuse_cpu.<name>``, registered by ``csrc/<module>_cpu.cpp``
     triton      ``triton_kernels/<module>.py``, function ``<name>``
-    cuda        ``torch.ops.tilefuse_cuda.<name>``, registered by ``csrc/<module>.cu``
+    cuda        ``torch.ops.tilefuse_cuda.<name>``, registered by ``csrc/<module>.cu`` or ``<module>_sm90.cu``
     ==========  =====================================================================================
 
     All take the schema's arguments positionally. ``when[backend](*args)`` may refuse a call by returning a
@@ -123,14 +124,22 @@ class Kernel:
     def choices(self, device: torch.device, dtype: torch.dtype) -> tuple[list[str], dict[str, str]]:
         """``backends.pick`` for this kernel, this device and this process."""
         on = arch.of(device)
-        return backends.pick(
-            [Candidate(b, self.implementation(b)[1], self.dtypes.get(b)) for b in self.backends],
+        decide = partial(
+            backends.pick,
             requested=backends.backend(),
             device=device.type,
             arch=on,
             dtype=dtype,
             verified_backends=backends.verified().get(on, {}).get(self.name, ()),
             interpret=backends.interpreting(),
+        )
+        # only what could run is looked up: importing Triton takes a second that a CPU user need not wait
+        possible, _ = decide([Candidate(b, dtypes=self.dtypes.get(b)) for b in self.backends])
+        return decide(
+            [
+                Candidate(b, self.implementation(b)[1] if b in possible else None, self.dtypes.get(b))
+                for b in self.backends
+            ]
         )
 
     def __call__(self, *args: Any) -> Any:

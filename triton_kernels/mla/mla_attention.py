@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilefuse import arch
+
 from ..common import aot
 from ..common.launch import on_device
 
@@ -471,22 +473,26 @@ def dims(dim: int, v_dim: int) -> dict[str, int]:
     }
 
 
-def forward_tile(dim: int, v_dim: int, itemsize: int) -> dict[str, int]:
+def forward_tile(dim: int, v_dim: int, itemsize: int, capability: int) -> dict[str, int]:
+    """Wide tiles where the matrix unit reads operands from shared memory (sm_90, sm_100), narrower ones elsewhere."""
     widest = max(dim, v_dim)
     if itemsize > 2:
-        return {"BM": 32, "BN": 32 if widest <= 128 else 16, "num_warps": 4, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
     if widest > 256:
         return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-    return {"BM": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
+    return {"BM": 128, "BN": 64 if capability in (90, 100) else 32, "num_warps": 8, "num_stages": 2}
 
 
-def backward_tile(dim: int, v_dim: int, itemsize: int) -> dict[str, int]:
-    widest = max(dim, v_dim)
-    if itemsize > 2:
-        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-    if widest > 256:
-        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
-    return {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1}
+def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, capability: int) -> dict[str, int]:
+    """The side whose gradient accumulates takes the longer tile. ``over``: ``"q"`` or ``"kv"``."""
+    if itemsize > 2 or max(dim, v_dim) > 256:
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+    if capability not in (90, 100):
+        # operands of the matrix unit are registers: anything larger spills
+        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 2}
+    if over == "q":
+        return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
+    return {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -520,7 +526,7 @@ def mla_attention_fwd(
     lse = torch.empty(*lead, heads, rows, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    config = forward_tile(dim, v_dim, q.element_size())
+    config = forward_tile(dim, v_dim, q.element_size(), arch.capability(arch.of(q.device)))
     tiles, sequences, packed = packing(q, cu_seqlens_q, config["BM"])
     with on_device(q):
         forward_kernel[(tiles, heads)](
@@ -565,11 +571,12 @@ def mla_attention_bwd(
     grad_q, grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if lse.numel() == 0:
         return grad_q, grad_k.zero_(), grad_v.zero_()
-    config = backward_tile(dim, v_dim, q.element_size())
     delta = torch.empty_like(lse)
     gl_strides = (0, *grad_lse.stride()) if grad_lse.dim() == 2 else grad_lse.stride()
-    common = {"HEADS": heads, "CAUSAL": causal, **dims(dim, v_dim), **config}
+    common = {"HEADS": heads, "CAUSAL": causal, **dims(dim, v_dim)}
     v_pad = common["V_PAD"]
+    capability = arch.capability(arch.of(q.device))
+    config_q, config_kv = (backward_tile(dim, v_dim, q.element_size(), over, capability) for over in ("q", "kv"))
     with on_device(q):
         delta_kernel[(triton.cdiv(lse.numel(), 32),)](
             grad_out,
@@ -588,16 +595,17 @@ def mla_attention_bwd(
         )
         tensors = (q, k, v, grad_out, lse, delta)
         all_strides = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
-        tiles, sequences, packed = packing(q, cu_seqlens_q, config["BM"])
+        tiles, sequences, packed = packing(q, cu_seqlens_q, config_q["BM"])
         rest = (cu_seqlens_q, cu_seqlens_k, softmax_scale, sequences, rows, k.shape[-3], *all_strides)
-        backward_q_kernel[(tiles, heads)](*tensors, grad_q, *rest, **packed, **common)
-        tiles, _, packed = packing(k, cu_seqlens_k, config["BN"])
+        backward_q_kernel[(tiles, heads)](*tensors, grad_q, *rest, **packed, **common, **config_q)
+        tiles, _, packed = packing(k, cu_seqlens_k, config_kv["BN"])
         if tiles:
-            backward_kv_kernel[(tiles, heads)](*tensors, grad_k, grad_v, *rest, **packed, **common)
+            backward_kv_kernel[(tiles, heads)](*tensors, grad_k, grad_v, *rest, **packed, **common, **config_kv)
     return grad_q, grad_k, grad_v
 
 
 def aot_cases():
+    wide = ("sm_90", "sm_100")
     for kind, itemsize in (("bf16", 2), ("fp32", 4)):
         expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
         shape = {"HEADS": 128, "CAUSAL": True, **dims(192, 128)}
@@ -606,19 +614,22 @@ def aot_cases():
             packing_of = {"PACKED": packed, "SEQUENCES_PAD": 16 if packed else 1}
             name = f"{'packed' if packed else 'padded'}_{kind}"
             pointers = dict.fromkeys(("q", "k", "v", "out"), kind) | {"lse": "fp32"} | bounds
-            constants = {**shape, **packing_of, **forward_tile(192, 128, itemsize)}
-            yield aot.case(
-                f"forward_{name}", forward_kernel, pointers, constants, floats=("softmax_scale",), expect=expect
-            )
+            for targets in (wide, tuple(t for t in arch.COMPILE_TARGETS if t not in wide)):
+                config = forward_tile(192, 128, itemsize, arch.capability(targets[0]))
+                yield aot.case(
+                    f"forward_{name}_{targets[0]}", forward_kernel, pointers, {**shape, **packing_of, **config},
+                    floats=("softmax_scale",), targets=targets, expect=expect,
+                )  # fmt: skip
             pointers = dict.fromkeys(("q", "k", "v", "grad_out"), kind) | {"lse": "fp32", "delta": "fp32"} | bounds
-            constants = {**shape, **packing_of, **backward_tile(192, 128, itemsize)}
-            for which, fn, outs in (
+            for over, fn, outs in (
                 ("q", backward_q_kernel, ("grad_q",)), ("kv", backward_kv_kernel, ("grad_k", "grad_v")),
             ):  # fmt: skip
-                yield aot.case(
-                    f"backward_{which}_{name}", fn, pointers | dict.fromkeys(outs, kind), constants,
-                    floats=("softmax_scale",), expect=expect,
-                )  # fmt: skip
+                for targets in (wide, tuple(t for t in arch.COMPILE_TARGETS if t not in wide)):
+                    config = backward_tile(192, 128, itemsize, over, arch.capability(targets[0]))
+                    yield aot.case(
+                        f"backward_{over}_{name}_{targets[0]}", fn, pointers | dict.fromkeys(outs, kind),
+                        {**shape, **packing_of, **config}, floats=("softmax_scale",), targets=targets, expect=expect,
+                    )  # fmt: skip
         pointers = {"grad_out": kind, "out": kind, "grad_lse": "fp32", "delta": "fp32"}
         constants = {"HEADS": 128, "V": 128, "V_PAD": 128, "BM": 32, "num_warps": 4}
         yield aot.case(f"delta_{kind}", delta_kernel, pointers, constants, odd=("gl_row",), expect=("LDG.128",))

@@ -68,9 +68,9 @@ def expand_kernel(
         # V > 0, so the first block of v copies the shared part to every head's key
         if is_v & (first == 0):
             r = tl.arange(0, ROPE_PAD)
-            keep = mask[:, None] & (r < ROPE)[None, :]
-            rope = tl.load(row_in[:, None] + RANK + r[None, :], mask=keep, other=0.0)  # [BM, r]
-            tl.store(row_k[:, None] + P + r[None, :], rope, mask=keep)
+            keep_r = mask[:, None] & (r < ROPE)[None, :]
+            rope = tl.load(row_in[:, None] + RANK + r[None, :], mask=keep_r, other=0.0)  # [BM, r]
+            tl.store(row_k[:, None] + P + r[None, :], rope, mask=keep_r)
 
 
 @triton.jit
@@ -125,12 +125,12 @@ def expand_backward_kernel(
         tl.store(row_out[:, None] + n[None, :], acc.to(grad_latent.dtype.element_ty), mask=keep)
     elif ROPE > 0:
         r = tl.arange(0, ROPE_PAD)
-        keep = mask[:, None] & (r < ROPE)[None, :]
+        keep_r = mask[:, None] & (r < ROPE)[None, :]
         total = tl.zeros([BM, ROPE_PAD], tl.float32)
         for head in range(HEADS):
             from_k = grad_k + token * gk_token + head.to(tl.int64) * gk_head + P
-            total += tl.load(from_k[:, None] + r[None, :], mask=keep, other=0.0).to(tl.float32)
-        tl.store(row_out[:, None] + RANK + r[None, :], total.to(grad_latent.dtype.element_ty), mask=keep)
+            total += tl.load(from_k[:, None] + r[None, :], mask=keep_r, other=0.0).to(tl.float32)
+        tl.store(row_out[:, None] + RANK + r[None, :], total.to(grad_latent.dtype.element_ty), mask=keep_r)
 
 
 @triton.jit

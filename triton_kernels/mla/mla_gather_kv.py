@@ -14,10 +14,26 @@ from ..common.launch import on_device, vector_width
 
 
 @triton.jit
-def e4m3_to_float32(codes, NATIVE: tl.constexpr):
+def load_scales(rows, exists, RANK: tl.constexpr, RANK_PAD: tl.constexpr, GROUP: tl.constexpr):
+    """[ROWS, R / GROUP] float32, one per group of codes."""
+    group = tl.arange(0, RANK_PAD // GROUP)
+    keep = exists[:, None] & (group < RANK // GROUP)[None, :]
+    return tl.load(rows[:, None] + group[None, :], mask=keep, other=0.0)
+
+
+@triton.jit
+def dequantize(codes, scale, NATIVE: tl.constexpr, RANK_PAD: tl.constexpr, GROUP: tl.constexpr):
+    """[ROWS, R] float32 values of e4m3 codes (uint8)."""
     if NATIVE:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return fp8.decode(codes)
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        # the bits of e4m3 moved into float16's places are the value times 2^-8, subnormals included
+        bits = codes.to(tl.int16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        values = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    groups: tl.constexpr = RANK_PAD // GROUP
+    values = tl.reshape(values, [codes.shape[0], groups, GROUP]) * scale[:, :, None]
+    return tl.reshape(values, [codes.shape[0], RANK_PAD])
 
 
 @triton.jit(do_not_specialize=["tokens", "num_bounds", "columns", "pages"])
@@ -81,8 +97,7 @@ def gather_kernel(
     x = tl.load(row_in[:, None] + column[None, :], mask=found[:, None] & inside, other=0)  # [BT, R]
     if FP8:
         row_scale = scales + page * scale_page + offset * scale_row
-        scale = tl.load(row_scale[:, None] + column[None, :] // GROUP, mask=found[:, None] & inside, other=0.0)
-        x = e4m3_to_float32(x, NATIVE) * scale
+        x = dequantize(x, load_scales(row_scale, found, RANK, RANK_PAD, GROUP), NATIVE, RANK_PAD, GROUP)
     tl.store(row_out[:, None] + column[None, :], x.to(dtype), mask=mask[:, None] & inside)
     if ROPE > 0:
         column_r = tl.arange(0, ROPE_PAD)

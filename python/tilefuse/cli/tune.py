@@ -103,7 +103,8 @@ def _best_config(tunable: Any, device: torch.device) -> tuple[Any, float, float]
     """(best configuration, its seconds, the heuristic's seconds)."""
     from ..benchmarks import timing
 
-    with tilefuse.backend("triton"):
+    # measure_cuda captures the current stream, which must not be the default one
+    with tilefuse.backend("triton"), torch.cuda.stream(torch.cuda.Stream(device)):
         run = tunable.build(device)
         expected = run(tunable.default)
         calls, configs = {}, {}

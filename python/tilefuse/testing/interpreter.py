@@ -310,6 +310,8 @@ def _repair(upstream: Any) -> None:
         if bounds is None:
             return
         size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        # a scalar truth value that was spread over a block comes as int32
+        mask = np.asarray(mask).astype(np.bool_, copy=False)
         addresses = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.shape))
         addresses = addresses[np.broadcast_to(mask, addresses.shape)].astype(np.uint64, copy=False)
         if addresses.size == 0:

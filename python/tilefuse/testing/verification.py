@@ -7,10 +7,11 @@ and one forced backend:
   (FP8 codes and operands that the op wants in float32 stay: their values are exact anyway). Where the
   operands cannot be widened, ``out_dtype=torch.float64`` is tried.
 * the **naive** result is the plain low-precision computation: ``NAIVE[op]`` of the samples' module, called like the
-  op, or the reference backend in the operands' own dtype.
+  op, or the reference backend with the result of each of its steps rounded to the main operand's dtype.
 * floating-point outputs must pass ``error_report``'s rule; integer, bool and FP8 outputs must equal the
   reference backend's bit for bit, and so must all outputs of ops in the module's ``EXACT`` set.
-* gradients of the arguments that the op calls differentiable are compared in the same way.
+* gradients of the arguments that the op calls differentiable are compared too. A row of a gradient may cancel to
+  nothing, so naive's error over the whole tensor counts for each row, and float32 noise is that of terms of order one.
 * the kernel runs in poisoned memory, and twice: both runs must have the same bits.
 
 The samples' module may define ``NAIVE: dict[op name, callable]``, ``EXACT: set[op name]``, ``ORACLE: dict[op name,
@@ -21,15 +22,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import backends, library
@@ -55,6 +59,7 @@ class Check:
     kernels: tuple[str, ...]  # kernels that ran
     reason: str = ""
     seconds: float = 0.0
+    complete: bool = True  # False when the time was up before every sample had its turn
 
 
 def inputs_module(op_name: str) -> ModuleType:
@@ -103,6 +108,42 @@ def recast(function: Callable[..., Any], sample: Sample, dtype: torch.dtype) -> 
             else:
                 return None
     return None
+
+
+class StepByStep(TorchDispatchMode):
+    """Rounds what every ATen operation returns to a low precision: how a model computes whose tensors have that dtype.
+
+    Kernel ops are entered, so that it is the steps of their reference implementations that are rounded.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "tilefuse" and (name := func._schema.name.split("::")[1]) in library.kernels():
+            with self:
+                return library.kernels()[name](*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return out
+        return tree_map_only(Tensor, self._rounded if not func._schema.is_mutable else self._round_in_place, out)
+
+    def _wide(self, x: Tensor) -> bool:
+        return x.is_floating_point() and x.dtype.itemsize > self.dtype.itemsize
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).to(x.dtype) if self._wide(x) else x
+
+    def _round_in_place(self, x: Tensor) -> Tensor:
+        return x.copy_(x.to(self.dtype)) if self._wide(x) else x
+
+
+def _low_precision(sample: Sample) -> AbstractContextManager[Any]:
+    """The step-by-step rounding that a sample's main operand asks for; nothing where that is float32."""
+    main = next((a for a in sample.args if _is_float(a)), None)
+    half = main is not None and main.dtype in (torch.bfloat16, torch.float16)
+    return StepByStep(main.dtype) if half else nullcontext()
 
 
 class _Call:
@@ -189,13 +230,48 @@ def _compare(
             except AssertionError as error:
                 raise _Failed(str(error)) from None
             continue
-        wide = exact[i] if exact is not None and exact[i].dtype == torch.float64 else r.double()
         plain = naive[i] if i < len(naive) else r
-        report = error_report(g, wide, plain)
+        if exact is not None:
+            # statistics that stay float32 in the oracle were still computed in float64
+            wide = exact[i].double()
+            if what == "gradient":
+                worst = max(worst, _compare_gradient(g, wide, plain, name))
+                continue
+            report = error_report(g, wide, plain)
+        else:
+            # nothing exact to compare with: both may be off by their own rounding
+            finite = r[r.isfinite()].abs()
+            scale = finite.max().item() if finite.numel() else 0.0
+            report = error_report(g, r.double(), plain, tiny=max(2**-20, 2 * torch.finfo(g.dtype).eps) * scale)
         if not report:
             raise _Failed(f"{name}: {report.message}")
         worst = max(worst, report.max_ratio, report.rms_ratio, report.row_ratio, report.tile_ratio)
     return worst
+
+
+def _compare_gradient(got: Tensor, exact: Tensor, naive: Tensor, name: str) -> float:
+    """The rule with allowance for cancellation, see the module's docstring."""
+    finite = exact[exact.isfinite()].abs()
+    terms = 8 * 2.0**-24 * max(1.0, finite.max().item() if finite.numel() else 0.0)
+    report = error_report(got, exact, naive, tiny=terms, rows=False)
+    if not report:
+        raise _Failed(f"{name}: {report.message}")
+    if got.dim() == 0 or got.numel() == 0:
+        return report.max_ratio
+
+    def row_rms(x: Tensor) -> Tensor:
+        difference = x.double().nan_to_num(0.0, 0.0, 0.0) - exact.nan_to_num(0.0, 0.0, 0.0)
+        return difference.square().reshape(-1, got.shape[-1]).mean(1).sqrt()
+
+    mine, theirs = row_rms(got), row_rms(naive)
+    rounding = row_rms(exact.to(got.dtype))
+    allowed = 2 * torch.maximum(torch.maximum(theirs, rounding), theirs.square().mean().sqrt()) + terms
+    bad = mine > allowed
+    if bad.any():
+        row = int((mine / allowed).argmax())
+        found = f"worst {row}: RMS error {mine[row]:.3g}, allowed {allowed[row]:.3g}"
+        raise _Failed(f"{name}: {int(bad.sum())} of {bad.numel()} rows, {found}")
+    return max(report.max_ratio, report.rms_ratio)
 
 
 def _check_sample(
@@ -211,7 +287,8 @@ def _check_sample(
         reference = call.forward(function, sample)
         oracle = None if bits else _oracle(op, module, sample)
         exact = call.forward(*oracle) if oracle else None
-        naive = call.forward(naive_function, sample) if naive_function else reference
+        with nullcontext() if naive_function else _low_precision(sample):
+            naive = call.forward(naive_function or function, sample)
     with backends.backend(backend):
         ran = set(library.trace_call(function, sample.args, sample.kwargs))
         with poisoned():
@@ -233,7 +310,8 @@ def _check_sample(
     with backends.backend("reference"):
         reference, _ = call.gradients(function, sample, upstream)
         exact = call.gradients(*oracle, upstream)[0] if oracle and oracle[0] is function else None
-        naive = call.gradients(naive_function, sample, upstream)[0] if naive_function else reference
+        with nullcontext() if naive_function else _low_precision(sample):
+            naive = call.gradients(naive_function or function, sample, upstream)[0]
     return max(worst, _compare(got, reference, exact, naive, bits, "gradient")), True, ran
 
 
@@ -249,22 +327,27 @@ def _backward_kernels(function: Callable[..., Any], call: _Call, sample: Sample)
     return set(library.trace_call(run, sample.args, sample.kwargs))
 
 
-def _chosen(op: library.Op, device: torch.device, limit: int | None, all_dtypes: bool) -> Iterator[tuple[str, Sample]]:
-    """The samples to check: evenly spread where there is a limit, and cast to the other dtypes where asked."""
+def _chosen(
+    op: library.Op, device: torch.device, limit: int | None, all_dtypes: bool
+) -> list[tuple[str, Callable[[], Sample | None], bool]]:
+    """(name, sample or None, whether it is one of the module's own): evenly spread where there is a limit.
+
+    Samples cast to the other dtypes come after all of the module's own.
+    """
     found = list(samples(op.name, device))
     if limit is not None and len(found) > limit:
         found = [found[round(i * (len(found) - 1) / (limit - 1))] for i in range(limit)]
-    for i, sample in enumerate(found):
-        name = sample.name or f"sample {i}"
-        yield name, sample
-        if not all_dtypes:
-            continue
-        main = next((a for a in sample.args if _is_float(a)), None)
-        for dtype in DTYPES if main is not None and main.dtype in DTYPES else ():
-            if dtype is not main.dtype:
-                other = recast(op.function, sample, dtype)
-                if other is not None:
-                    yield f"{name} in {str(dtype).removeprefix('torch.')}", other
+    named = [(sample.name or f"sample {i}", sample) for i, sample in enumerate(found)]
+    out: list[tuple[str, Callable[[], Sample | None], bool]] = []
+    for name, sample in named:
+        out.append((name, lambda sample=sample: sample, True))
+    for dtype in DTYPES if all_dtypes else ():
+        for name, sample in named:
+            main = next((a for a in sample.args if _is_float(a)), None)
+            if main is not None and main.dtype in DTYPES and main.dtype is not dtype:
+                label = f"{name} in {str(dtype).removeprefix('torch.')}"
+                out.append((label, lambda sample=sample, dtype=dtype: recast(op.function, sample, dtype), False))
+    return out
 
 
 def check_op(
@@ -275,6 +358,7 @@ def check_op(
     limit: int | None = None,
     all_dtypes: bool = False,
     repeat: bool = True,
+    seconds: float = math.inf,
 ) -> Check:
     """Checks one op on one backend. Never raises for what the op does.
 
@@ -285,6 +369,7 @@ def check_op(
         limit: at most this many samples, evenly spread (at least 2).
         all_dtypes: also check each sample in the other standard dtypes that the op takes.
         repeat: run twice and compare bits.
+        seconds: begin no further sample after this time.
     """
     op, device = library.ops()[op_name], torch.device(device)
     began = time.perf_counter()
@@ -292,12 +377,20 @@ def check_op(
     worst, ran, problems, refused = 0.0, set(), [], ""
     try:
         module = inputs_module(op_name)
-        chosen = list(_chosen(op, device, limit, all_dtypes))
+        chosen = _chosen(op, device, limit, all_dtypes)
     except Exception as error:
         return Check(op_name, op.family, backend, str(device), "failed", 0, 0, 0.0, (), _short(error))
     repeat = repeat and op_name not in getattr(module, "NOT_REPEATABLE", ())
-    for name, sample in chosen:
+    skipped, complete = 0, True
+    for name, make, own in chosen:
+        if time.perf_counter() - began > seconds:
+            skipped += 1
+            complete &= not own
+            continue
         try:
+            sample = make()
+            if sample is None:
+                continue
             ratio, with_gradients, kernels = _check_sample(op, module, sample, backend, repeat)
         except NotImplementedError as error:
             # a forced backend may refuse single calls (a shape it is not made for); none at all is another matter
@@ -313,13 +406,13 @@ def check_op(
             ran |= kernels
         count += 1
     status = "failed" if problems else "ok" if count else "unavailable"
-    reason = "" if status == "ok" else refused
+    reason = f"{skipped} samples left out after {seconds:.0f} s" if skipped else "" if count else refused
     if problems:
         reason = problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-    seconds = round(time.perf_counter() - began, 2)
+    took = round(time.perf_counter() - began, 2)
     return Check(
         op_name, op.family, backend, str(device), status, count, gradients, round(worst, 3), tuple(sorted(ran)),
-        reason or ("" if count else "no sample inputs"), seconds,
+        reason or ("" if count else "no sample inputs"), took, complete,
     )  # fmt: skip
 
 

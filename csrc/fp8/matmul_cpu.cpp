@@ -1,0 +1,402 @@
+// build-flags: -ffp-contract=fast
+// Block-scaled e4m3 matmul on the CPU, dense and grouped.
+//
+// Codes are exact in bfloat16 and their products exact in float32, so contraction changes no bit of a product. The
+// weight is unpacked one [128 of K] x [64 of N] panel at a time; the activation once per 2048 rows. Within 128 of K
+// products accumulate in float32 registers, then scales are applied and the result is added to a float32 tile.
+// A row's arithmetic does not depend on how many rows there are.
+#include "common/cpu.h"
+#include "common/fp8.h"
+
+#if defined(__AVX512BF16__)
+#pragma GCC diagnostic push
+// gcc 12 warns about its own intrinsics' undefined operands
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#endif
+
+namespace tilefuse {
+namespace TILEFUSE_ISA {
+
+constexpr int64_t kDepth = 128;  // of K: one scale
+constexpr int64_t kWidth = 64;   // of N: one panel
+constexpr int64_t kRows = 6;     // of M: one register tile
+
+#if defined(__AVX512BF16__)
+
+// ---- AVX512-BF16: operands are bfloat16, pairs along K feed one dot product ----
+using Operand = uint16_t;
+
+// 32 codes to bfloat16
+static inline __m512i unpack32(const uint8_t* codes) {
+  const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+  __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
+  // subnormals are 0 .. 7 times 2^-9
+  const __m512i subnormals =
+      _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+  value = _mm512_mask_permutexvar_epi16(value, _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8)), magnitude,
+                                        subnormals);
+  value = _mm512_mask_mov_epi16(value, _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f)),
+                                _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
+}
+
+static inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out) {
+  alignas(64) uint8_t padded[kDepth];
+  if (count < kDepth) {
+    std::memset(padded, 0, sizeof(padded));
+    std::memcpy(padded, codes, static_cast<size_t>(count));
+    codes = padded;
+  }
+  for (int64_t i = 0; i < kDepth; i += 32) _mm512_storeu_si512(out + i, unpack32(codes + i));
+}
+
+static inline void transpose16(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// panel [64 pairs of K][64 of N] from up to 64 rows of the weight
+static void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64_t depth, Operand* panel) {
+  alignas(64) Operand unpacked[16 * kDepth];
+  for (int64_t n = 0; n < kWidth; n += 16) {
+    for (int64_t i = 0; i < 16; ++i) {
+      if (n + i < rows) {
+        unpack_row(b + (n + i) * row_stride, depth, unpacked + i * kDepth);
+      } else {
+        std::memset(unpacked + i * kDepth, 0, kDepth * sizeof(Operand));
+      }
+    }
+    for (int64_t pair = 0; pair < kDepth / 2; pair += 16) {
+      __m512i r[16];
+      for (int64_t i = 0; i < 16; ++i) r[i] = _mm512_load_si512(unpacked + i * kDepth + pair * 2);
+      transpose16(r);
+      for (int64_t i = 0; i < 16; ++i) _mm512_storeu_si512(panel + ((pair + i) * kWidth + n) * 2, r[i]);
+    }
+  }
+}
+
+// c [R][64] += (a [R][128] x panel) * scale_a * scale_b
+template <int R>
+static void multiply(const Operand* a, const Operand* panel, const float* scale_a, const float* scale_b, float* c) {
+  __m512 acc[R][4];
+  for (int r = 0; r < R; ++r) {
+    for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
+  }
+  for (int64_t pair = 0; pair < kDepth / 2; ++pair) {
+    __m512bh columns[4];
+    for (int j = 0; j < 4; ++j) columns[j] = (__m512bh)_mm512_loadu_si512(panel + pair * 2 * kWidth + j * 32);
+    for (int r = 0; r < R; ++r) {
+      int32_t two;
+      std::memcpy(&two, a + r * kDepth + pair * 2, 4);
+      const __m512bh row = (__m512bh)_mm512_set1_epi32(two);
+      for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], row, columns[j]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const __m512 s = _mm512_set1_ps(scale_a[r]);
+    for (int j = 0; j < 4; ++j) {
+      float* place = c + r * kWidth + j * 16;
+      // scales one after the other: their product alone may overflow
+      const __m512 scaled = _mm512_mul_ps(acc[r][j], s);
+      _mm512_storeu_ps(place, _mm512_fmadd_ps(scaled, _mm512_loadu_ps(scale_b + j * 16), _mm512_loadu_ps(place)));
+    }
+  }
+}
+
+#else
+
+// ---- everywhere else: operands are float32, in vectors of the instruction set ----
+using Operand = float;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kVectors = 2;
+#else
+constexpr int kLanes = 4, kVectors = 2;
+#endif
+constexpr int kSlice = kLanes * kVectors;  // of N: what one register tile covers
+typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
+
+static inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = fp8::decode(codes[i]);
+  for (int64_t i = count; i < kDepth; ++i) out[i] = 0.0f;
+}
+
+// panel [64 / kSlice][128 of K][kSlice of N]
+static void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64_t depth, Operand* panel) {
+  alignas(64) Operand unpacked[kSlice * kDepth];
+  for (int64_t n = 0; n < kWidth; n += kSlice) {
+    for (int64_t i = 0; i < kSlice; ++i) {
+      if (n + i < rows) {
+        unpack_row(b + (n + i) * row_stride, depth, unpacked + i * kDepth);
+      } else {
+        std::memset(unpacked + i * kDepth, 0, kDepth * sizeof(Operand));
+      }
+    }
+    for (int64_t k = 0; k < kDepth; ++k) {
+      for (int64_t i = 0; i < kSlice; ++i) panel[(n / kSlice * kDepth + k) * kSlice + i] = unpacked[i * kDepth + k];
+    }
+  }
+}
+
+template <int R>
+static void multiply(const Operand* a, const Operand* panel, const float* scale_a, const float* scale_b, float* c) {
+  for (int64_t n = 0; n < kWidth; n += kSlice) {
+    Vector acc[R][kVectors] = {};
+    const Operand* slice = panel + n * kDepth;
+    for (int64_t k = 0; k < kDepth; ++k) {
+      Vector columns[kVectors];
+      for (int j = 0; j < kVectors; ++j) std::memcpy(&columns[j], slice + k * kSlice + j * kLanes, sizeof(Vector));
+      for (int r = 0; r < R; ++r) {
+        for (int j = 0; j < kVectors; ++j) acc[r][j] += columns[j] * a[r * kDepth + k];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < kVectors; ++j) {
+        Vector place, s;
+        std::memcpy(&place, c + r * kWidth + n + j * kLanes, sizeof(Vector));
+        std::memcpy(&s, scale_b + n + j * kLanes, sizeof(Vector));
+        // scales one after the other: their product alone may overflow
+        place += acc[r][j] * scale_a[r] * s;
+        std::memcpy(c + r * kWidth + n + j * kLanes, &place, sizeof(Vector));
+      }
+    }
+  }
+}
+
+#endif
+
+static inline void multiply_rows(int64_t rows, const Operand* a, const Operand* panel, const float* scale_a,
+                                 const float* scale_b, float* c) {
+  switch (rows) {
+    case 1: return multiply<1>(a, panel, scale_a, scale_b, c);
+    case 2: return multiply<2>(a, panel, scale_a, scale_b, c);
+    case 3: return multiply<3>(a, panel, scale_a, scale_b, c);
+    case 4: return multiply<4>(a, panel, scale_a, scale_b, c);
+    case 5: return multiply<5>(a, panel, scale_a, scale_b, c);
+    default: return multiply<6>(a, panel, scale_a, scale_b, c);
+  }
+}
+
+void fp8_matmul_operand_bytes(int64_t* bytes) { *bytes = sizeof(Operand); }
+
+// rows [begin, end) of a, counted from `first`, into blocks [KB][rows][128] with scales [KB][rows]
+void fp8_matmul_unpack(const uint8_t* a, int64_t row_stride, const float* scale, int64_t scale_m, int64_t scale_k,
+                       int64_t first, int64_t rows, int64_t k, void* unpacked, float* scales, int64_t begin,
+                       int64_t end) {
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t start = 0, block = 0; start < k; start += kDepth, ++block) {
+      const int64_t depth = k - start < kDepth ? k - start : kDepth;
+      unpack_row(a + (first + r) * row_stride + start, depth,
+                 static_cast<Operand*>(unpacked) + (block * rows + r) * kDepth);
+      scales[block * rows + r] = scale[(first + r) * scale_m + block * scale_k];
+    }
+  }
+}
+
+template <typename T>
+static void store(const float* c, int64_t rows, int64_t columns, const float* bias, T* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < columns; ++n) {
+      const float value = c[r * kWidth + n];
+      out[r * out_stride + n] = from_float<T>(bias != nullptr ? value + bias[n] : value);
+    }
+  }
+}
+
+// one panel of one weight against `count` unpacked rows from `begin`: out [count, up to 64]
+void fp8_matmul_panel(const void* unpacked, const float* scales, int64_t rows, int64_t begin, int64_t count,
+                      const uint8_t* b, int64_t b_stride, const float* b_scale, int64_t b_scale_n, int64_t b_scale_k,
+                      int64_t scale_rows, int64_t n, int64_t columns, int64_t k, const float* bias, Dtype dtype,
+                      void* out, int64_t out_stride, float* c) {
+  alignas(64) Operand panel[kDepth * kWidth];
+  alignas(64) float scale_b[kWidth];
+  const Operand* a = static_cast<const Operand*>(unpacked);
+  for (int64_t i = 0; i < count * kWidth; ++i) c[i] = 0.0f;
+  for (int64_t start = 0, block = 0; start < k; start += kDepth, ++block) {
+    pack_panel(b + n * b_stride + start, b_stride, columns, k - start < kDepth ? k - start : kDepth, panel);
+    for (int64_t i = 0; i < kWidth; ++i) {
+      scale_b[i] = i < columns ? b_scale[(n + i) / scale_rows * b_scale_n + block * b_scale_k] : 0.0f;
+    }
+    for (int64_t r = 0; r < count; r += kRows) {
+      const int64_t at = block * rows + begin + r;
+      multiply_rows(count - r, a + at * kDepth, panel, scales + at, scale_b, c + r * kWidth);
+    }
+  }
+  TILEFUSE_BY_DTYPE(dtype, T, store(c, count, columns, bias, static_cast<T*>(out), out_stride));
+}
+
+}  // namespace TILEFUSE_ISA
+}  // namespace tilefuse
+
+#if defined(__AVX512BF16__)
+#pragma GCC diagnostic pop
+#endif
+
+#ifdef TILEFUSE_REGISTER
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "fp8/host.h"
+
+namespace tilefuse {
+
+TILEFUSE_DISPATCH(fp8_matmul_operand_bytes, (int64_t*))
+TILEFUSE_DISPATCH(fp8_matmul_unpack, (const uint8_t*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                      void*, float*, int64_t, int64_t))
+TILEFUSE_DISPATCH(fp8_matmul_panel, (const void*, const float*, int64_t, int64_t, int64_t, const uint8_t*, int64_t,
+                                     const float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const float*,
+                                     Dtype, void*, int64_t, float*))
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// rows unpacked at a time, and rows that share one unpacking of a panel
+constexpr int64_t kUnpackedRows = 2048, kPartRows = 512;
+
+struct Segment {
+  int64_t group, begin, end;
+};
+
+// out [M, N] from rows of a [M, K], each segment against its own weight of b [G, N, K] or the only one, [N, K]
+void matmul_segments(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                     const float* bias, const std::vector<Segment>& segments, Tensor& out) {
+  const int64_t groups = b.dim() - 2, n = b.size(groups), k = b.size(groups + 1), blocks = fp8::blocks_of(k);
+  const int64_t scale_rows = b_scale.size(groups) == n ? 1 : 128;
+  const auto* codes = static_cast<const uint8_t*>(a.const_data_ptr());
+  const auto* weights = static_cast<const uint8_t*>(b.const_data_ptr());
+  const auto* scale_a = static_cast<const float*>(a_scale.const_data_ptr());
+  const auto* scale_b = static_cast<const float*>(b_scale.const_data_ptr());
+  const Dtype dtype = dtype_of(out);
+  const int64_t item = dtype == Dtype::f32 ? 4 : 2;
+  auto* target = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t a_m = stride_or_zero(a, 0), as_m = stride_or_zero(a_scale, 0), as_k = stride_or_zero(a_scale, 1);
+  const int64_t b_g = groups > 0 ? stride_or_zero(b, 0) : 0, b_n = stride_or_zero(b, groups);
+  const int64_t bs_g = groups > 0 ? stride_or_zero(b_scale, 0) : 0, bs_n = stride_or_zero(b_scale, groups),
+                bs_k = stride_or_zero(b_scale, groups + 1);
+  const auto unpack = fp8_matmul_unpack_dispatch();
+  const auto panel = fp8_matmul_panel_dispatch();
+  int64_t bytes = 0;
+  fp8_matmul_operand_bytes_dispatch()(&bytes);
+  const int64_t panels = (n + 63) / 64;
+  if (segments.empty() || n == 0) return;
+
+  int64_t first = segments.front().begin;
+  const int64_t last = segments.back().end;
+  const int64_t most = last - first < kUnpackedRows ? last - first : kUnpackedRows;
+  const std::unique_ptr<char[]> unpacked(new char[static_cast<size_t>(most * blocks * 128 * bytes + 64)]);
+  const std::unique_ptr<float[]> scales(new float[static_cast<size_t>(most * blocks + 1)]);
+  // aligned to a cache line
+  void* operand = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(unpacked.get()) + 63) / 64 * 64);
+  for (; first < last; first += kUnpackedRows) {
+    const int64_t stop = last - first < kUnpackedRows ? last : first + kUnpackedRows, rows = stop - first;
+    parallel_for(0, rows, fp8::grain(k), [&](int64_t begin, int64_t end) {
+      unpack(codes, a_m, scale_a, as_m, as_k, first, rows, k, operand, scales.get(), begin, end);
+    });
+    std::vector<Segment> parts;
+    for (const Segment& s : segments) {
+      const int64_t begin = s.begin > first ? s.begin : first, end = s.end < stop ? s.end : stop;
+      for (int64_t r = begin; r < end; r += kPartRows) {
+        parts.push_back({s.group, r, end - r < kPartRows ? end : r + kPartRows});
+      }
+    }
+    parallel_for(0, static_cast<int64_t>(parts.size()) * panels, 1, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> c(new float[kPartRows * 64]);
+      for (int64_t i = begin; i < end; ++i) {
+        const Segment& s = parts[static_cast<size_t>(i / panels)];
+        const int64_t column = i % panels * 64, columns = n - column < 64 ? n - column : 64;
+        panel(operand, scales.get(), rows, s.begin - first, s.end - s.begin, weights + s.group * b_g, b_n,
+              scale_b + s.group * bs_g, bs_n, bs_k, scale_rows, column, columns, k,
+              bias != nullptr ? bias + column : nullptr, dtype, target + (s.begin * n + column) * item, n, c.get());
+      }
+    });
+  }
+}
+
+Tensor matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+              const std::optional<Tensor>& bias, ScalarType out_dtype) {
+  const int64_t m = a.size(0), n = b.size(0);
+  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  const auto* shift = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
+  if (m > 0) matmul_segments(a, a_scale, b, b_scale, shift, {{0, 0, m}}, out);
+  return out;
+}
+
+Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                      const Tensor& offsets, ScalarType out_dtype) {
+  const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
+  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  const void* bounds = offsets.const_data_ptr();
+  const bool wide = offsets.scalar_type() == ScalarType::Long;
+  // clamped and made ascending: no bound can lead out of memory
+  const auto bound = [&](int64_t i, int64_t least) {
+    const int64_t given = wide ? static_cast<const int64_t*>(bounds)[i] : static_cast<const int32_t*>(bounds)[i];
+    const int64_t value = given < m ? given : m;
+    return value > least ? value : least;
+  };
+  std::vector<Segment> segments;
+  int64_t begin = bound(0, 0);
+  const int64_t first = begin;
+  for (int64_t e = 0; e < groups; ++e) {
+    const int64_t end = bound(e + 1, begin);
+    if (end > begin) segments.push_back({e, begin, end});
+    begin = end;
+  }
+  auto* data = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t row_bytes = n * (dtype_of(out) == Dtype::f32 ? 4 : 2);
+  if (row_bytes > 0) {
+    std::memset(data, 0, static_cast<size_t>(first * row_bytes));
+    std::memset(data + begin * row_bytes, 0, static_cast<size_t>((m - begin) * row_bytes));
+  }
+  matmul_segments(a, a_scale, b, b_scale, nullptr, segments, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
+  m.def(
+      "fp8_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype)"
+      " -> Tensor");
+  m.def(
+      "fp8_grouped_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, ScalarType out_dtype)"
+      " -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
+  m.impl("fp8_matmul_fwd", TORCH_BOX(&matmul));
+  m.impl("fp8_grouped_matmul_fwd", TORCH_BOX(&grouped_matmul));
+}
+
+}  // namespace tilefuse
+
+#endif  // TILEFUSE_REGISTER

@@ -1,0 +1,84 @@
+"""``fp8_grouped_matmul``: one block-scaled e4m3 matrix product per expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import errors
+from ...library import kernel, op
+from .matmul import check_out_dtype, check_weight_scale
+from .quantize import CODES, blocks_of, check_scale, only_standard_out
+
+__all__ = ["fp8_grouped_matmul"]
+
+_MODULE = "fp8/grouped_matmul"
+
+
+def _fake(a: Tensor, _a_scale: Tensor, b: Tensor, _b_scale: Tensor, _offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+
+
+fp8_grouped_matmul_fwd = kernel(
+    "fp8_grouped_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, "
+    "ScalarType out_dtype) -> Tensor",
+    module=_MODULE,
+    fake=_fake,
+    dtypes={name: (CODES,) for name in ("cpu", "triton")},
+    when={name: only_standard_out for name in ("cpu", "triton")},
+)
+
+
+@op(
+    "fp8_grouped_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, *, "
+    "ScalarType out_dtype=bfloat16) -> Tensor",
+    module=_MODULE,
+    kernels=("fp8_grouped_matmul_fwd",),
+    dtypes=(CODES,),
+)
+def fp8_grouped_matmul(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Rows ``offsets[e]:offsets[e + 1]`` of ``a`` meet ``b[e]``: ``fp8_matmul`` for each expert, in one launch.
+
+    Args:
+        a: ``[T, K]`` float8_e4m3fn, rows sorted by expert (``moe_plan`` gives the order and the offsets).
+        a_scale: ``[T, ceil(K / 128)]`` float32, any strides.
+        b: ``[E, N, K]`` float8_e4m3fn. E = 0 is legal.
+        b_scale: ``[E, ceil(N / 128), ceil(K / 128)]`` or ``[E, N, ceil(K / 128)]`` float32, told apart by its shape.
+        offsets: ``[E + 1]`` int32 or int64, ascending, read on the device: nothing waits for the host. Groups may be
+            empty and of any size. Values are clamped to [0, T]; nothing outside of the tensors is touched whatever they are.
+        out_dtype: bfloat16, float16, float32, or float64 (reference backend).
+
+    Returns:
+        ``[T, N]``, contiguous; rows before ``offsets[0]`` and from ``offsets[E]`` on are zero.
+
+    Arithmetic, strides and errors as in ``fp8_matmul``. Not differentiable. Deterministic; a row's result does not depend
+    on the other rows or on the sizes of the groups.
+
+    Source: DeepGEMM's m-grouped contiguous GEMM, without its alignment of group sizes.
+    """
+    name = "fp8_grouped_matmul"
+    errors.check_dtype(name, "a", a, (CODES,))
+    errors.check_dtype(name, "b", b, (CODES,))
+    if a.ndim != 2:
+        errors.value_error(name, "a", "[T, K]", a)
+    if b.ndim != 3 or b.shape[2] != a.shape[1]:
+        errors.value_error(name, "b", f"[E, N, {a.shape[1]}]", b)
+    errors.check_device(name, "b", b, a, "a")
+    check_scale(name, "a_scale", a_scale, (a.shape[0], blocks_of(a.shape[1])), a, "a")
+    check_weight_scale(name, b, b_scale)
+    if tuple(offsets.shape) != (b.shape[0] + 1,):
+        errors.value_error(name, "offsets", f"[{b.shape[0] + 1}] int32 or int64", offsets)
+    if offsets.dtype not in errors.INDEX_DTYPES:
+        errors.type_error(name, "offsets", f"[{b.shape[0] + 1}] int32 or int64", offsets)
+    errors.check_device(name, "offsets", offsets, a, "a")
+    check_out_dtype(name, out_dtype)
+    a, b = errors.check_last_dim_contiguous(a), errors.check_last_dim_contiguous(b)
+    return fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets.contiguous(), out_dtype)

@@ -1,0 +1,302 @@
+"""Every op has all its layers, and keeps torch's and this package's contracts on its sample inputs."""
+
+import ast
+import functools
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import tilefuse
+from tilefuse import library, native
+from tilefuse.testing import assert_bit_equal, poisoned, samples
+
+ROOT = Path(__file__).resolve().parent.parent
+OPS = tilefuse.ops()
+KERNELS = library.kernels()
+MODULES = sorted({op.module for op in OPS.values()})
+# opcheck costs about a second per call: `make test-full` takes every sample
+QUICK_SAMPLES = 2
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+each_op = pytest.mark.parametrize("name", sorted(OPS))
+each_kernel = pytest.mark.parametrize("name", sorted(KERNELS))
+each_module = pytest.mark.parametrize("module", MODULES)
+
+
+def tensors(values):
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def copied(values):
+    """The same arguments in new memory, with the same strides (overlapping ones too) and requires_grad."""
+
+    def copy(t):
+        extent = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
+        memory = t.detach().as_strided((extent,), (1,)).clone()
+        return memory.as_strided(t.shape, t.stride()).requires_grad_(t.requires_grad)
+
+    return tree_map_only(Tensor, copy, values)
+
+
+def cuda_source(kernel):
+    """A kernel for one generation of GPUs carries its name, as in csrc/fp8/matmul_sm90.cu."""
+    found = sorted((ROOT / "csrc").glob(f"{kernel.module}_sm*.cu"))
+    return str(found[0].relative_to(ROOT)) if found else f"csrc/{kernel.module}.cu"
+
+
+def defined_functions(path):
+    return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_there_are_ops():
+    assert OPS and KERNELS
+    assert set(OPS) <= set(tilefuse.__all__)
+
+
+@each_module
+def test_a_module_has_its_file_in_every_layer(module):
+    kernels = {k for op in OPS.values() if op.module == module for k in op.kernels}
+    wanted = {f"python/tilefuse/{layer}/{module}.py" for layer in ("ops", "testing/inputs")}
+    wanted |= {f"benchmarks/{module}.py"}
+    family, op = module.split("/")
+    wanted |= {f"tests/{family}/test_{op}.py"}
+    for kernel in (KERNELS[k] for k in kernels):
+        for backend in kernel.backends:
+            wanted.add(
+                {
+                    "reference": f"python/tilefuse/reference/{kernel.module}.py",
+                    "cpu": f"csrc/{kernel.module}_cpu.cpp",
+                    "triton": f"triton_kernels/{kernel.module}.py",
+                    "cuda": cuda_source(kernel),
+                }[backend]
+            )
+            if backend == "cuda":
+                wanted.add(f"{cuda_source(kernel)}h")
+    missing = sorted(path for path in wanted if not (ROOT / path).exists())
+    assert not missing, f"{module} lacks {', '.join(missing)}"
+
+
+@each_module
+def test_a_module_has_benchmark_cases(module):
+    assert "cases" in defined_functions(ROOT / f"benchmarks/{module}.py")
+
+
+@each_kernel
+def test_a_kernel_has_its_implementations(name):
+    kernel = KERNELS[name]
+    assert "reference" in kernel.backends
+    reference = importlib.import_module(f"tilefuse.reference.{kernel.module.replace('/', '.')}")
+    assert callable(getattr(reference, name))
+    if "triton" in kernel.backends:
+        # without importing it: Triton may be missing
+        assert name in defined_functions(ROOT / f"triton_kernels/{kernel.module}.py")
+    for backend in {"cpu", "cuda"} & set(kernel.backends):
+        source = f"csrc/{kernel.module}_cpu.cpp" if backend == "cpu" else cuda_source(kernel)
+        assert name in (ROOT / source).read_text()
+        if native.load(backend).missing is None:
+            found, reason = native.find(backend, name)
+            assert found is not None, reason
+
+
+@each_kernel
+def test_a_kernel_belongs_to_an_op(name):
+    assert any(name in op.kernels for op in OPS.values())
+
+
+@each_kernel
+def test_schemas_of_a_kernel_agree(name):
+    schema = getattr(torch.ops.tilefuse, name).default._schema
+    assert not any(a.has_default_value() for a in schema.arguments)
+    for backend in {"cpu", "cuda"} & set(KERNELS[name].backends):
+        found, _ = native.find(backend, name)
+        if found is not None:
+            theirs = found._schema
+            assert [(a.name, str(a.type)) for a in theirs.arguments] == [
+                (a.name, str(a.type)) for a in schema.arguments
+            ]
+            assert [str(r.type) for r in theirs.returns] == [str(r.type) for r in schema.returns]
+
+
+@each_op
+def test_an_op_is_described(name):
+    op = OPS[name]
+    assert op.function.__name__ == name
+    assert getattr(tilefuse, name) is op.function
+    assert set(op.kernels) <= set(KERNELS)
+    assert "reference" in op.backends
+    doc = inspect.getdoc(op.function)
+    assert doc and len(doc.splitlines()) > 3
+    refers = any(f"``{other}``" in doc for other in OPS if other != name)
+    for parameter in inspect.signature(op.function).parameters:
+        assert parameter in doc or refers, f"{parameter} is not in the docstring of {name}"
+    assert set(op.differentiable) <= set(inspect.signature(op.function).parameters)
+
+
+# ScalarType defaults come back as numbers
+SCALAR_TYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16, 24: torch.float8_e4m3fn}
+
+
+@each_op
+def test_signature_and_schema_agree(name):
+    schema = getattr(torch.ops.tilefuse, name).default._schema
+    parameters = inspect.signature(OPS[name].function).parameters
+    assert [a.name for a in schema.arguments] == list(parameters)
+    seen_option = False
+    for argument in schema.arguments:
+        parameter = parameters[argument.name]
+        is_tensor = "Tensor" in str(argument.type)
+        seen_option |= not is_tensor
+        assert not (is_tensor and seen_option), f"tensor {argument.name} must come before the options"
+        assert not (is_tensor and argument.kwarg_only), f"tensor {argument.name} must be positional"
+        assert argument.kwarg_only == (parameter.kind is parameter.KEYWORD_ONLY), argument.name
+        assert argument.has_default_value() == (parameter.default is not parameter.empty), argument.name
+        if argument.has_default_value():
+            default = argument.default_value
+            if isinstance(parameter.default, torch.dtype) and isinstance(default, int):
+                default = SCALAR_TYPES[default]
+            default = tuple(default) if isinstance(default, list) else default
+            assert default == parameter.default and type(default) is type(parameter.default), argument.name
+    mutated = library.mutated_arguments(str(schema))
+    assert not mutated or name.endswith("_") or all("!" in str(schema) for _ in mutated)
+
+
+@functools.cache
+def samples_of(name):
+    return tuple(samples(name))
+
+
+@each_op
+def test_an_op_has_samples(name):
+    found = samples_of(name)
+    assert found
+    for sample in found:
+        inspect.signature(OPS[name].function).bind(*sample.args, **sample.kwargs)
+
+
+def call(name, args, kwargs):
+    """Runs an op on copies: (outputs, arguments after the call)."""
+    args, kwargs = copied((args, kwargs))
+    out = getattr(tilefuse, name)(*args, **kwargs)
+    return tree_map_only(Tensor, torch.Tensor.detach, out), tree_map_only(Tensor, torch.Tensor.detach, (args, kwargs))
+
+
+@each_op
+def test_two_runs_are_bit_equal_and_every_element_is_written(name):
+    for sample in samples_of(name):
+        first = tensors(call(name, sample.args, sample.kwargs))
+        with poisoned():
+            second = tensors(call(name, sample.args, sample.kwargs))
+        assert len(first) == len(second)
+        for a, b in zip(first, second):
+            assert_bit_equal(a, b, name=f"{sample!r}")
+
+
+@each_op
+def test_the_registered_op_is_the_function(name):
+    op = getattr(torch.ops.tilefuse, name)
+    sample = samples_of(name)[0]
+    expected, after = call(name, sample.args, sample.kwargs)
+    args, kwargs = copied((sample.args, sample.kwargs))
+    out = op(*args, **kwargs)
+    if op.default._schema.returns:
+        for a, b in zip(tensors(expected), tensors(out), strict=True):
+            assert_bit_equal(a, b.detach())
+    for a, b in zip(tensors(after), tensors((args, kwargs)), strict=True):
+        assert_bit_equal(a, b.detach())
+
+
+@each_op
+def test_arguments_are_left_alone_unless_the_schema_says_so(name):
+    schema = getattr(torch.ops.tilefuse, name).default._schema
+    written = {schema.arguments[i].name for i in library.mutated_arguments(str(schema))}
+    signature = inspect.signature(OPS[name].function)
+    for sample in samples_of(name):
+        _, (args, kwargs) = call(name, sample.args, sample.kwargs)
+        before = signature.bind(*sample.args, **sample.kwargs).arguments
+        for argument, value in signature.bind(*args, **kwargs).arguments.items():
+            if isinstance(value, Tensor) and argument not in written:
+                assert_bit_equal(before[argument].detach(), value, name=f"{argument} before and after")
+
+
+def layout(values):
+    return [(tuple(t.shape), t.dtype, t.device.type, tuple(t.stride()) if t.numel() else None) for t in tensors(values)]
+
+
+@each_op
+def test_fake_tensors_have_the_real_layout(name):
+    for sample in samples_of(name):
+        real, _ = call(name, sample.args, sample.kwargs)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            args, kwargs = tree_map_only(Tensor, mode.from_tensor, copied((sample.args, sample.kwargs)))
+            fake = getattr(tilefuse, name)(*args, **kwargs)
+        assert layout(fake) == layout(real), repr(sample)
+
+
+def opcheck(op, args, kwargs, out):
+    checks = OPCHECKS
+    if any(t.dtype in FP8 for t in tensors((args, kwargs, out))):
+        # test_schema compares tensors with an operation that FP8 lacks
+        checks = tuple(c for c in checks if c != "test_schema")
+    torch.library.opcheck(op, args, kwargs, test_utils=checks)
+
+
+def opcheck_op(name, chosen):
+    for sample in chosen:
+        out, _ = call(name, sample.args, sample.kwargs)
+        opcheck(getattr(torch.ops.tilefuse, name).default, *copied((sample.args, dict(sample.kwargs))), out)
+
+
+def by_size(name):
+    return sorted(samples_of(name), key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
+
+
+@each_op
+def test_opcheck(name):
+    opcheck_op(name, by_size(name)[-QUICK_SAMPLES:])
+
+
+@pytest.mark.slow
+@each_op
+def test_opcheck_every_sample(name):
+    opcheck_op(name, samples_of(name))
+
+
+@each_op
+def test_opcheck_of_the_kernels(name, monkeypatch):
+    """The kernel ops that forward and backward of one sample call, on the arguments they get."""
+    recorded = {}
+    run = library.Kernel.__call__
+
+    def record(kernel, *args):
+        first = kernel.name not in recorded
+        if first:
+            recorded[kernel.name] = copied(tree_map_only(Tensor, torch.Tensor.detach, args))
+        out = run(kernel, *args)
+        if first:
+            recorded[kernel.name] = recorded[kernel.name], out
+        return out
+
+    monkeypatch.setattr(library.Kernel, "__call__", record)
+    sample = by_size(name)[-1]
+    differentiable = OPS[name].differentiable
+    call_args = inspect.signature(OPS[name].function).bind(*sample.args, **sample.kwargs)
+    for argument in differentiable:
+        value = call_args.arguments.get(argument)
+        if isinstance(value, Tensor) and value.dtype.is_floating_point:
+            call_args.arguments[argument] = value.detach().clone().requires_grad_()
+    out = getattr(tilefuse, name)(*call_args.args, **call_args.kwargs)
+    leaves = [t for t in tensors(out) if t.requires_grad]
+    assert bool(leaves) == bool(differentiable), "an output must require grad if, and only if, the op says so"
+    if leaves:
+        torch.autograd.backward(leaves, [torch.randn_like(t) for t in leaves])
+    monkeypatch.undo()
+    assert recorded
+    for kernel, (args, result) in recorded.items():
+        opcheck(getattr(torch.ops.tilefuse, kernel).default, copied(args), {}, result)

@@ -1,0 +1,69 @@
+"""Grouped block-scaled e4m3 matmul: the tiles of ``matmul_kernel``, each against its own expert's weight."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.grouped import find_tile, groups_padded, max_tiles
+from ..common.launch import on_device
+from .matmul import Config, accumulate, capability_of, operand, store_tile, upcasts
+
+
+@triton.jit(do_not_specialize=["m", "sa_sk"])
+def grouped_matmul_kernel(
+    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sg, b_sn, sb_ptr, sb_sg, sb_sn, sb_sk, offsets_ptr, out_ptr, m, n, k,
+    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, B_ROWS: tl.constexpr, UPCAST: tl.constexpr,
+    SWAP: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile of out: columns run fastest, so programs that share rows of a run together."""
+    n_tiles = tl.cdiv(n, BN)
+    group, first, end = find_tile(tl.program_id(0) // n_tiles, offsets_ptr, m, GROUPS, GROUPS_PADDED, BM)
+    if first >= end:
+        return
+    row = (first + tl.arange(0, BM)).to(tl.int64)
+    row_mask = row < end
+    col = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
+    if group >= GROUPS:
+        # rows that belong to no expert
+        mask = row_mask[:, None] & (col < n)[None, :]
+        tl.store(out_ptr + row[:, None] * n + col[None, :], tl.zeros((BM, BN), out_ptr.dtype.element_ty), mask)
+    else:
+        g = group.to(tl.int64)
+        acc = accumulate(
+            a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr + g * b_sg, b_sn, sb_ptr + g * sb_sg, sb_sn, sb_sk,
+            row, row_mask, col, n, k, B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
+        )  # fmt: skip
+        store_tile(acc, out_ptr, None, row, row_mask, col, n, SWAP)
+
+
+def config(m: int, groups: int, capability: int) -> Config:
+    """The tile for an average group on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
+    average = m // max(groups, 1)
+    if average <= 48:
+        bm = 16 if average <= 16 else 32 if average <= 32 else 64
+        return Config(bm, 64, 4, 3 if capability in (0, 80) else 4, swap=True)
+    if capability < 89:
+        return Config(64, 64, 4, 2 if capability == 0 else 3)
+    if capability in (89, 120):
+        return Config(64, 128, 4, 3)
+    return Config(64, 128, 4, 4) if average <= 96 else Config(128, 128, 8, 3)
+
+
+def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
+    (m, k), (groups, n) = a.shape, b.shape[:2]
+    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    tile = config(m, groups, capability_of(a.device))
+    grid = (max_tiles(m, groups, tile.bm) * triton.cdiv(n, tile.bn),)
+    with on_device(a):
+        grouped_matmul_kernel[grid](
+            operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), *b.stride()[:2],
+            b_scale, *b_scale.stride(), offsets, out, m, n, k,
+            GROUPS=groups, GROUPS_PADDED=groups_padded(groups), B_ROWS=b_scale.shape[1] == n,
+            UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0, BM=tile.bm, BN=tile.bn,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    return out

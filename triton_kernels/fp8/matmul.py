@@ -1,0 +1,248 @@
+"""Block-scaled e4m3 matmul.
+
+Every kernel starts a fresh accumulator each 128 of K, scales the finished product in float32 and adds it to a float32
+sum: Hopper's FP8 tensor cores keep about 14 bits inside one accumulator, and the scales change there anyway.
+
+* ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded as
+  bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
+  weight fills the matrix unit's 64 rows and the activation its narrow side.
+* ``matmul_tma_kernel``: sm_90 and newer; persistent, loads through TMA descriptors made on the device, and
+  warp-specialised by the compiler: one warp group loads while two others, out of phase, multiply and add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ... import arch, backends
+from ..common import fp8
+from ..common.launch import on_device
+
+FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def load_codes(ptr, mask, UPCAST: tl.constexpr):
+    """A tile of operands for the matrix unit: e4m3, or bfloat16 from e4m3 bytes."""
+    if UPCAST:
+        return fp8.decode(tl.load(ptr, mask, 0)).to(tl.bfloat16)
+    else:
+        return tl.load(ptr, mask, 0.0)
+
+
+@triton.jit
+def row_factor(sa, sb):
+    """Product of two scales, kept finite: zero codes times an overflown product would be NaN."""
+    return tl.minimum(sa * sb, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def add_scaled(acc, product, sa_ptr, sb_ptr, row_mask, col, n, sb_sn, B_ROWS: tl.constexpr, SWAP: tl.constexpr):
+    """acc + product * scales. ``sa_ptr`` [BM] points at each row's scale of this K block, ``sb_ptr`` at b's."""
+    sa = tl.load(sa_ptr, row_mask, 0.0)
+    if B_ROWS:
+        sb = tl.load(sb_ptr + col * sb_sn, col < n, 0.0)
+        if SWAP:
+            return acc + product * row_factor(sb[:, None], sa[None, :])
+        else:
+            return acc + product * row_factor(sa[:, None], sb[None, :])
+    else:
+        # all columns of the tile share one scale; loaded as a vector, since the pipeliner may race on a scalar
+        sb = tl.load(sb_ptr + tl.zeros_like(sa).to(tl.int32))
+        factor = row_factor(sa, sb)
+        if SWAP:
+            return acc + product * factor[None, :]
+        else:
+            return acc + product * factor[:, None]
+
+
+@triton.jit
+def accumulate(
+    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row_mask, col, n, k,
+    B_ROWS: tl.constexpr, UPCAST: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """float32 [BM, BN] (SWAP: [BN, BM]) of the rows (int64) and columns of one tile."""
+    inner = tl.arange(0, 128)
+    if SWAP:
+        acc = tl.zeros((BN, BM), tl.float32)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+    a_row = a_ptr + row[:, None] * a_sm + inner[None, :]
+    b_row = b_ptr + col.to(tl.int64)[:, None] * b_sn + inner[None, :]
+    sa_row = sa_ptr + row * sa_sm
+    if not B_ROWS:
+        sb_ptr += tl.min(col, 0) // 128 * sb_sn
+    a_mask = row_mask[:, None]
+    b_mask = (col < n)[:, None]
+    for block in range(0, tl.cdiv(k, 128)):
+        if not EVEN_K:
+            inside = (inner < k - block * 128)[None, :]
+            a_mask = row_mask[:, None] & inside
+            b_mask = (col < n)[:, None] & inside
+        # [BM, 128], [BN, 128]
+        a = load_codes(a_row + block * 128, a_mask, UPCAST)
+        b = load_codes(b_row + block * 128, b_mask, UPCAST)
+        if SWAP:
+            product = tl.dot(b, tl.trans(a))
+        else:
+            product = tl.dot(a, tl.trans(b))
+        acc = add_scaled(
+            acc, product, sa_row + block * sa_sk, sb_ptr + block * sb_sk, row_mask, col, n, sb_sn, B_ROWS, SWAP
+        )
+    return acc
+
+
+@triton.jit
+def store_tile(acc, out_ptr, bias_ptr, row, row_mask, col, n, SWAP: tl.constexpr):
+    """Adds the bias and rounds once; out is [M, N] contiguous."""
+    if SWAP:
+        acc = tl.trans(acc)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + col, col < n, 0.0)[None, :]
+    mask = row_mask[:, None] & (col < n)[None, :]
+    tl.store(out_ptr + row[:, None] * n + col[None, :], acc.to(out_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def tile_order(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
+    """Row and column of a tile; GROUP_M rows of tiles go down together, so their operands stay in L2."""
+    per_group = GROUP_M * n_tiles
+    first = tile // per_group * GROUP_M
+    height = tl.minimum(m_tiles - first, GROUP_M)
+    return first + tile % per_group % height, tile % per_group // height
+
+
+@triton.jit(do_not_specialize=["m", "sa_sk"])
+def matmul_kernel(
+    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, bias_ptr, out_ptr, m, n, k,
+    B_ROWS: tl.constexpr, UPCAST: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile of out."""
+    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
+    row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
+    col = tile_n * BN + tl.arange(0, BN)
+    acc = accumulate(
+        a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row < m, col, n, k,
+        B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
+    )  # fmt: skip
+    store_tile(acc, out_ptr, bias_ptr, row, row < m, col, n, SWAP)
+
+
+@triton.jit(do_not_specialize=["m", "sa_sk"])
+def matmul_tma_kernel(
+    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, bias_ptr, out_ptr, m, n, k,
+    B_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr, SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Tiles program_id, program_id + programs, ..; TMA fills what lies outside of a or b with zeros."""
+    a_desc = tl.make_tensor_descriptor(a_ptr, [m, k], [a_sm, 1], [BM, 128])
+    b_desc = tl.make_tensor_descriptor(b_ptr, [n, k], [b_sn, 1], [BN, 128])
+    m_tiles = tl.cdiv(m, BM)
+    n_tiles = tl.cdiv(n, BN)
+    for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
+        tile_m, tile_n = tile_order(tile, m_tiles, n_tiles, GROUP_M)
+        row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
+        col = tile_n * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        for block in range(0, tl.cdiv(k, 128)):
+            a = a_desc.load([tile_m * BM, block * 128])
+            b = b_desc.load([tile_n * BN, block * 128])
+            product = tl.dot(a, b.T)
+            sb = sb_ptr + block * sb_sk
+            if not B_ROWS:
+                sb += tile_n * BN // 128 * sb_sn
+            acc = add_scaled(
+                acc, product, sa_ptr + row * sa_sm + block * sa_sk, sb, row < m, col, n, sb_sn, B_ROWS, False
+            )
+        store_tile(acc, out_ptr, bias_ptr, row, row < m, col, n, False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of one program. ``tma``: the persistent kernel, warp-specialised where it runs with 4 warps."""
+
+    bm: int
+    bn: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    tma: bool = False
+
+
+def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132) -> Config:
+    """The tile for a shape on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
+    if m <= 64:
+        # decode reads the weight once: narrow column tiles make enough programs to fill the memory system
+        bm = 16 if m <= 16 else 32 if m <= 32 else 64
+        return Config(bm, 64, 4, 3 if capability in (0, 80) else 4, swap=True)
+    if capability < 89:
+        return Config(64, 64, 4, 2 if capability == 0 else 3)
+    if capability in (89, 120):
+        # 99 KiB of shared memory
+        return Config(64, 128, 4, 3)
+    if triton.cdiv(m, 128) * triton.cdiv(n, 128) < num_sms:
+        return Config(64, 128, 4, 4)
+    # without descriptors 8 warps hold the tile without spilling; with them the compiler makes 12 of 4
+    return Config(128, 128, 4, 4, tma=True) if tma else Config(128, 128, 8, 3)
+
+
+def fits_tma(capability: int, *tensors: torch.Tensor) -> bool:
+    """Whether TMA can read these e4m3 tensors: 16-byte aligned base and rows, last dim contiguous."""
+    return 90 <= capability < 120 and all(
+        t.stride(-2) % 16 == 0 and t.stride(-2) > 0 and t.data_ptr() % 16 == 0 and t.shape[-1] > 0 for t in tensors
+    )
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def capability_of(device: torch.device) -> int:
+    return arch.capability(arch.of(device)) if device.type == "cuda" else 0
+
+
+def upcasts(device: torch.device) -> bool:
+    """Whether e4m3 operands must be widened for the matrix unit."""
+    return device.type == "cuda" and capability_of(device) < 89
+
+
+def operand(x: torch.Tensor) -> torch.Tensor:
+    """What a kernel gets for e4m3 codes: bytes where it widens them."""
+    return x.view(torch.uint8) if upcasts(x.device) else x
+
+
+def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
+    (m, k), n = a.shape, b.shape[0]
+    out = torch.empty((m, n), dtype=out_dtype, device=a.device)
+    if out.numel() == 0:
+        return out
+    capability = capability_of(a.device)
+    num_sms = 132
+    if a.device.type == "cuda":
+        num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
+    tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms)
+    tiles = triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn)
+    b_rows = b_scale.shape[0] == n
+    arguments = (
+        operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), b.stride(0), b_scale, *b_scale.stride(),
+        bias, out, m, n, k,
+    )  # fmt: skip
+    with on_device(a):
+        if tile.tma:
+            if not backends.interpreting():
+                triton.set_allocator(_scratch)
+            matmul_tma_kernel[(min(tiles, num_sms),)](
+                *arguments, B_ROWS=b_rows, BM=tile.bm, BN=tile.bn, GROUP_M=8, SPECIALIZE=tile.num_warps == 4,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+        else:
+            matmul_kernel[(tiles,)](
+                *arguments, B_ROWS=b_rows, UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0,
+                BM=tile.bm, BN=tile.bn, GROUP_M=8, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+    return out
