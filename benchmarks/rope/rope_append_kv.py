@@ -61,7 +61,7 @@ def cases() -> Iterator[Case]:
                 run=tilefuse.rope_append_kv if fp8 else run,
                 upcast=(0, 1, 2) if fp8 else (0, 1, 2, 6, 7),
                 naive=eager_query if fp8 else None,
-                peers={} if fp8 else {"eager": eager, "torch.compile": compiled(eager)},
+                peers={"eager": eager, "torch.compile": compiled(eager)},
                 bytes=rows * (2 * 2 * m.heads + 2 * (2 + written) * m.kv_heads) + rows * 4,
                 call_cost=tokens == 1,
                 suite="quick" if tokens == 4096 and not fp8 else "full",

@@ -424,7 +424,7 @@ def test_14_more_than_two_to_the_31_elements():
 
 
 def test_memory_is_linear():
-    """S = 65,536: the scores alone would take 17 GB per head; the process may grow by a small multiple of the inputs."""
+    """S = 65,536: the scores alone would take 17 GB per head; the process grows by a few times the inputs."""
     import resource
     import subprocess
     import sys
@@ -521,7 +521,8 @@ def _errors():
     yield "cu_empty", ValueError, lambda: ((*p, None, None, cu[:0]), {})
     for options in (
         {"window": (-2, 0)}, {"window": (0, -2)}, {"window": (1, 2, 3)}, {"dilation": 0}, {"sink_tokens": -1},
-        {"softcap": -1.0}, {"softcap": float("inf")}, {"scale": float("nan")}, {"max_seqlen_q": -1}, {"max_seqlen_k": -1},
+        {"softcap": -1.0}, {"softcap": float("inf")}, {"scale": float("nan")}, {"max_seqlen_q": -1},
+        {"max_seqlen_k": -1},
     ):  # fmt: skip
         yield f"{next(iter(options.items()))}", ValueError, lambda options=options: ((q, k, v), options)
 

@@ -160,7 +160,7 @@ def _rows_sum_kernel(
     at = tl.load(POSITIONS + b * globals_ + g).to(tl.int64)
     columns = tl.arange(0, BD)
     dq = tl.zeros([BD], tl.float32)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         part = tl.cast(chunk, tl.int64) * stride_px + b * stride_pb + g.to(tl.int64) * stride_ps + h * stride_ph
         dq += tl.load(PARTS + part + columns, mask=columns < D, other=0.0)
     pointers = DQ + b * stride_db + at * stride_ds + h * stride_dh + columns
@@ -189,7 +189,7 @@ def _rows_dkdv_kernel(
     v = load_rows(V + b * stride_vb + kv_head * stride_vh, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = (kv * group + member).to(tl.int64)
         QH = Q + b * stride_qb + head * stride_qh
         GH = DOUT + b * stride_gb + head * stride_gh
@@ -233,7 +233,7 @@ def config(kernel: str, head_dim: int, element_size: int, globals_: int) -> Conf
     """Tiles of ``fwd``, ``dq`` or ``dkdv`` of the global rows; few rows take a small tile."""
     rows = max(16, triton.next_power_of_2(globals_))
     if element_size > 2:
-        return Config(16 if head_dim > 64 else 32, 16 if head_dim > 64 else 32, 4, 1)
+        return Config(16, 16, 8, 1)
     if kernel == "fwd":
         return Config(min(rows, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 2)
     if kernel == "dq":
@@ -276,7 +276,9 @@ def global_attention_fwd(
     count = positions.shape[1]
     if count == 0 or out.numel() == 0:
         return out, lse
-    q_global, k_global, v_global = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
+    q_global, k_global, v_global = (
+        a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v))
+    )
     batch, length, heads, _ = q.shape
     positions = positions.int().contiguous()
     chunks = triton.cdiv(length, CHUNK)
@@ -364,9 +366,23 @@ def aot_cases():
     types |= {"POSITIONS": "i32", "KEY_MASK": "u8"}
     kernels = {"fwd": _rows_fwd_kernel, "dq": _rows_dq_kernel, "dkdv": _rows_dkdv_kernel}
     for kernel, fn in kernels.items():
-        for dtype, dim, count in (("bf16", 64, 16), ("bf16", 64, 256), ("bf16", 128, 64), ("bf16", 256, 16), ("fp32", 64, 16)):
+        for dtype, dim, count in (
+            ("bf16", 64, 16),
+            ("bf16", 64, 256),
+            ("bf16", 128, 64),
+            ("bf16", 256, 16),
+            ("fp32", 64, 16),
+        ):
             tile = config(kernel, dim, 4 if dtype == "fp32" else 2, count)
-            constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "BM": tile.block_m, "BN": tile.block_n, "CHUNK": CHUNK}
+            constants = {
+                "D": dim,
+                "DV": dim,
+                "BD": dim,
+                "BDV": dim,
+                "BM": tile.block_m,
+                "BN": tile.block_n,
+                "CHUNK": CHUNK,
+            }
             constants |= {"MASKED": True, "CAUSAL": False, "DLSE_GIVEN": False, "ADD_K": True, "ADD_V": True}
             yield AotCase(
                 f"{kernel}_{dtype}_d{dim}_g{count}",

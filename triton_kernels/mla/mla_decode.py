@@ -280,20 +280,21 @@ def combine_kernel(
     tl.store(lse + (sequence * HEADS + head) * queries + query, value)
 
 
-def tile(rows: int, rank: int, itemsize: int, is_fp8: bool, capability: int) -> dict[str, int]:
+def tile(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, capability: int) -> dict[str, int]:
     """A tile of query rows no larger than there are, and the keys per step.
 
     The accumulator is BM x R float32: 64 x 512 takes 128 registers of each of 256 threads. Shared memory holds two
-    steps of keys, which leaves sm_89 and sm_120 (99 KiB) no room for more than 32 rows; on sm_100 more rows spill.
+    steps of keys, which leaves sm_89 and sm_120 (99 KiB) no room for more than 32 rows; on sm_100, and with the slots
+    of sparse decode, more rows spill.
     Three stages, because keys are found through the page table: one for its entry, one for the row.
     """
     if itemsize > 2:
         return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
     if is_fp8:
         # codes are widened in registers: only sm_90, whose products read shared memory, has room for a large tile
-        block_m = 64 if capability == 90 and rows > 32 else 16
+        block_m = 64 if capability == 90 and rows > 32 and not sparse else 16
         return {"BM": block_m, "BN": 32, "num_warps": 8, "num_stages": 3}
-    block_m = min(64 if capability in (80, 90) else 32, max(16, triton.next_power_of_2(rows)))
+    block_m = min(64 if capability in (80, 90) and not sparse else 32, max(16, triton.next_power_of_2(rows)))
     warps = 8 if block_m * triton.next_power_of_2(rank) >= 16384 else 4
     return {"BM": block_m, "BN": 32, "num_warps": warps, "num_stages": 3}
 
@@ -354,7 +355,7 @@ def attend(
     capacity = columns if sparse else columns * page_size
     rows = heads if sparse else queries * heads
     sequences = batch * queries if sparse else batch
-    config = tile(rows, row.rank, q.element_size(), row.is_fp8, arch.capability(arch.of(q.device)))
+    config = tile(rows, row.rank, q.element_size(), row.is_fp8, sparse, arch.capability(arch.of(q.device)))
     tiles = triton.cdiv(rows, config["BM"])
     if sparse:
         # from the length of the lists alone, so that a result does not depend on the batch
@@ -484,7 +485,7 @@ def aot_cases():
         pointers |= dict(zip(("latent", "scales", "rotated"), stored)) | {"out": kind if direct else "fp32"}
         targets_of: dict[tuple, list[str]] = {}
         for target in arch.COMPILE_TARGETS:
-            config = tile(heads, rank, itemsize, is_fp8, arch.capability(target))
+            config = tile(heads, rank, itemsize, is_fp8, sparse, arch.capability(target))
             targets_of.setdefault((is_fp8 and target in natives, *config.items()), []).append(target)
         for (native, *config), targets in targets_of.items():
             if direct and dict(config)["BM"] == 64:

@@ -17,6 +17,7 @@ from ...backends import interpreting
 from ..common import tuned
 from ..common.grouped import find_tile, group_rows, groups_padded, max_tiles, tile_order
 from ..common.launch import on_device
+from ..common.signature import signature_of
 
 
 @triton.jit
@@ -59,9 +60,7 @@ def grouped_matmul_kernel(
                     w = b_blocks.load([group * N + tile_n * BLOCK_N, start])  # [BLOCK_N, BLOCK_K]
                     acc = tl.dot(x, w.T, acc, input_precision="ieee")
             else:
-                source, exists = source_rows(
-                    index, row, inside & (group < GROUPS), a_rows, index_div, HAS_INDEX
-                )
+                source, exists = source_rows(index, row, inside & (group < GROUPS), a_rows, index_div, HAS_INDEX)
                 k = tl.arange(0, BLOCK_K)
                 a_rows_at = a + source[:, None] * stride_a
                 b_cols_at = b + group.to(tl.int64) * stride_be + col.to(tl.int64)[None, :] * stride_bn
@@ -75,9 +74,7 @@ def grouped_matmul_kernel(
                     )  # [BLOCK_K, BLOCK_N]
                     acc = tl.dot(x, w, acc, input_precision="ieee")
             if HAS_BIAS:
-                column = tl.load(
-                    bias + group.to(tl.int64) * N + col, mask=(col < N) & (group < GROUPS), other=0.0
-                )
+                column = tl.load(bias + group.to(tl.int64) * N + col, mask=(col < N) & (group < GROUPS), other=0.0)
                 acc += column.to(tl.float32)[None, :]
             tl.store(
                 out + row.to(tl.int64)[:, None] * N + col[None, :],
@@ -147,6 +144,10 @@ class Config:
     @property
     def options(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "gather_first"}
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {name: value for name, value in self.options.items() if name.isupper()}
 
 
 def bucket(rows_per_group: float) -> int:
@@ -262,3 +263,42 @@ def grouped_matmul_wgrad(a, grad, offsets, a_index, grad_index, index_div, out_d
             A_INDEX=a_index is not None, GRAD_INDEX=grad_index is not None, **tile,
         )  # fmt: skip
     return out
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    pointers = {"offsets": "i32", "index": "i32", "a_index": "i32", "grad_index": "i32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        itemsize = 4 if dtype == "fp32" else 2
+        for rows in (8, 32, 64, 512) if dtype == "bf16" else (512,):
+            for tma in (False, True) if itemsize == 2 else (False,):
+                tile = heuristic(rows * 128, 128, 2048, 768, itemsize)
+                constants = tile.tile | {
+                    "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "HAS_INDEX": not tma, "HAS_BIAS": False,
+                    "TMA": tma, "stride_bk": 1, "bias": None,
+                }  # fmt: skip
+                if tma:
+                    constants["index"] = None
+                yield AotCase(
+                    f"fwd_{dtype}_m{rows}{'_tma' if tma else ''}",
+                    grouped_matmul_kernel,
+                    **signature_of(grouped_matmul_kernel, pointers | {"": dtype}, constants, ("N", "K")),
+                    options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                    targets=("sm_90", "sm_100", "sm_120") if tma else None,
+                    expect=("MMA",) if itemsize == 2 else None,
+                )
+        tile = wgrad_config(2048, 768, itemsize)
+        constants = {name: value for name, value in tile.items() if name.isupper()}
+        yield AotCase(
+            f"wgrad_{dtype}",
+            grouped_matmul_wgrad_kernel,
+            **signature_of(
+                grouped_matmul_wgrad_kernel,
+                pointers | {"": dtype},
+                constants | {"A_INDEX": True, "GRAD_INDEX": False, "grad_index": None},
+                ("N", "K"),
+            ),
+            options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
+            expect=("MMA",) if itemsize == 2 else None,
+        )

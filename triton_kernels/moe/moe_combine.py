@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from ..common.launch import on_device
+from ..common.signature import signature_of
 
 
 @triton.jit
@@ -81,3 +82,25 @@ def moe_combine_bwd(grad, y, inverse, weights, top_k):
                 TOP_K=top_k, BLOCK=block(y.shape[1]), num_warps=4,
             )  # fmt: skip
     return dy, dweights
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    for dtype in ("bf16", "fp32"):
+        pointers = {"inverse": "i32", "weights": "fp32", "dweights": "fp32", "": dtype}
+        forward = {"TOP_K": 8, "HAS_WEIGHTS": True, "BLOCK": 1024}
+        yield AotCase(
+            f"fwd_{dtype}",
+            moe_combine_fwd_kernel,
+            **signature_of(moe_combine_fwd_kernel, pointers, forward, ("H",)),
+            options={"num_warps": 4},
+            expect=("LDG.128",),
+        )
+        yield AotCase(
+            f"bwd_{dtype}",
+            moe_combine_bwd_kernel,
+            **signature_of(moe_combine_bwd_kernel, pointers, {"TOP_K": 8, "BLOCK": 1024}, ("H",)),
+            options={"num_warps": 4},
+            expect=("LDG.128",),
+        )

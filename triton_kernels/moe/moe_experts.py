@@ -9,7 +9,8 @@ import triton.language as tl
 
 from ..common.grouped import find_tile, groups_padded, max_tiles, tile_order
 from ..common.launch import on_device
-from .grouped_matmul import config, gathered, programs_of, source_rows
+from ..common.signature import signature_of
+from .grouped_matmul import config, gathered, heuristic, programs_of, source_rows
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def moe_experts_up_kernel(
             k = tl.arange(0, BLOCK_K)
             x_at = x + source[:, None] * stride_x
             gate_at = w + wide * stride_we + col.to(tl.int64)[None, :] * stride_wn
-            up_at = gate_at + INNER.to(tl.int64) * stride_wn
+            up_at = gate_at + tl.full([], INNER, tl.int64) * stride_wn
             # two accumulators: two dots into one are miscompiled on some targets
             gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -93,9 +94,7 @@ def moe_experts_up_kernel(
                 tl.store(z_at, gate.to(z.dtype.element_ty), mask=mask)
                 tl.store(z_at + INNER, up.to(z.dtype.element_ty), mask=mask)
             value, _, _ = activate(gate, up, alpha, limit, ACTIVATION)
-            tl.store(
-                h + row.to(tl.int64)[:, None] * INNER + col[None, :], value.to(h.dtype.element_ty), mask=mask
-            )
+            tl.store(h + row.to(tl.int64)[:, None] * INNER + col[None, :], value.to(h.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -122,9 +121,7 @@ def moe_experts_act_bwd_kernel(
         dz_at = dz + wide * 2 * INNER + col
         tl.store(dz_at, tl.where(read, d_gate * d * w, 0.0).to(dz.dtype.element_ty), mask=mask)
         tl.store(dz_at + INNER, tl.where(read, d_up * d * w, 0.0).to(dz.dtype.element_ty), mask=mask)
-        tl.store(
-            weighted_h + wide * INNER + col, tl.where(read, h * w, 0.0).to(weighted_h.dtype.element_ty), mask=mask
-        )
+        tl.store(weighted_h + wide * INNER + col, tl.where(read, h * w, 0.0).to(weighted_h.dtype.element_ty), mask=mask)
     tl.store(dweights + slot, tl.sum(dot, axis=0).to(dweights.dtype.element_ty))
 
 
@@ -169,3 +166,37 @@ def moe_experts_act_bwd(z, dh, offsets, order, weights, activation, alpha, limit
                 GROUPS=offsets.shape[0] - 1, ACTIVATION=activation, BLOCK=block, num_warps=4,
             )  # fmt: skip
     return dz, weighted_h, dweights
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    for dtype in ("bf16", "fp16", "fp32"):
+        for rows in (8, 64, 512, 4096) if dtype == "bf16" else (512,):
+            tile = heuristic(rows * 128, 128, 768, 2048, 4 if dtype == "fp32" else 2)
+            tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, 128))
+            pointers = {"offsets": "i32", "order": "i32", "": dtype}
+            constants = tile.tile | {
+                "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "GATHER": True, "HAS_BIAS": False, "SAVE": True,
+                "ACTIVATION": "silu",
+            }  # fmt: skip
+            yield AotCase(
+                f"up_{dtype}_m{rows}",
+                moe_experts_up_kernel,
+                **signature_of(
+                    moe_experts_up_kernel, pointers, constants | {"stride_wk": 1, "bias": None}, ("INNER", "K")
+                ),
+                options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                expect=("MMA",) if dtype != "fp32" else None,
+            )
+        yield AotCase(
+            f"act_bwd_{dtype}",
+            moe_experts_act_bwd_kernel,
+            **signature_of(
+                moe_experts_act_bwd_kernel,
+                {"offsets": "i32", "order": "i32", "weights": "fp32", "dweights": "fp32", "": dtype},
+                {"GROUPS": 128, "ACTIVATION": "silu", "BLOCK": 1024},
+                ("INNER",),
+            ),
+            options={"num_warps": 4},
+        )

@@ -165,11 +165,12 @@ def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int, elements: int
     while block_heads > 1 and any(h % block_heads for h in heads):
         block_heads //= 2
     width = triton.next_power_of_2(rotary_dim)
+    block_copy = min(128, triton.next_power_of_2(max(pass_dim, 1)))
     return {
-        "BT": max(1, min(32, elements // (block_heads * width))),
+        "BT": max(1, min(32, elements // (block_heads * max(width, block_copy)))),
         "BH": block_heads,
         "BLOCK_HALF": width // 2,
-        "BLOCK_COPY": min(128, triton.next_power_of_2(max(pass_dim, 1))),
+        "BLOCK_COPY": block_copy,
         "num_warps": 4,
     }
 

@@ -71,7 +71,9 @@ class BlockPattern:
                 counts[i, j] += 1
         if ax is None:
             side = min(8.0, 2 + self.rows / 8)
-            _, ax = plt.subplots(figsize=(side * max(0.5, self.columns / max(1, self.rows)), side), layout="constrained")
+            _, ax = plt.subplots(
+                figsize=(side * max(0.5, self.columns / max(1, self.rows)), side), layout="constrained"
+            )
         ax.imshow(counts.numpy(), cmap="Blues", vmin=0, vmax=max(1.0, float(counts.max())), interpolation="nearest")
         ax.set_xticks([x - 0.5 for x in range(self.columns + 1)], minor=True)
         ax.set_yticks([y - 0.5 for y in range(self.rows + 1)], minor=True)
@@ -198,10 +200,14 @@ def block_pattern(
             ends = (groups[:, None] * stride + torch.arange(stride - summary, stride, device=device)).flatten()
             inside = torch.arange(stride, device=device)
             group = torch.div(own, stride, rounding_mode="floor")
-            keys = torch.cat([pairs(row[:, None], group[:, None] * stride + inside), pairs(row[:, None], ends[None, :])])
+            keys = torch.cat(
+                [pairs(row[:, None], group[:, None] * stride + inside), pairs(row[:, None], ends[None, :])]
+            )
     elif kind == "bigbird":
         if rows != columns or rows < 5:
-            errors.value_error(name, "seq_len_q", "seq_len_k, and at least five blocks, for bigbird", (seq_len_q, seq_len_k))
+            errors.value_error(
+                name, "seq_len_q", "seq_len_k, and at least five blocks, for bigbird", (seq_len_q, seq_len_k)
+            )
         heads = num_heads
         fixed = torch.cat(
             [

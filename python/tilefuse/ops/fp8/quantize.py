@@ -112,7 +112,7 @@ fp8_quantize_rows = kernel(
     "fp8_quantize_rows(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_rows,
-    backends=("reference", "cpu", "triton"),
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 fp8_quantize_tiles = kernel(
     "fp8_quantize_tiles(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)", module=_MODULE, fake=_fake_tiles

@@ -19,7 +19,10 @@ def _fake(gate_up: Tensor, _pow2: bool, _eps: float) -> tuple[Tensor, Tensor]:
 
 
 silu_mul_quantize_fwd = kernel(
-    "silu_mul_quantize_fwd(Tensor gate_up, bool pow2, float eps) -> (Tensor, Tensor)", module=_MODULE, fake=_fake
+    "silu_mul_quantize_fwd(Tensor gate_up, bool pow2, float eps) -> (Tensor, Tensor)",
+    module=_MODULE,
+    fake=_fake,
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 
 

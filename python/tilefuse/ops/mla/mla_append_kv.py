@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ... import errors
@@ -37,13 +38,21 @@ def _not_float64(kv_a, weight, cos, sin, positions, cache, *_):
     return f"does not take {errors.dtype_name(wide[0])}" if wide else None
 
 
+def _not_cuda(kv_a, weight, cos, sin, positions, cache, *_):
+    if weight.dtype not in (kv_a.dtype, torch.float32):
+        return f"does not take a {errors.dtype_name(weight.dtype)} weight with {errors.dtype_name(kv_a.dtype)} rows"
+    if cache.dtype not in (kv_a.dtype, torch.uint8):
+        return f"does not write {errors.dtype_name(kv_a.dtype)} rows to a {errors.dtype_name(cache.dtype)} cache"
+    return None
+
+
 mla_append_kv_fwd = kernel(
     "mla_append_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) cache, "
     "Tensor slot_mapping, float eps, bool interleaved, str layout) -> ()",
     module=_MODULE,
     fake=_fake,
     backends=("reference", "cpu", "triton", "cuda"),
-    when={"cpu": _not_float64, "triton": _not_float64, "cuda": _not_float64},
+    when={"cpu": _not_float64, "triton": _not_float64, "cuda": _not_cuda},
 )
 
 

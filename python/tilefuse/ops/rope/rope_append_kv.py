@@ -59,6 +59,7 @@ rope_append_kv_fwd = kernel(
     " -> Tensor",
     module=_MODULE,
     fake=_fake,
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 
 

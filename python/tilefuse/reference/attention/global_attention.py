@@ -1,4 +1,4 @@
-"""Window attention with global tokens in PyTorch: O(S * (window + G)) for the local rows, O(G * S) for the global ones."""
+"""Window attention with global tokens in PyTorch: O(S * (window + G))."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .window_attention import _blocks
 
 
 def global_positions(global_index: Tensor, key_mask: Tensor | None, length: int) -> Tensor:
-    """Valid global positions [B, G] int64, ascending, each once; -1 in the place of padding, repeats and hidden keys."""
+    """Valid global positions [B, G] int64, ascending, each once; -1 for padding, repeats and hidden keys."""
     index = global_index.long()
     valid = (index >= 0) & (index < length)
     if key_mask is not None and length:
@@ -70,7 +70,9 @@ def global_attention_fwd(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    q_global, k_global, v_global = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
+    q_global, k_global, v_global = (
+        a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v))
+    )
     out = q.new_zeros(*q.shape[:3], v.shape[-1])
     lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -INFINITE, dtype=compute_dtype(q))
     for b, positions, shown in _sequences(q, global_index, key_mask):
@@ -114,7 +116,14 @@ def global_attention_bwd(
     for b, positions, shown in _sequences(q, global_index, key_mask):
         for rows, keys, visible in _local(positions, shown, left, right, dilation, causal):
             dq, dk, dv = attend_bwd(
-                dout[b, rows], delta[b, :, rows], q[b, rows], k[b, keys], v[b, keys], lse[b, :, rows], visible, scale=scale
+                dout[b, rows],
+                delta[b, :, rows],
+                q[b, rows],
+                k[b, keys],
+                v[b, keys],
+                lse[b, :, rows],
+                visible,
+                scale=scale,
             )
             grads[0][b, rows] += dq
             grads[1][b].index_add_(1, keys, dk)
