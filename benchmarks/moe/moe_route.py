@@ -42,8 +42,8 @@ def cases() -> Iterator[Case]:
         for tokens in (1, 128, 4096, 32768):
 
             def inputs(device, generator, tokens=tokens, m=m):
-                # one bias for all: near ties of biased scores then are near ties of weights, and no check is a matter of
-                # luck; the work does not depend on the values
+                # one bias for all: near ties of biased scores are then near ties of weights, so no check is a matter
+                # of luck; the work does not depend on the values
                 bias = torch.full((m.experts,), 0.25, device=device) if m.score == "sigmoid" else None
                 return normal((tokens, m.experts), torch.float32, device, generator), bias
 
