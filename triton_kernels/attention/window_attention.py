@@ -659,7 +659,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
         extras: how many of mask, bias, soft cap, dilation, packing, prefix and ragged head dim cost registers.
     """
     if element_size > 2:
-        return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
+        return Config(32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
             return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 4, 3)
