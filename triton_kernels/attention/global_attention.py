@@ -233,7 +233,7 @@ def config(kernel: str, head_dim: int, element_size: int, globals_: int) -> Conf
     """Tiles of ``fwd``, ``dq`` or ``dkdv`` of the global rows; few rows take a small tile."""
     rows = max(16, triton.next_power_of_2(globals_))
     if element_size > 2:
-        return Config(16, 16, 8, 1)
+        return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
     if kernel == "fwd":
         return Config(min(rows, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 2)
     if kernel == "dq":
