@@ -193,6 +193,32 @@ def test_equals_window_attention(device):
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
 
 
+def test_21_lists_of_another_length(device):
+    """Lists made for a longer sequence are refused, not read askew."""
+    q, k, v = qkv(1, 64, 64, 2, 1, 16, device=device)
+    long = tilefuse.block_pattern("window", 96, 96, block_size=16, window=(20, 0), device=device)
+    with pytest.raises(ValueError, match="row_offsets must be"):
+        tilefuse.block_sparse_attention(q, k, v, long.row_offsets, long.col_index, block_size=16)
+
+
+def test_22_merged_by_lse(device):
+    """Two disjoint lists, merged by their log-sum-exp, are the attention over both; gradients included."""
+    leaves = [x.requires_grad_() for x in qkv(1, 64, 64, 2, 1, 16, device=device)]
+    near = torch.eye(4, dtype=torch.bool, device=device)
+    far = torch.rand(4, 4, generator=torch.Generator().manual_seed(2)).to(device) > 0.5
+    results = []
+    for masks in ([near | far], [near, far & ~near]):
+        parts = []
+        for mask in masks:
+            p = tilefuse.block_pattern("from_mask", 64, 64, block_size=16, mask=mask)
+            parts.append(tilefuse.block_sparse_attention(*leaves, p.row_offsets, p.col_index, block_size=16))
+        lse = torch.logsumexp(torch.stack([part[1] for part in parts]), 0)
+        out = sum(o * torch.exp(part_lse - lse).transpose(1, 2)[..., None] for o, part_lse in parts)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_training_step(device):
     tensors, index, options = case("per_head", device)
     leaves = [x.requires_grad_() for x in tensors]
