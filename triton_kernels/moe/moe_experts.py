@@ -136,8 +136,10 @@ def moe_experts_act_bwd_kernel(
 
 
 def narrowed(tile: Config) -> Config:
-    """A tile holds a gate and an up column block: no wider than 128, more warps where it is tall."""
-    return replace(tile, BLOCK_N=min(tile.BLOCK_N, 128), num_warps=8 if tile.BLOCK_M >= 128 else tile.num_warps)
+    """A tile holds a gate and an up column block: two accumulators of 128 x 128 would not fit the registers."""
+    if tile.BLOCK_M < 128:
+        return replace(tile, BLOCK_N=min(tile.BLOCK_N, 128))
+    return replace(tile, BLOCK_N=min(tile.BLOCK_N, 64), num_warps=8)
 
 
 def config(rows, groups, inner, k, dtype, device) -> Config:
