@@ -192,7 +192,7 @@ def _plot_roof(lines: Sequence[Line], title: str, path: Path) -> Path:
     axes.axvline(100, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("% of this machine's measured roof (copy or matmul)")
     axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _save(figure, path)
 
 

@@ -34,11 +34,11 @@ class Roof:
         """The rate for a dtype; for one that has no matmul of its own here, the fastest."""
         return self.tflops.get(dtype) or max(self.tflops.values(), default=0.0)
 
-    def attainable_seconds(self, nbytes: int, flops: int, dtype: str) -> tuple[float, str]:
+    def attainable_seconds(self, nbytes: int, flops: int, dtype: str, cached: bool = False) -> tuple[float, str]:
         """The least time that a copy and a matmul on this machine suggest, and which of the two sets it."""
-        memory = nbytes / (self.copy_gbps * 1e9)
+        memory = nbytes / ((max(self.copy_gbps, self.cached_gbps) if cached else self.copy_gbps) * 1e9)
         compute = flops / (self.matmul(dtype) * 1e12) if flops and self.tflops else 0.0
-        return (compute, "compute") if compute > memory else (memory, "memory")
+        return (compute, "compute") if compute > memory else (memory, "cache" if cached else "memory")
 
     def floor_seconds(self, nbytes: int, flops: int, device: str, cached: bool) -> float:
         """The time below which a measurement cannot be right: every roof at its highest, minus the tolerance."""

@@ -147,17 +147,22 @@ def test_failed_check_is_exit_code_1(capsys, monkeypatch):
     assert "off" in out
 
 
-def broken_kernel(monkeypatch, name, spoil):
-    """The reference kernel, spoiled, as the CPU backend of a kernel."""
-    kernel = library.kernels()[name]
-    real = kernel.implementation
+def broken_kernel(monkeypatch, name, spoil, forward=None):
+    """The reference kernel, spoiled, as every other backend of a kernel; ``forward`` stays right."""
 
-    def implementation(backend):
-        if backend == "reference":
-            return real(backend)
-        return (lambda *args: spoil(real("reference")[0](*args))), None
+    def replace(kernel, change):
+        real = kernel.implementation
 
-    monkeypatch.setattr(kernel, "implementation", implementation)
+        def implementation(backend):
+            if backend == "reference":
+                return real(backend)
+            return (lambda *args: change(real("reference")[0](*args))), None
+
+        monkeypatch.setattr(kernel, "implementation", implementation)
+
+    replace(library.kernels()[name], spoil)
+    if forward:
+        replace(library.kernels()[forward], lambda out: out)
     # kernels cache their choice until the setting changes
     backends.forget()
 
@@ -178,6 +183,33 @@ def test_verify_sees_a_broken_kernel(monkeypatch, spoil):
     assert good.samples == 4 and good.gradients > 0
     broken_kernel(monkeypatch, "rope_fwd", spoil)
     assert verification.check_op("rope", "cpu", "cpu", limit=4).status == "failed"
+
+
+@pytest.mark.parametrize("spoil", [lambda out: out * 1.02, one_row_off])
+def test_verify_sees_a_broken_backward(monkeypatch, spoil):
+    assert verification.check_op("merge_attention", "cpu", "reference", limit=3).gradients == 3
+    broken_kernel(
+        monkeypatch, "merge_attention_bwd", lambda out: (spoil(out[0]), *out[1:]), forward="merge_attention_fwd"
+    )
+    check = verification.check_op("merge_attention", "cpu", "triton", limit=3)
+    assert check.status == "failed"
+    assert "gradient 0" in check.reason
+
+
+def test_naive_is_rounded_after_each_step():
+    x, y = torch.randn(8, 64), torch.randn(64, 8)
+    with verification.StepByStep(torch.bfloat16):
+        got = (x @ y).exp().sum(0)
+    exponential = (x @ y).bfloat16().exp()
+    assert torch.equal(got, exponential.float().sum(0).bfloat16().float())
+    tables = torch.rand(8, 32), torch.rand(8, 32)
+    z = torch.randn(5, 2, 64, dtype=torch.bfloat16)
+    with tilefuse.backend("reference"):
+        exact = tilefuse.rope(z.double(), *tables)
+        once = tilefuse.rope(z, *tables)
+        with verification.StepByStep(torch.bfloat16):
+            steps = tilefuse.rope(z, *tables)
+    assert (steps - exact).abs().mean() > 1.2 * (once - exact).abs().mean()
 
 
 def test_verify_accepts_the_reference_under_another_name(monkeypatch):

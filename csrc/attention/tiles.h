@@ -344,11 +344,11 @@ class Forward {
   }
 
   // a null row is not written
-  void end(T* const* out, float* const* lse) {
+  void end(T* const* out, float* const* lse, float scale = 1.0f) {
     for (int lane = 0; lane < L; ++lane) {
       if (out[lane] == nullptr) continue;
       const float total = total_[lane];
-      const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+      const float inverse = total == 0.0f ? 0.0f : scale / total;
       for (int64_t d = 0; d < dim_v_; ++d) out[lane][d] = from_float<T>(acc_[d * L + lane] * inverse);
       *lse[lane] = total == 0.0f ? -kInfinity : top_[lane] + std::log(total);
     }
@@ -507,11 +507,15 @@ class KeyGradient {
     sum_over_rows<L>(pack_weights<L>(dp_, count, p_), q_values_, words(count, kPer), dim_, dk_);
   }
 
-  void end(T* const* dk, T* const* dv, float scale) {
+  // the outputs are T, or float where others add to them; add_k and add_v are for those others
+  template <typename K, typename V>
+  void end(K* const* dk, V* const* dv, float scale, bool add_k = false, bool add_v = false) {
     for (int lane = 0; lane < L; ++lane) {
       if (dk[lane] == nullptr) continue;
-      for (int64_t d = 0; d < dim_; ++d) dk[lane][d] = from_float<T>(dk_[d * L + lane] * scale);
-      for (int64_t d = 0; d < dim_v_; ++d) dv[lane][d] = from_float<T>(dv_[d * L + lane]);
+      for (int64_t d = 0; d < dim_; ++d)
+        dk[lane][d] = from_float<K>(dk_[d * L + lane] * scale + (add_k ? to_float(dk[lane][d]) : 0.0f));
+      for (int64_t d = 0; d < dim_v_; ++d)
+        dv[lane][d] = from_float<V>(dv_[d * L + lane] + (add_v ? to_float(dv[lane][d]) : 0.0f));
     }
   }
 

@@ -258,12 +258,12 @@ static void load_query_rows(const WindowCall& call, const WindowSequence& s, int
 }
 
 // dk and dv of the band: every key tile on its own, the query heads of a group one after the other
-template <typename T>
+template <typename T, typename O>
 static void window_key_gradient(const WindowCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   KeyGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *k[kLanes], *v[kLanes], *q[kRows], *dout[kRows];
-  T *dk[kLanes], *dv[kLanes];
+  O *dk[kLanes], *dv[kLanes];
   bool live[kRows];
   QueryRows rows;
   const int64_t group = call.heads / call.kv_heads;
@@ -284,8 +284,8 @@ static void window_key_gradient(const WindowCall& call, int64_t begin, int64_t e
       engine.position[lane] = kNowhere;
       if (lane >= count) continue;
       const int64_t token = c.residue + static_cast<int64_t>(n0 + lane) * d;
-      dk[lane] = row<T>(call.dk, s.batch, s.k0 + token, kv);
-      dv[lane] = row<T>(call.dv, s.batch, s.k0 + token, kv);
+      dk[lane] = row<O>(call.dk, s.batch, s.k0 + token, kv);
+      dv[lane] = row<O>(call.dv, s.batch, s.k0 + token, kv);
       if (is_hidden(call, s, token)) continue;
       engine.position[lane] = n0 + lane;
       k[lane] = row<T>(call.k, s.batch, s.k0 + token, kv);
@@ -314,12 +314,12 @@ static void window_key_gradient(const WindowCall& call, int64_t begin, int64_t e
 }
 
 // dk and dv of the prefix keys, which every query may see: one task per sequence, kv head and tile of keys
-template <typename T>
+template <typename T, typename O>
 static void window_prefix_gradient(const WindowCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   KeyGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *k[kLanes], *v[kLanes], *q[kRows], *dout[kRows];
-  T *dk[kLanes], *dv[kLanes];
+  O *dk[kLanes], *dv[kLanes];
   bool live[kRows];
   QueryRows rows;
   const int64_t group = call.heads / call.kv_heads, tiles = (call.prefix + kLanes - 1) / kLanes;
@@ -333,8 +333,8 @@ static void window_prefix_gradient(const WindowCall& call, int64_t begin, int64_
       engine.position[lane] = there ? token : kNowhere;
       k[lane] = there ? row<T>(call.k, s.batch, s.k0 + token, kv) : nullptr;
       v[lane] = there ? row<T>(call.v, s.batch, s.k0 + token, kv) : nullptr;
-      dk[lane] = there ? row<T>(call.dk, s.batch, s.k0 + token, kv) : nullptr;
-      dv[lane] = there ? row<T>(call.dv, s.batch, s.k0 + token, kv) : nullptr;
+      dk[lane] = there ? row<O>(call.dk, s.batch, s.k0 + token, kv) : nullptr;
+      dv[lane] = there ? row<O>(call.dv, s.batch, s.k0 + token, kv) : nullptr;
     }
     engine.begin(k, v);
     const int32_t delta = s.sk - s.sq;
@@ -356,7 +356,8 @@ static void window_prefix_gradient(const WindowCall& call, int64_t begin, int64_
 
 enum class Pass : int { forward, query_gradient, key_gradient, prefix_gradient };
 
-template <typename T>
+// O: type of dk and dv
+template <typename T, typename O>
 static void run_window_pass(const WindowCall& call, int pass, int64_t begin, int64_t end) {
   switch (static_cast<Pass>(pass)) {
     case Pass::forward:
@@ -364,9 +365,9 @@ static void run_window_pass(const WindowCall& call, int pass, int64_t begin, int
     case Pass::query_gradient:
       return window_query_gradient<T>(call, begin, end);
     case Pass::key_gradient:
-      return window_key_gradient<T>(call, begin, end);
+      return window_key_gradient<T, O>(call, begin, end);
     case Pass::prefix_gradient:
-      return window_prefix_gradient<T>(call, begin, end);
+      return window_prefix_gradient<T, O>(call, begin, end);
   }
 }
 

@@ -6,7 +6,7 @@ namespace tilefuse {
 namespace TILEFUSE_ISA {
 
 void window_attention_pass(const WindowCall& call, int pass, int64_t begin, int64_t end) {
-  TILEFUSE_BY_DTYPE(call.dtype, T, { run_window_pass<T>(call, pass, begin, end); })
+  TILEFUSE_BY_DTYPE(call.dtype, T, { run_window_pass<T, T>(call, pass, begin, end); })
 }
 
 }  // namespace TILEFUSE_ISA

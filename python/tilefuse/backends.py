@@ -80,6 +80,9 @@ def backend(name: str | None = None) -> str | _Setting:
         return _requested
     if name not in ("auto", *BACKENDS):
         raise ValueError(f"tilefuse.backend: name must be auto or one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "triton" and interpreting():
+        # installs the faithful interpreter; a reason against Triton is told by the first call
+        triton_missing()
     setting = _Setting(_requested)
     _set(name)
     return setting

@@ -85,7 +85,7 @@ class Kernel:
     reference   ``tilefuse/reference/<module>.py``, function ``<name>``
     cpu         ``torch.ops.tilefuse_cpu.<name>``, registered by ``csrc/<module>_cpu.cpp``
     triton      ``triton_kernels/<module>.py``, function ``<name>``
-    cuda        ``torch.ops.tilefuse_cuda.<name>``, registered by ``csrc/<module>.cu``
+    cuda        ``torch.ops.tilefuse_cuda.<name>``, registered by ``csrc/<module>.cu`` or ``<module>_sm90.cu``
     ==========  =====================================================================================
 
     All take the schema's arguments positionally. ``when[backend](*args)`` may refuse a call by returning a

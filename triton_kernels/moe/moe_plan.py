@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import on_device
+from ..common.signature import signature_of
+
 # slots up to which the single launch wins over the three launches of the chunked path
 ALL_PAIRS_SLOTS = 4096
 
@@ -125,16 +128,37 @@ def moe_plan_fwd(ids, num_experts):
     tile = config(slots)
     programs = triton.cdiv(slots, tile["BLOCK"])
     grid = (programs + triton.cdiv(num_experts + 1, tile["BLOCK"]),)
-    if slots <= ALL_PAIRS_SLOTS:
-        moe_plan_all_pairs_kernel[grid](ids, order, inverse, offsets, slots, programs, EXPERTS=num_experts, **tile)
-        return order, inverse, offsets
-    counts = ids.new_empty((num_experts + 1, programs), dtype=torch.int32)
-    totals = ids.new_empty((num_experts + 1,), dtype=torch.int32)
-    moe_plan_count_kernel[(programs,)](
-        ids, counts, slots, programs, EXPERTS=num_experts, BLOCK=tile["BLOCK"], BLOCK_E=32, num_warps=tile["num_warps"]
-    )
-    moe_plan_scan_kernel[(num_experts + 1,)](counts, totals, programs, BLOCK=1024, num_warps=4)
-    moe_plan_place_kernel[grid](
-        ids, counts, totals, order, inverse, offsets, slots, programs, EXPERTS=num_experts, **tile
-    )
+    with on_device(ids):
+        if slots <= ALL_PAIRS_SLOTS:
+            moe_plan_all_pairs_kernel[grid](ids, order, inverse, offsets, slots, programs, EXPERTS=num_experts, **tile)
+            return order, inverse, offsets
+        counts = ids.new_empty((num_experts + 1, programs), dtype=torch.int32)
+        totals = ids.new_empty((num_experts + 1,), dtype=torch.int32)
+        block, num_warps = tile["BLOCK"], tile["num_warps"]
+        moe_plan_count_kernel[(programs,)](
+            ids, counts, slots, programs, EXPERTS=num_experts, BLOCK=block, BLOCK_E=32, num_warps=num_warps
+        )
+        moe_plan_scan_kernel[(num_experts + 1,)](counts, totals, programs, BLOCK=1024, num_warps=4)
+        moe_plan_place_kernel[grid](
+            ids, counts, totals, order, inverse, offsets, slots, programs, EXPERTS=num_experts, **tile
+        )
     return order, inverse, offsets
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    every = dict.fromkeys(("ids", "order", "inverse", "offsets", "counts", "totals"), "i32")
+    few, many = config(1), config(ALL_PAIRS_SLOTS + 1)
+    for fn, constants, num_warps in (
+        (moe_plan_all_pairs_kernel, {"EXPERTS": 256, "BLOCK": few["BLOCK"], "INNER": few["INNER"]}, few["num_warps"]),
+        (moe_plan_count_kernel, {"EXPERTS": 256, "BLOCK": many["BLOCK"], "BLOCK_E": 32}, many["num_warps"]),
+        (moe_plan_scan_kernel, {"BLOCK": 1024}, 4),
+        (moe_plan_place_kernel, {"EXPERTS": 256, "BLOCK": many["BLOCK"], "INNER": many["INNER"]}, many["num_warps"]),
+    ):
+        yield AotCase(
+            fn.__name__.removeprefix("moe_plan_").removesuffix("_kernel"),
+            fn,
+            **signature_of(fn, every, constants),
+            options={"num_warps": num_warps},
+        )

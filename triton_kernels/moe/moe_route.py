@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common.launch import on_device
+from ..common.signature import signature_of
+
 
 @triton.jit
 def _softplus(x):
@@ -103,7 +106,6 @@ def moe_route_fwd_kernel(
     key = tl.where(real, key, -2147483648)
     keys = (key.to(tl.int64) << 32) + (0x7FFFFFFF - expert)[None, :, :]
     keys = tl.reshape(keys, [ROWS, GP * PP])
-    flat_expert = tl.reshape(expert + tl.zeros([GP, PP], tl.int32), [GP * PP])[None, :]
     flat_s = tl.reshape(s, [ROWS, GP * PP])
     slot = tl.arange(0, KP)
     chosen_s = tl.zeros([ROWS, KP], tl.float32)
@@ -200,12 +202,13 @@ def moe_route_fwd(logits, bias, top_k, score, renormalize, n_group, topk_group, 
     ids = logits.new_empty((tokens, top_k), dtype=torch.int32)
     if tokens:
         tile = config(experts, n_group)
-        moe_route_fwd_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
-            logits, bias, weights, ids, tokens, logits.stride(0), scale,
-            EXPERTS=experts, TOP_K=top_k, SCORE=score, RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
-            GROUPS=n_group, TOPK_GROUP=topk_group, TOP2=group_score == "top2", NAN_ZERO=nan_policy == "zero",
-            KP=triton.next_power_of_2(top_k), **tile,
-        )  # fmt: skip
+        with on_device(logits):
+            moe_route_fwd_kernel[(triton.cdiv(tokens, tile["ROWS"]),)](
+                logits, bias, weights, ids, tokens, logits.stride(0), scale,
+                EXPERTS=experts, TOP_K=top_k, SCORE=score, RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
+                GROUPS=n_group, TOPK_GROUP=topk_group, TOP2=group_score == "top2", NAN_ZERO=nan_policy == "zero",
+                KP=triton.next_power_of_2(top_k), **tile,
+            )  # fmt: skip
     return weights, ids
 
 
@@ -216,9 +219,45 @@ def moe_route_bwd(grad, logits, ids, score, renormalize, scale, nan_policy):
     if tokens:
         ep = triton.next_power_of_2(experts)
         rows = min(16, max(1, 1024 // ep))
-        moe_route_bwd_kernel[(triton.cdiv(tokens, rows),)](
-            grad, logits, ids, out, tokens, logits.stride(0), scale,
-            EXPERTS=experts, TOP_K=top_k, SCORE=score, RENORMALIZE=renormalize, NAN_ZERO=nan_policy == "zero",
-            ROWS=rows, EP=ep, KP=triton.next_power_of_2(top_k), num_warps=8 if ep > 2048 else 4,
-        )  # fmt: skip
+        with on_device(logits):
+            moe_route_bwd_kernel[(triton.cdiv(tokens, rows),)](
+                grad, logits, ids, out, tokens, logits.stride(0), scale,
+                EXPERTS=experts, TOP_K=top_k, SCORE=score, RENORMALIZE=renormalize, NAN_ZERO=nan_policy == "zero",
+                ROWS=rows, EP=ep, KP=triton.next_power_of_2(top_k), num_warps=8 if ep > 2048 else 4,
+            )  # fmt: skip
     return out
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    pointers = {"bias": "fp32", "weights": "fp32", "ids": "i32", "grad": "fp32"}
+    for name, experts, top_k, score, groups, kept, biased in (
+        ("deepseek_v3", 256, 8, "sigmoid", 8, 4, True),
+        ("qwen3", 128, 8, "softmax", 1, 1, False),
+        ("kimi_k2", 384, 8, "sigmoid", 1, 1, True),
+        ("wide", 4096, 8, "softmax", 1, 1, False),
+    ):
+        tile = config(experts, groups)
+        options = {"num_warps": tile.pop("num_warps")}
+        common = {"EXPERTS": experts, "TOP_K": top_k, "SCORE": score, "RENORMALIZE": True, "NAN_ZERO": False, "KP": 8}
+        constants = common | tile | {"HAS_BIAS": biased, "GROUPS": groups, "TOPK_GROUP": kept, "TOP2": True}
+        if not biased:
+            constants["bias"] = None
+        yield AotCase(
+            f"fwd_{name}",
+            moe_route_fwd_kernel,
+            **signature_of(moe_route_fwd_kernel, pointers | {"logits": "fp32"}, constants),
+            options=options,
+        )
+        ep = triton.next_power_of_2(experts)
+        yield AotCase(
+            f"bwd_{name}",
+            moe_route_bwd_kernel,
+            **signature_of(
+                moe_route_bwd_kernel,
+                pointers | {"logits": "bf16", "grad_logits": "bf16"},
+                common | {"ROWS": min(16, max(1, 1024 // ep)), "EP": ep},
+            ),
+            options={"num_warps": 8 if ep > 2048 else 4},
+        )

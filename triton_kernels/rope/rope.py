@@ -67,7 +67,7 @@ def rotate_half(a, b, cos, sin):
 
 
 @triton.jit
-def _rotate_block(
+def rotate_block(
     x_ptr, x_sb, x_ss, x_sh, out_ptr, out_sb, out_ss, out_sh, head_block,
     batch, place, token_mask, cos, sin,
     HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -148,12 +148,12 @@ def rope_kernel(
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (HQ + BH - 1) // BH
     if block < q_blocks:
-        _rotate_block(
+        rotate_block(
             q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, block, batch, place, mask, cos, sin,
             HQ, D, HALF, OFFSET, INTERLEAVED, COPY, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
         )  # fmt: skip
     elif k_ptr is not None:
-        _rotate_block(
+        rotate_block(
             k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh, block - q_blocks, batch, place, mask, cos, sin,
             HK, D, HALF, OFFSET, INTERLEAVED, COPY, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
         )  # fmt: skip
@@ -165,11 +165,12 @@ def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int, elements: int
     while block_heads > 1 and any(h % block_heads for h in heads):
         block_heads //= 2
     width = triton.next_power_of_2(rotary_dim)
+    block_copy = min(128, triton.next_power_of_2(max(pass_dim, 1)))
     return {
-        "BT": max(1, min(32, elements // (block_heads * width))),
+        "BT": max(1, min(32, elements // (block_heads * max(width, block_copy)))),
         "BH": block_heads,
         "BLOCK_HALF": width // 2,
-        "BLOCK_COPY": min(128, triton.next_power_of_2(max(pass_dim, 1))),
+        "BLOCK_COPY": block_copy,
         "num_warps": 4,
     }
 
@@ -247,3 +248,70 @@ def rope_inplace(x, *rest):
 
 def rope_qk_inplace(q, k, *rest):
     _launch("rope_qk_", q, k, q, k, *rest)
+
+
+def signature_of(fn, pointers, constants, floats=()):
+    """Triton types of a kernel's arguments: those named, sizes as int32, strides as int64."""
+    signature = {}
+    for name in fn.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+        elif name in floats:
+            signature[name] = "fp32"
+        else:
+            wide = name.rsplit("_", 1)[-1] in ("sa", "sb", "ss", "sh", "sp", "so", "st") or name == "slots"
+            signature[name] = "i64" if wide else "i32"
+    return signature
+
+
+# name, heads, head dim, rotary dim, offset, interleaved: layouts of real models that the gate compiles
+LAYOUTS = (
+    ("llama", (32, 8), 128, 128, 0, False),
+    ("gptj", (32, 8), 128, 128, 0, True),
+    ("qwen3_next", (16, 2), 256, 64, 0, False),
+    ("deepseek_query", (128, 1), 192, 64, 128, True),
+    ("phi2", (32, 32), 80, 32, 0, False),
+    ("dim96", (12, 3), 96, 96, 0, False),
+)
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    # (q, k?) x (in place?) x mrope
+    variants = (
+        ("qk", True, True, ""),
+        ("x", False, True, ""),
+        ("inplace", True, False, ""),
+        ("mrope", True, True, "m"),
+    )
+    for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
+        for variant, with_k, copy, mrope in variants:
+            for dtype in ("bf16", "fp32") if layout == "llama" else ("bf16",):
+                if mrope and layout not in ("llama", "gptj"):
+                    continue
+                half = rotary // 2
+                tile = config(heads if with_k else heads[:1], rotary, dim - rotary)
+                options = {"num_warps": tile.pop("num_warps")}
+                constants = {
+                    "HQ": heads[0], "HK": heads[1] if with_k else 0, "D": dim, "HALF": half, "OFFSET": offset,
+                    "INTERLEAVED": interleaved, "CONJUGATE": variant == "x", "COPY": copy, "MROPE": bool(mrope),
+                    "MROPE_INTERLEAVED": interleaved, "SECTION_T": half - 40 if mrope else 0,
+                    "SECTION_H": 20 if mrope else 0, "SECTION_W": 20 if mrope else 0,
+                    "VEC": 16 // (2 if dtype == "bf16" else 4), "TABLE_VEC": 4, **tile,
+                }  # fmt: skip
+                constants |= {} if with_k else {"k_ptr": None, "ko_ptr": None}
+                constants |= {} if mrope else {"pos_ptr": None}
+                constants |= {} if variant == "x" else {"cu_ptr": None}
+                pointers = {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "cu_ptr": "i32"}
+                pointers |= {f"{name}_ptr": dtype for name in ("q", "qo", "k", "ko")}
+                yield AotCase(
+                    f"{layout}_{variant}_{dtype}",
+                    rope_kernel,
+                    signature=signature_of(rope_kernel, pointers, constants),
+                    constexprs=constants,
+                    options=options,
+                    expect=("LDG.128", "STG.128"),
+                )

@@ -10,7 +10,17 @@ from ...reference.rope.rope import token_positions
 from ...reference.rope.rope_append_kv import check_slots
 from ..common.fp8 import encode, native_cast
 from ..common.launch import on_device, vector_width
-from .rope import _rotate_block, config, load_tables, position_strides, rotate_half, strides_of, token_rows
+from .rope import (
+    LAYOUTS,
+    config,
+    load_tables,
+    position_strides,
+    rotate_block,
+    rotate_half,
+    signature_of,
+    strides_of,
+    token_rows,
+)
 
 
 @triton.jit
@@ -99,7 +109,7 @@ def rope_append_kv_kernel(
     q_blocks: tl.constexpr = (HQ + BH - 1) // BH
     k_blocks: tl.constexpr = (HK + BH - 1) // BH
     if block < q_blocks:
-        _rotate_block(
+        rotate_block(
             q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, block, batch, place, mask, cos, sin,
             HQ, D, HALF, OFFSET, INTERLEAVED, True, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
         )  # fmt: skip
@@ -151,3 +161,32 @@ def rope_append_kv_fwd(
             BLOCK_V=min(128, triton.next_power_of_2(max(dim_v, 1))), **tile,
         )  # fmt: skip
     return q_out
+
+
+def aot_cases():
+    from ... import arch
+    from ...testing.aot import AotCase
+
+    for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
+        for cache, native in (("bf16", False), ("u8", True), ("u8", False)):
+            tile = config(heads, rotary, dim - rotary)
+            options = {"num_warps": tile.pop("num_warps")}
+            fp8 = cache == "u8"
+            constants = {
+                "HQ": heads[0], "HK": heads[1], "D": dim, "DV": dim, "HALF": rotary // 2, "OFFSET": offset,
+                "INTERLEAVED": interleaved, "VEC": 8, "CACHE_VEC": 8, "TABLE_VEC": 4, "FP8": fp8, "NATIVE": native,
+                "BLOCK_V": 128, **tile,
+            }  # fmt: skip
+            pointers = {f"{name}_ptr": "bf16" for name in ("q", "qo", "k", "v")} | {"kc_ptr": cache, "vc_ptr": cache}
+            pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "slot_ptr": "i32"}
+            # the conversion instruction is there from sm_89 on
+            targets = [t for t in arch.COMPILE_TARGETS if t != "sm_80"] if native else None
+            yield AotCase(
+                f"{layout}_{cache}{'_native' * native}",
+                rope_append_kv_kernel,
+                signature=signature_of(rope_append_kv_kernel, pointers, constants, floats=("k_scale", "v_scale")),
+                constexprs=constants,
+                options=options,
+                targets=targets,
+                expect=("LDG.128", "STG.128"),
+            )

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose id contains this text")
     parser.add_argument("--seconds", type=float, help="timing budget per case")
     parser.add_argument("--compile-seconds", type=float, help="for all torch.compile peers together")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="start no case after this many seconds")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="begin no further case after that")
     parser.add_argument("--each-backend", action="store_true", help="also time every other usable backend")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: benchmarks/results)")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
         limits["compile_seconds"] = args.compile_seconds
     settings = runner.Settings(**limits, each_backend=args.each_backend, families=len({case.family for case in cases}))
     console.say(f"Measuring the roof of {kind} ...")
-    began = time.monotonic()
     engine = runner.Runner(device, settings)
+    began = time.monotonic()
     lines = []
     with console.progress(len(cases), "benchmarks") as progress:
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             progress.done()
 
         for case in cases:
-            if args.limit and time.monotonic() - began > args.limit:
+            if args.limit and lines and time.monotonic() - began > args.limit:
                 console.say(f"--limit: {len(cases) - len(lines)} of {len(cases)} cases not run")
                 break
             lines += runner.run_all([case], engine, path, before=lambda _, case: progress.start(case.id), after=after)

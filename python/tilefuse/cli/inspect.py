@@ -8,6 +8,7 @@ than the baseline in tests/resources (in a source checkout).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 from .. import arch
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", metavar="NAME", help="only this family")
     parser.add_argument("--target", action="append", default=[], metavar="ARCH", help="only this one (repeatable)")
     parser.add_argument("--file", metavar="PATH", help="a Python file with aot_cases(), in place of this package")
+    parser.add_argument("--quick", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--update-baseline", action="store_true", help="accept what was found as the new baseline")
 
 
@@ -35,6 +37,17 @@ def _row(record: dict[str, Any], bad: bool) -> list[Any]:
     return [*head, record["registers"], record["stack"] or "", record["spills"] or "", shared, *wide, matrix, state]
 
 
+def _progress(console: Console) -> Callable[[int, int, str], None]:
+    """A line on a terminal that counts the compilations; nothing in a log."""
+
+    def show(done: int, total: int, name: str) -> None:
+        if console.stream.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r\033[Kcompiled {done}/{total}: {name[:80]}", end=end, file=console.stream, flush=True)
+
+    return show
+
+
 def run(args: argparse.Namespace) -> int:
     from ..testing import aot
 
@@ -43,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     if args.update_baseline and not aot.BASELINE_DIR.is_dir():
         raise UsageError(f"--update-baseline needs a source checkout: {aot.BASELINE_DIR} is not there")
     console = Console(args.json)
-    result = aot.records(family=args.family, targets=args.target, file=args.file)
+    result = aot.records(
+        family=args.family, targets=args.target, file=args.file, quick=args.quick, progress=_progress(console)
+    )
     if args.family and not result["records"]:
         raise UsageError(f"no kernels in family {args.family!r}")
     if args.update_baseline and not args.file:

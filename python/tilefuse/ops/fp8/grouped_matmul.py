@@ -15,9 +15,7 @@ __all__ = ["fp8_grouped_matmul"]
 _MODULE = "fp8/grouped_matmul"
 
 
-def _fake(
-    a: Tensor, _a_scale: Tensor, b: Tensor, _b_scale: Tensor, _offsets: Tensor, out_dtype: torch.dtype
-) -> Tensor:
+def _fake(a: Tensor, _a_scale: Tensor, b: Tensor, _b_scale: Tensor, _offsets: Tensor, out_dtype: torch.dtype) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
 
 

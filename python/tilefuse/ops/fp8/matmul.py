@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import errors
+from ... import arch, errors
 from ...library import kernel, op
 from .quantize import CODES, blocks_of, check_scale, only_standard_out
 
@@ -34,12 +34,35 @@ def _fake(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+def _hopper_refuses(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, _bias: Tensor | None, out_dtype: torch.dtype
+) -> str | None:
+    """What the TMA copies of csrc/fp8/matmul_sm90.cu ask for; everything else is Triton's."""
+    (m, k), n = a.shape, b.shape[0]
+    if arch.of(a.device) != "sm_90":
+        return "needs a Hopper GPU (sm_90)"
+    if m <= 64:
+        return "is for M > 64: small M streams the weight, which Triton's operand order does better"
+    if b_scale.shape[0] != blocks_of(n) or n == 1:
+        return "takes (128, 128) weight scales"
+    if k == 0 or any(t.stride(0) % 16 or t.storage_offset() % 16 for t in (a, b)):
+        return "rows of a and b must be multiples of 16 bytes and start at one"
+    if a_scale.stride(0) != 1 or a_scale.storage_offset() % 4 or (a_scale.shape[1] > 1 and a_scale.stride(1) % 4):
+        return "a_scale must be M-major with a K-block stride that is a multiple of 4"
+    if b_scale.stride(1) != 1:
+        return "b_scale must be row-major"
+    if out_dtype != torch.float32 and n % 8:
+        return "16-bit output rows must be multiples of 16 bytes"
+    return only_standard_out(a, a_scale, b, b_scale, _bias, out_dtype)
+
+
 fp8_matmul_fwd = kernel(
     "fp8_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor",
     module=_MODULE,
     fake=_fake,
-    dtypes={name: (CODES,) for name in ("cpu", "triton")},
-    when={name: only_standard_out for name in ("cpu", "triton")},
+    backends=("reference", "cpu", "triton", "cuda"),
+    dtypes={name: (CODES,) for name in ("cpu", "triton", "cuda")},
+    when={"cpu": only_standard_out, "triton": only_standard_out, "cuda": _hopper_refuses},
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +19,7 @@ CODES = torch.float8_e4m3fn
 SCALE_FORMATS = ("fp32", "pow2")
 # smallest eps whose scale, eps / 448, is a normal float32
 MIN_EPS = 448.0 * 2.0**-126
+FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 _NOT_DIFFERENTIABLE = "quantisation has no gradient (fp8_linear has one)"
 
 
@@ -36,16 +36,12 @@ def empty_row_scale(like: Tensor, rows: int, blocks: int) -> Tensor:
     return like.new_empty_strided((rows, blocks), (1, pitch), dtype=torch.float32)
 
 
-def check_scale_options(name: str, scale_format: str, eps: float) -> float:
-    """Checks ``scale_format`` and ``eps``; returns eps rounded to float32."""
+def check_scale_options(name: str, scale_format: str, eps: float) -> None:
+    """Checks ``scale_format`` and ``eps``. Kernels round eps to float32."""
     if scale_format not in SCALE_FORMATS:
         errors.value_error(name, "scale_format", "'fp32' or 'pow2'", scale_format)
-    if not (MIN_EPS <= eps <= torch.finfo(torch.float32).max):
-        errors.value_error(name, "eps", f"finite and at least {MIN_EPS:.4g} (eps / 448 a normal float32)", eps)
-    rounded = struct.unpack("f", struct.pack("f", eps))[0]
-    if math.isinf(rounded) or rounded < MIN_EPS:
-        errors.value_error(name, "eps", f"finite and at least {MIN_EPS:.4g} in float32", eps)
-    return rounded
+    if not MIN_EPS <= eps <= FLOAT32_MAX:
+        errors.value_error(name, "eps", f"in [{MIN_EPS:.4g}, {FLOAT32_MAX:.4g}] (eps / 448 a normal float32)", eps)
 
 
 def check_block(name: str, block: Sequence[int]) -> int:
@@ -67,6 +63,14 @@ def as_rows(x: Tensor) -> Tensor:
     """``[rows, K]`` with a contiguous last dim: a view where the strides allow one, else a copy."""
     # -1 is ambiguous for an empty tensor
     return errors.check_last_dim_contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def split_rows(scale: Tensor, lead: Sequence[int]) -> Tensor:
+    """``[rows, blocks]`` scales as ``[*lead, blocks]``, without a copy."""
+    if len(lead) == 1:
+        # a view of one row would make up another stride for it
+        return scale
+    return scale.view(*lead, scale.shape[1])
 
 
 def as_batch(x: Tensor) -> Tensor:
@@ -108,7 +112,7 @@ fp8_quantize_rows = kernel(
     "fp8_quantize_rows(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_rows,
-    backends=("reference", "cpu", "triton"),
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 fp8_quantize_tiles = kernel(
     "fp8_quantize_tiles(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)", module=_MODULE, fake=_fake_tiles
@@ -172,11 +176,11 @@ def fp8_quantize(
     Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3); zero blocks as Transformer Engine treats them.
     """
     rows = check_block("fp8_quantize", block)
-    eps = check_scale_options("fp8_quantize", scale_format, eps)
+    check_scale_options("fp8_quantize", scale_format, eps)
     check_input("fp8_quantize", "x", x, 1 if rows == 1 else 2)
     if rows == 1:
         q, scale = fp8_quantize_rows(as_rows(x), scale_format == "pow2", eps)
-        return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1])
+        return q.view(x.shape), split_rows(scale, x.shape[:-1])
     q, scale = fp8_quantize_tiles(as_batch(x), scale_format == "pow2", eps)
     return q.view(x.shape), scale.view(*x.shape[:-2], *scale.shape[1:])
 
@@ -207,10 +211,10 @@ def fp8_quantize_dual(
 
     Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3.2); Transformer Engine quantises rows and columns in one read.
     """
-    eps = check_scale_options("fp8_quantize_dual", scale_format, eps)
+    check_scale_options("fp8_quantize_dual", scale_format, eps)
     check_input("fp8_quantize_dual", "x", x)
     q, scale, q_t, scale_t = fp8_quantize_dual_fwd(as_rows(x), scale_format == "pow2", eps)
-    return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1]), q_t, scale_t
+    return q.view(x.shape), split_rows(scale, x.shape[:-1]), q_t, scale_t
 
 
 @op(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from ... import errors
 from ...library import kernel, op
-from .quantize import CODES, as_rows, blocks_of, check_input, check_scale_options, empty_row_scale
+from .quantize import (
+    CODES,
+    FLOAT32_MAX,
+    as_rows,
+    blocks_of,
+    check_input,
+    check_scale_options,
+    empty_row_scale,
+    split_rows,
+)
 
 __all__ = ["rms_norm_quantize"]
 
@@ -80,9 +87,9 @@ def rms_norm_quantize(
     Source: RMSNorm: Zhang and Sennrich (arXiv 1910.07467); fused with quantisation as in vLLM.
     """
     name = "rms_norm_quantize"
-    eps = check_scale_options(name, scale_format, eps)
+    check_scale_options(name, scale_format, eps)
     check_input(name, "x", x)
-    if not (math.isfinite(norm_eps) and norm_eps >= 0):
+    if not 0.0 <= norm_eps <= FLOAT32_MAX:
         errors.value_error(name, "norm_eps", "finite and >= 0", norm_eps)
     if weight.shape != x.shape[-1:]:
         errors.value_error(name, "weight", f"[{x.shape[-1]}]", weight)
@@ -102,4 +109,4 @@ def rms_norm_quantize(
     q, scale, h = rms_norm_quantize_fwd(
         as_rows(x), weight.contiguous(), rows, norm_eps, scale_format == "pow2", eps
     )  # fmt: skip
-    return q.view(x.shape), scale.view(*x.shape[:-1], scale.shape[1]), h.view(x.shape)
+    return q.view(x.shape), split_rows(scale, x.shape[:-1]), h.view(x.shape)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import kernel, op
-from .quantize import CODES, as_rows, blocks_of, check_input, check_scale_options, empty_row_scale
+from .quantize import CODES, as_rows, blocks_of, check_input, check_scale_options, empty_row_scale, split_rows
 
 __all__ = ["silu_mul_quantize"]
 
@@ -19,7 +19,10 @@ def _fake(gate_up: Tensor, _pow2: bool, _eps: float) -> tuple[Tensor, Tensor]:
 
 
 silu_mul_quantize_fwd = kernel(
-    "silu_mul_quantize_fwd(Tensor gate_up, bool pow2, float eps) -> (Tensor, Tensor)", module=_MODULE, fake=_fake
+    "silu_mul_quantize_fwd(Tensor gate_up, bool pow2, float eps) -> (Tensor, Tensor)",
+    module=_MODULE,
+    fake=_fake,
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 
 
@@ -53,10 +56,10 @@ def silu_mul_quantize(gate_up: Tensor, *, scale_format: str = "fp32", eps: float
 
     Source: the fused activation of SGLang and vLLM (``silu_and_mul`` with per-token-group quantisation).
     """
-    eps = check_scale_options("silu_mul_quantize", scale_format, eps)
+    check_scale_options("silu_mul_quantize", scale_format, eps)
     check_input("silu_mul_quantize", "gate_up", gate_up)
     if gate_up.shape[-1] % 2:
         errors.value_error("silu_mul_quantize", "gate_up", "[..., 2I], an even last dim", gate_up)
     q, scale = silu_mul_quantize_fwd(as_rows(gate_up), scale_format == "pow2", eps)
     lead = gate_up.shape[:-1]
-    return q.view(*lead, q.shape[1]), scale.view(*lead, scale.shape[1])
+    return q.view(*lead, q.shape[1]), split_rows(scale, lead)

@@ -158,7 +158,7 @@ def grouped_matmul(
         ``[P, N]``, or ``[rows, N]`` without ``a_index``. Products accumulate in float32 and round once.
 
     Gradients: for ``a``, ``b`` (exactly 0 for an empty group) and ``bias``. Deterministic; a row does not depend on
-    the other rows.
+    the other rows, on a GPU among calls of as many rows (their number per group chooses the tile).
 
     Raises:
         ValueError: a wrong shape. TypeError: a wrong dtype.

@@ -182,7 +182,8 @@ def moe_experts(
 
     Formula: ``z = x[t] @ w_gate_up[e].T (+ bias_gate_up[e])``, ``gate, up = z.chunk(2)``,
     ``y = act(gate, up) @ w_down[e].T (+ bias_down[e])``, ``out[t] = sum_j weights[t, j] * y`` with
-    ``e = ids[t, j]``. The activation is computed from the float32 pre-activation; y has x's dtype.
+    ``e = ids[t, j]``. The activation is computed from the pre-activation before z is rounded (on a CPU without
+    AVX512-BF16: after); y has x's dtype.
 
     Args:
         x: ``[T, H]`` float32, bfloat16 or float16 (float64 on the reference backend), any row stride.
@@ -200,8 +201,8 @@ def moe_experts(
 
     Gradients: for x, both weights, both biases and ``weights``. Saves x and the pre-activation ``z [T * k, 2 I]`` (in
     x's dtype) and recomputes the activation; without a gradient z is not written at all. No tokens, or none kept,
-    gives connected zero gradients. Deterministic; a token's result does not depend on the others. No host
-    synchronisation.
+    gives connected zero gradients. Deterministic; a token's result does not depend on the others, on a GPU among
+    calls of as many tokens (their number per expert chooses the tile). No host synchronisation.
 
     Raises:
         ValueError: a wrong shape or activation. TypeError: a wrong dtype.

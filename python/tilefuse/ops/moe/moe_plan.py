@@ -20,12 +20,19 @@ def _fake(ids, num_experts):
     )
 
 
+def _decode_sized(ids, num_experts):
+    if num_experts > 1024 or ids.shape[0] * ids.shape[1] > 16384:
+        return "takes at most 1024 experts and 16384 slots"
+    return None
+
+
 moe_plan_fwd = kernel(
     "moe_plan_fwd(Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)",
     module="moe/moe_plan",
     fake=_fake,
     backends=("reference", "cpu", "triton", "cuda"),
     dtypes=dict.fromkeys(("cpu", "triton", "cuda"), INDEX_DTYPES),
+    when={"cuda": _decode_sized},
 )
 
 

@@ -69,14 +69,11 @@ def _bwd_fake(grad, logits, ids, score, renormalize, scale, nan_policy):
     return logits.new_empty(logits.shape)
 
 
-def _decode_sized(logits, bias, top_k, score, renormalize, n_group, topk_group, *_):
-    if logits.shape[1] > 1024:
-        return "takes at most 1024 experts"
-    return None
+def _few_experts(most):
+    def refuse(logits, *_):
+        return f"takes at most {most} experts" if logits.shape[1] > most else None
 
-
-def _small_enough(logits, *_):
-    return "takes at most 4096 experts" if logits.shape[1] > 4096 else None
+    return refuse
 
 
 moe_route_fwd = kernel(
@@ -85,7 +82,7 @@ moe_route_fwd = kernel(
     module="moe/moe_route",
     fake=_fwd_fake,
     backends=("reference", "cpu", "triton", "cuda"),
-    when={"cuda": _decode_sized, "triton": _small_enough},
+    when={"cuda": _few_experts(1024), "triton": _few_experts(4096)},
 )
 moe_route_bwd = kernel(
     "moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, str score, bool renormalize, float scale,"

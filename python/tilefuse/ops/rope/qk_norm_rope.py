@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import kernel, op
-from .rope import check_rope, contiguous_rows
+from .rope import check_rope, contiguous_bounds, contiguous_rows
 
 __all__ = ["qk_norm_rope"]
 
@@ -116,10 +116,9 @@ def qk_norm_rope(
     Source: Zhang and Sennrich, RMSNorm (arXiv 1910.07467); Qwen3 (arXiv 2505.09388).
     """
     _check(q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, rotary_offset)
-    errors.check_not_differentiated("qk_norm_rope", "tables get no gradient", cos=cos, sin=sin)
     args = (
         contiguous_rows(q), contiguous_rows(k), contiguous_rows(q_weight), contiguous_rows(k_weight),
-        contiguous_rows(cos), contiguous_rows(sin), positions, cu_seqlens,
+        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         eps, weight_offset, interleaved, rotary_offset,
     )  # fmt: skip
     if errors.needs_grad(q, k, q_weight, k_weight):

@@ -59,6 +59,7 @@ rope_append_kv_fwd = kernel(
     " -> Tensor",
     module=_MODULE,
     fake=_fake,
+    backends=("reference", "cpu", "triton", "cuda"),
 )
 
 
@@ -117,7 +118,7 @@ def rope_append_kv(
     Source: the cache layout of vLLM's PagedAttention (arXiv 2309.06180).
     """
     _check(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, rotary_offset, k_scale, v_scale)
-    errors.check_not_differentiated("rope_append_kv", "has no gradient", q=q, k=k, v=v, cos=cos, sin=sin)
+    errors.check_not_differentiated("rope_append_kv", "has no gradient", q=q, k=k, v=v)
     return rope_append_kv_fwd(
         contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), contiguous_rows(cos), contiguous_rows(sin),
         positions, k_cache, v_cache, slot_mapping, interleaved, rotary_offset, k_scale, v_scale,

@@ -88,3 +88,85 @@ def dense_window(
     outs.append(q.new_zeros(rest, q.shape[1], v.shape[2]))
     lses.append(torch.full((q.shape[1], rest), float("-inf"), dtype=wide, device=q.device))
     return torch.cat(outs), torch.cat(lses, 1)
+
+
+def dense_global(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_index: Tensor,
+    q_global: Tensor | None = None,
+    k_global: Tensor | None = None,
+    v_global: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    *,
+    window: tuple[int, int],
+    dilation: int = 1,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``global_attention`` by two dense masks: local rows, then global rows over them."""
+    batch, length = q.shape[:2]
+    shown = torch.ones(batch, length, dtype=torch.bool, device=q.device) if key_mask is None else key_mask
+    is_global = torch.zeros_like(shown)
+    for b in range(batch):
+        for g in global_index[b].tolist():
+            if 0 <= g < length and shown[b, g]:
+                is_global[b, g] = True
+    band = window_mask(length, length, (window[0], 0) if causal else window, dilation=dilation, device=q.device)
+    order = torch.ones(length, length, dtype=torch.bool, device=q.device)
+    if causal:
+        order = order.tril()
+    local_rows = shown & ~is_global
+    visible = order & (band | is_global[:, None, :]) & shown[:, None, :] & local_rows[:, :, None]
+    out, lse = dense_attention(q, k, v, visible[:, None], scale=scale)
+    visible = order & shown[:, None, :] & is_global[:, :, None]
+    own = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
+    wide, wide_lse = dense_attention(*own, visible[:, None], scale=scale)
+    return (
+        torch.where(is_global[:, :, None, None], wide, out),
+        torch.where(is_global[:, None, :], wide_lse, lse),
+    )
+
+
+def dense_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_offsets: Tensor,
+    col_index: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``block_sparse_attention`` row by row over its listed keys, repeats and all."""
+    sq, sk, heads, group = q.shape[1], k.shape[1], q.shape[2], q.shape[2] // k.shape[2]
+    outs, lses = [], []
+    offsets, listed = row_offsets.tolist(), col_index.tolist()
+    for b in range(q.shape[0]):
+        for h in range(heads):
+            of_head = offsets[b % len(offsets)]
+            of_head = of_head[h % len(of_head)]
+            for i in range(len(of_head) - 1):
+                blocks = [c for c in listed[of_head[i] : of_head[i + 1]] if 0 <= c * block_size < sk]
+                keys = [t for c in blocks for t in range(c * block_size, min(sk, (c + 1) * block_size))]
+                rows = torch.arange(i * block_size, min(sq, (i + 1) * block_size), device=q.device)
+                keys = torch.tensor(keys, dtype=torch.long, device=q.device)
+                visible = torch.ones(len(rows), len(keys), dtype=torch.bool, device=q.device)
+                if causal:
+                    visible = keys[None, :] <= rows[:, None] + (sk - sq)
+                if key_mask is not None:
+                    visible = visible & key_mask[b, keys]
+                take = slice(h, h + 1), slice(h // group, h // group + 1)
+                out, lse = dense_attention(
+                    q[b : b + 1, rows, take[0]], k[b : b + 1, keys][:, :, take[1]], v[b : b + 1, keys][:, :,
+                    take[1]], visible,
+                    scale=scale,
+                )  # fmt: skip
+                outs.append(out[0, :, 0])
+                lses.append(lse[0, 0])
+    dim_v = v.shape[-1]
+    out = torch.cat(outs).view(q.shape[0], heads, sq, dim_v).transpose(1, 2)
+    return out, torch.cat(lses).view(q.shape[0], heads, sq)

@@ -11,7 +11,9 @@ from torch import Tensor
 from ...sample import Sample
 
 
-def normal(*shape: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+def normal(
+    *shape: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator).to(device, dtype)
 

@@ -1,0 +1,56 @@
+// Launch and registration of moe_route.
+#include "moe/moe_route.cuh"
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/launch.h"
+
+namespace tilefuse {
+
+static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Tensor> bias, int64_t top_k,
+                                                std::string score, bool renormalize, int64_t n_group,
+                                                int64_t topk_group, std::string group_score, double scale,
+                                                std::string nan_policy) {
+  Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Float);
+  Tensor ids = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Int);
+  if (logits.size(0) == 0) return {weights, ids};
+  RouteParams p{};
+  p.logits = logits.data_ptr();
+  p.stride = stride_or_zero(logits, 0);
+  p.bias = bias ? pointer<const float>(*bias) : nullptr;
+  p.weights = pointer<float>(weights);
+  p.ids = pointer<int>(ids);
+  p.tokens = logits.size(0);
+  p.experts = static_cast<int>(logits.size(1));
+  p.top_k = static_cast<int>(top_k);
+  p.groups = static_cast<int>(n_group);
+  p.topk_group = static_cast<int>(topk_group);
+  p.score = score == "softmax"        ? RouteScore::softmax
+            : score == "sigmoid"      ? RouteScore::sigmoid
+            : score == "sqrtsoftplus" ? RouteScore::sqrtsoftplus
+                                      : RouteScore::none;
+  p.renormalize = renormalize;
+  p.top2 = group_score == "top2";
+  p.nan_zero = nan_policy == "zero";
+  p.scale = static_cast<float>(scale);
+  const CudaCall call(logits);
+  const unsigned blocks = grid_size(p.tokens, kRouteWarps);
+  const int shared = route_shared_bytes(p.groups, p.top_k);
+  TILEFUSE_BY_CUDA_DTYPE(dtype_of(logits), T, {
+    route_launch<T>(p.experts, [&](auto kernel) { kernel<<<blocks, 32 * kRouteWarps, shared, call.stream>>>(p); });
+  });
+  call.check("moe_route");
+  return {weights, ids};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
+  m.def(
+      "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, str score, bool renormalize, int n_group,"
+      " int topk_group, str group_score, float scale, str nan_policy) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("moe_route_fwd", TORCH_BOX(&moe_route_fwd)); }
+
+}  // namespace tilefuse

@@ -1,0 +1,214 @@
+"""Expert parallelism on ``torch.distributed``: NCCL on GPUs, gloo on CPUs.
+
+Rank r of W owns experts ``[r * E / W, (r + 1) * E / W)``. A layer is three steps, each usable alone:
+
+1. ``dispatch``: every kept (token, slot) row travels to the rank that owns its expert (one all-to-all);
+2. the local experts run on the received rows;
+3. ``combine``: the results travel back and are summed per token in slot order, as ``moe_combine`` does it, so the
+   result has the bits of the single-process layer wherever the local experts have.
+
+The backward of dispatch is a combine and the reverse (the scheme of DeepEP and Megatron-LM): gradients travel through
+the same all-to-all with the splits exchanged.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import errors
+from .ops.moe.moe_combine import moe_combine
+from .ops.moe.moe_plan import moe_plan
+
+__all__ = ["Dispatched", "ExpertParallel"]
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """Rows that arrived at this rank, and what ``combine`` needs to send their results back.
+
+    Attributes:
+        x: ``[R, ...]`` received rows, by source rank, then by expert, then in the source's token order. With a
+            capacity, ``R = W * capacity`` and unused rows are zero.
+        ids: ``[R, 1]`` int32, *local* expert of each row in ``[0, E / W)``; -1 for an unused row.
+        inverse: ``[T * k]`` int32, where each flat slot of this rank's tokens sits among the rows it sent; -1 if
+            dropped.
+        send_splits, receive_splits: rows per rank; None where every rank gets ``capacity`` rows.
+    """
+
+    x: Tensor
+    ids: Tensor
+    inverse: Tensor
+    send_splits: list[int] | None
+    receive_splits: list[int] | None
+
+
+class ExpertParallel:
+    """Dispatches tokens to the ranks of a process group that own their experts, and combines the results.
+
+    Args:
+        num_experts: E, over all ranks; a multiple of the group's size.
+        group: process group; None is the default group.
+        capacity: None sends exactly the rows that are there, which needs their counts on the host (one synchronisation
+            per layer). A number fixes the rows per pair of ranks instead, and nothing synchronises: of the rows for
+            one rank, those past the capacity in the order of ``moe_plan`` (by expert, then by flat slot) are dropped
+            and count as zero in the sum.
+        timeout: seconds that a collective may take before it raises; None takes the group's own limit. On NCCL the
+            group's watchdog enforces the limit.
+
+    Every rank of the group must make the same calls, also with zero tokens.
+
+    Raises:
+        ValueError: E is not a multiple of the group's size, or capacity < 1.
+        RuntimeError: a rank left or did not answer in time; the message names the step.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        group: dist.ProcessGroup | None = None,
+        *,
+        capacity: int | None = None,
+        timeout: float | None = None,
+    ):
+        self.group = group
+        self.world = dist.get_world_size(group)
+        self.rank = dist.get_rank(group)
+        if num_experts < 1 or num_experts % self.world:
+            errors.value_error(
+                "ExpertParallel", "num_experts", f"a positive multiple of the group size {self.world}", num_experts
+            )
+        if capacity is not None and capacity < 1:
+            errors.value_error("ExpertParallel", "capacity", "at least 1, or None", capacity)
+        self.num_experts = num_experts
+        self.local_experts = num_experts // self.world
+        self.capacity = capacity
+        self.timeout = None if timeout is None else datetime.timedelta(seconds=timeout)
+
+    def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Runs a whole expert-parallel layer.
+
+        Args:
+            x: ``[T, H]`` tokens of this rank.
+            weights: ``[T, k]`` float32 routing weights.
+            ids: ``[T, k]`` global expert ids; outside ``[0, E)`` = dropped.
+            experts: ``experts(rows [R, H], local_ids [R, 1]) -> [R, H']``; rows with id -1 are unused. Usually
+                ``lambda rows, ids: tilefuse.moe_experts(rows, w_gate_up, w_down, ones [R, 1], ids)`` on local weights.
+
+        Returns:
+            ``[T, H']`` in x's dtype. Gradients flow to x, weights and whatever ``experts`` closes over.
+        """
+        dispatched = self.dispatch(x, ids)
+        return self.combine(experts(dispatched.x, dispatched.ids), weights, dispatched)
+
+    def dispatch(self, x: Tensor, ids: Tensor) -> Dispatched:
+        """Sends every kept row of ``x [T, ...]`` to the rank that owns its expert ``ids [T, k]``.
+
+        Any row width and dtype; FP8 codes travel as bytes (and, like integers, carry no gradient).
+        """
+        if ids.dim() != 2 or x.dim() < 1 or ids.shape[0] != x.shape[0]:
+            errors.value_error("ExpertParallel.dispatch", "ids", f"[T, k] with T = {x.shape[0]}", ids)
+        order, inverse, offsets = moe_plan(ids, self.num_experts)
+        counts = offsets.diff()
+        sources = order.long() // max(ids.shape[1], 1)
+        if self.capacity is not None:
+            return self._dispatch_fixed(x, sources, inverse, counts)
+
+        received = self._exchange(counts.view(self.world, -1), None, None, "dispatch (row counts)").view(self.world, -1)
+        # the one synchronisation: torch.distributed takes the splits from the host
+        per_rank = torch.stack([counts.view(self.world, -1).sum(1), received.sum(1)]).tolist()
+        send, receive = ([int(n) for n in row] for row in per_rank)
+        rows = x.index_select(0, sources[: sum(send)])
+        arrived = _AllToAll.apply(rows, self, send, receive, "dispatch")
+        local = torch.arange(self.local_experts, device=x.device, dtype=torch.int32).repeat(self.world)
+        local_ids = local.repeat_interleave(received.reshape(-1).long(), output_size=sum(receive))
+        return Dispatched(arrived, local_ids[:, None], inverse, send, receive)
+
+    def _dispatch_fixed(self, x: Tensor, sources: Tensor, inverse: Tensor, counts: Tensor) -> Dispatched:
+        capacity, total = self.capacity, sources.shape[0]
+        per_rank = counts.view(self.world, -1).sum(1).long()
+        first = per_rank.cumsum(0) - per_rank
+        # row p of the plan goes to slot p - first[rank] of its rank; dropped slots sort behind all kept ones
+        position = torch.arange(total, device=x.device)
+        rank = torch.searchsorted(per_rank.cumsum(0), position, right=True)
+        within = position - first[rank.clamp(max=self.world - 1)]
+        kept = (rank < self.world) & (within < capacity)
+        slots = self.world * capacity
+        target = torch.where(kept, rank * capacity + within, slots)
+        # gather form, so that its backward is a plain scatter: which plan row fills each slot, `total` for none
+        filled = torch.full((slots + 1,), total, device=x.device, dtype=torch.long)
+        filled.scatter_(0, target, position)
+        filled[slots] = total
+        sources = torch.cat([sources, sources.new_zeros(1)])[filled[:slots]]
+        expert = torch.searchsorted(counts.long().cumsum(0), filled[:slots], right=True)
+        used = filled[:slots] < total
+        ids = torch.where(used, expert % self.local_experts, -1).to(torch.int32)
+        rows = _rows_or_zero(x, sources, used)
+        arrived = _AllToAll.apply(rows, self, None, None, "dispatch")
+        ids = self._exchange(ids, None, None, "dispatch (ids)")
+        inverse = torch.where(inverse >= 0, target[inverse.long().clamp(min=0)] if total else inverse.long(), slots)
+        inverse = torch.where(inverse < slots, inverse, -1).to(torch.int32)
+        return Dispatched(arrived, ids[:, None], inverse, None, None)
+
+    def combine(self, y: Tensor, weights: Tensor, dispatched: Dispatched) -> Tensor:
+        """Sends the result ``y [R, H']`` of each received row back and sums ``weights [T, k]`` of them per token."""
+        if y.shape[0] != dispatched.x.shape[0]:
+            errors.value_error("ExpertParallel.combine", "y", f"[{dispatched.x.shape[0]}, H']", y)
+        back = _AllToAll.apply(y, self, dispatched.receive_splits, dispatched.send_splits, "combine")
+        return moe_combine(back, dispatched.inverse, weights)
+
+    def _exchange(self, rows: Tensor, send: list[int] | None, receive: list[int] | None, step: str) -> Tensor:
+        count = rows.shape[0] if receive is None else sum(receive)
+        payload = rows.contiguous()
+        if payload.dtype in _FP8:
+            payload = payload.view(torch.uint8)
+        out = payload.new_empty((count, *payload.shape[1:]))
+        try:
+            work = dist.all_to_all_single(out, payload, receive, send, group=self.group, async_op=True)
+            if self.timeout is None or payload.is_cuda:
+                # waiting with a limit would block the host on NCCL
+                work.wait()
+            elif not work.wait(self.timeout):
+                raise RuntimeError(f"no answer within {self.timeout.total_seconds()} s")
+        except (RuntimeError, ValueError) as error:
+            raise RuntimeError(
+                f"tilefuse.ExpertParallel: rank {self.rank} of {self.world} failed in {step}; a rank of the group has"
+                f" probably died or stopped calling ({error})"
+            ) from error
+        return out.view(rows.dtype)
+
+
+def _rows_or_zero(x: Tensor, sources: Tensor, used: Tensor) -> Tensor:
+    """``x[sources]`` with unused rows zero; selects instead of multiplying, so that NaN cannot leak in."""
+    if x.shape[0] == 0:
+        return x.new_zeros((sources.shape[0], *x.shape[1:]))
+    mask = used.view(-1, *[1] * (x.dim() - 1))
+    if x.dtype in _FP8:
+        rows = x.view(torch.uint8).index_select(0, sources)
+        return torch.where(mask, rows, rows.new_zeros(())).view(x.dtype)
+    rows = x.index_select(0, sources)
+    return torch.where(mask, rows, rows.new_zeros(()))
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to other ranks; the gradient takes the same way back."""
+
+    @staticmethod
+    def forward(ctx, rows, parallel, send, receive, step):
+        ctx.parallel, ctx.send, ctx.receive, ctx.step = parallel, send, receive, step
+        out = parallel._exchange(rows, send, receive, step)
+        if not rows.is_floating_point() or rows.dtype in _FP8:
+            ctx.mark_non_differentiable(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        back = ctx.parallel._exchange(grad, ctx.receive, ctx.send, f"backward of {ctx.step}")
+        return back, None, None, None, None

@@ -1,0 +1,122 @@
+"""``fp8_linear``: a linear layer whose forward and both backward products run in FP8."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import errors
+from ...library import op
+from .matmul import matmul
+from .quantize import (
+    as_rows,
+    check_scale_options,
+    fp8_quantize_dual_fwd,
+    fp8_quantize_rows,
+    fp8_quantize_tiles,
+)
+
+__all__ = ["fp8_linear"]
+
+_MODULE = "fp8/linear"
+_EPS = 1e-12
+
+
+def _quantize_weight(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
+    q, scale = fp8_quantize_tiles(errors.check_last_dim_contiguous(weight).unsqueeze(0), pow2, _EPS)
+    return q[0], scale[0]
+
+
+class _Linear(torch.autograd.Function):
+    """Saves the activation as e4m3 along the tokens, the form in which the weight gradient needs it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pow2: bool) -> Tensor:
+        q_t = scale_t = None
+        if ctx.needs_input_grad[1]:
+            q, scale, q_t, scale_t = fp8_quantize_dual_fwd(x, pow2, _EPS)
+        else:
+            q, scale = fp8_quantize_rows(x, pow2, _EPS)
+        ctx.save_for_backward(q_t, scale_t, weight if ctx.needs_input_grad[0] else None)
+        ctx.pow2 = pow2
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        w, w_scale = _quantize_weight(weight, pow2)
+        return matmul(q, scale, w, w_scale, bias, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q_t, scale_t, weight = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        grad_x = grad_weight = grad_bias = None
+        rows = as_rows(grad)
+        if ctx.needs_input_grad[1]:
+            g, g_scale, g_t, g_scale_t = fp8_quantize_dual_fwd(rows, ctx.pow2, _EPS)
+            # both operands run along the tokens with 1 x 128 scales
+            grad_weight = matmul(g_t, g_scale_t, q_t, scale_t, None, weight_dtype)
+        elif ctx.needs_input_grad[0]:
+            g, g_scale = fp8_quantize_rows(rows, ctx.pow2, _EPS)
+        if ctx.needs_input_grad[0]:
+            # square blocks transpose without another rounding
+            w, w_scale = _quantize_weight(weight, ctx.pow2)
+            grad_x = matmul(g, g_scale, w.t(), w_scale.t(), None, x_dtype)
+        if bias_dtype is not None and ctx.needs_input_grad[2]:
+            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+            grad_bias = grad.sum(0, dtype=wide).to(bias_dtype)
+        return grad_x, grad_weight, grad_bias, None
+
+
+@op(
+    'fp8_linear(Tensor x, Tensor weight, Tensor? bias=None, *, str scale_format="fp32") -> Tensor',
+    module=_MODULE,
+    kernels=("fp8_quantize_rows", "fp8_quantize_tiles", "fp8_quantize_dual_fwd", "fp8_matmul_fwd"),
+    differentiable=("x", "weight", "bias"),
+)
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_format: str = "fp32") -> Tensor:
+    """``x @ weight.T + bias`` with all three matrix products of training in FP8.
+
+    Forward: x is quantised 1 x 128, the weight 128 x 128. Gradient of x: the output gradient 1 x 128 against the
+    transposed weight blocks. Gradient of the weight: output gradient and x, both quantised 1 x 128 *along the
+    tokens*. Products accumulate in float32 as in ``fp8_matmul``; every result is rounded once.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16 (float64 on the reference backend). Any strides.
+        weight: ``[N, K]`` of any float dtype, the master weight.
+        bias: ``[N]`` of any float dtype, or None.
+        scale_format: ``"fp32"`` or ``"pow2"``, for all four quantisations; eps is 1e-12.
+
+    Returns:
+        ``[..., N]`` of x's dtype, contiguous.
+
+    Gradients: for x (in its dtype), weight (accumulated in float32, returned in the weight's dtype) and bias. What is
+    saved for them is x as one byte per element plus scales, and the weight itself: not x in its own dtype. Not
+    twice differentiable. Deterministic; the output and x's gradient are batch-invariant as ``fp8_matmul`` is.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a wrong scale_format.
+        TypeError: wrong dtypes.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+    """
+    name = "fp8_linear"
+    check_scale_options(name, scale_format, _EPS)
+    if x.ndim < 1:
+        errors.value_error(name, "x", "[..., K]", x)
+    errors.check_dtype(name, "x", x, errors.FLOATS)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        errors.value_error(name, "weight", f"[N, {x.shape[-1]}]", weight)
+    errors.check_dtype(name, "weight", weight, errors.FLOATS)
+    errors.check_device(name, "weight", weight, x, "x")
+    if bias is not None:
+        if tuple(bias.shape) != (weight.shape[0],):
+            errors.value_error(name, "bias", f"[{weight.shape[0]}]", bias)
+        errors.check_dtype(name, "bias", bias, errors.FLOATS)
+        errors.check_device(name, "bias", bias, x, "x")
+    rows, pow2 = as_rows(x), scale_format == "pow2"
+    if errors.needs_grad(x, weight, bias):
+        out = _Linear.apply(rows, weight, bias, pow2)
+    else:
+        w, w_scale = _quantize_weight(weight, pow2)
+        out = matmul(*fp8_quantize_rows(rows, pow2, _EPS), w, w_scale, bias, x.dtype)
+    return out.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,216 @@
+"""Auxiliary losses of the router and the bias update that replaces them: a few PyTorch operations each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import (
+    FLOATS,
+    INDEX_DTYPES,
+    check_device,
+    check_dtype,
+    check_not_differentiated,
+    type_error,
+    value_error,
+)
+from ...library import op
+from ...reference.moe.moe_route import route_scores
+from .moe_route import SCORES
+
+__all__ = ["moe_balance_loss", "moe_update_bias", "moe_z_loss"]
+
+_MODULE = "moe/moe_losses"
+KINDS = ("switch", "gshard", "sequence", "device", "communication")
+NORMALIZATIONS = ("none", "topk")
+
+
+def _check_logits(name: str, logits: Tensor, valid: Tensor | None) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        value_error(name, "logits", "[T, E] with E >= 1", logits)
+    check_dtype(name, "logits", logits, FLOATS)
+    if valid is not None:
+        if valid.shape != logits.shape[:1]:
+            value_error(name, "valid", f"[{logits.shape[0]}] bool", valid)
+        if valid.dtype != torch.bool:
+            type_error(name, "valid", f"[{logits.shape[0]}] bool", valid)
+        check_device(name, "valid", valid, logits, "logits")
+
+
+def _check_balance(
+    logits: Tensor, ids: Tensor, valid: Tensor | None, kind: str, score: str, normalization: str, n_devices: int,
+    sequence_length: int,
+) -> None:  # fmt: skip
+    name = "moe_balance_loss"
+    _check_logits(name, logits, valid)
+    tokens, experts = logits.shape
+    if ids.dim() != 2 or ids.shape[0] != tokens or ids.shape[1] == 0:
+        value_error(name, "ids", f"[{tokens}, k] int32 or int64 with k >= 1", ids)
+    check_dtype(name, "ids", ids, INDEX_DTYPES)
+    check_device(name, "ids", ids, logits, "logits")
+    if kind not in KINDS:
+        value_error(name, "kind", f"one of {', '.join(KINDS)}", kind)
+    if score not in SCORES:
+        value_error(name, "score", f"one of {', '.join(SCORES)}", score)
+    if normalization not in NORMALIZATIONS:
+        value_error(name, "normalization", f"one of {', '.join(NORMALIZATIONS)}", normalization)
+    if n_devices < 1 or experts % n_devices:
+        value_error(name, "n_devices", f"a divisor of E = {experts}", n_devices)
+    if sequence_length < 0 or (sequence_length and tokens % sequence_length):
+        value_error(name, "sequence_length", f"0 or a divisor of T = {tokens}", sequence_length)
+
+
+def _rows(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits in float32 with excluded rows set to 0, so that nothing in them matters, and 1 or 0 per row."""
+    x = logits if logits.dtype == torch.float64 else logits.float()
+    if valid is None:
+        return x, x.new_ones(x.shape[0])
+    return torch.where(valid[:, None], x, torch.zeros_like(x)), valid.to(x.dtype)
+
+
+@op(
+    "moe_balance_loss(Tensor logits, Tensor ids, Tensor? valid=None, *, str kind='switch', str score='softmax',"
+    " str normalization='none', int n_devices=1, int sequence_length=0) -> Tensor",
+    module=_MODULE,
+    kernels=(),
+    differentiable=("logits",),
+)
+def moe_balance_loss(
+    logits: Tensor,
+    ids: Tensor,
+    valid: Tensor | None = None,
+    *,
+    kind: str = "switch",
+    score: str = "softmax",
+    normalization: str = "none",
+    n_devices: int = 1,
+    sequence_length: int = 0,
+) -> Tensor:
+    """Load-balancing loss, without its coefficient.
+
+    With ``f_i = E / (k T) * (slots that chose expert i)`` and ``P_i`` = mean score of expert i over the T valid tokens:
+
+    * ``"switch"``: ``sum_i f_i P_i``, 1 at perfect balance with softmax scores.
+    * ``"gshard"``: the same with first choices only, ``f_i = E / T * (tokens whose first choice is i)``.
+    * ``"sequence"``: the switch loss of each run of ``sequence_length`` tokens (0: all of them are one), with scores
+      divided by their sum per token, averaged over the sequences that have a valid token (DeepSeek-V3).
+    * ``"device"``: experts form ``n_devices`` equal, consecutive groups;
+      ``sum_d mean_{i in d}(f_i) sum_{i in d} P_i``.
+    * ``"communication"``: ``sum_d f''_d sum_{i in d} P_i`` with
+      ``f''_d = D / (M T) * (tokens with a choice on device d)`` and ``M = min(k, D)``, the most devices that a token
+      reaches.
+
+    Args:
+        logits: ``[T, E]`` float32, bfloat16, float16 or float64.
+        ids: ``[T, k]`` int32 or int64; dropped ids count nowhere.
+        valid: ``[T]`` bool, False = padding: such a row never matters, even if it holds NaN.
+        score: how logits become scores, as in ``moe_route`` (over all E).
+        normalization: ``"none"``, or ``"topk"``, which multiplies by k (the value Hugging Face reports).
+
+    Returns:
+        A float32 scalar (float64 for float64 logits); 0 without valid tokens.
+
+    Gradients: for ``logits``, through P. Deterministic. PyTorch operations on every backend.
+
+    Raises:
+        ValueError: a wrong shape, an unknown option, a number that does not divide. TypeError: a wrong dtype.
+
+    Sources: Switch (2101.03961) eq. 4; GShard (2006.16668); DeepSeek-V2 (2405.04434) section 2.1.4; DeepSeek-V3
+    (2412.19437) eq. 17-20.
+    """
+    _check_balance(logits, ids, valid, kind, score, normalization, n_devices, sequence_length)
+    x, use = _rows(logits, valid)
+    tokens, experts = x.shape
+    top_k = ids.shape[1]
+    length = sequence_length if kind == "sequence" and sequence_length else max(1, tokens)
+    sequences = tokens // length if tokens else 0
+    if not sequences:
+        return x.sum()
+    scores = route_scores(x, score)
+    if kind == "sequence":
+        scores = scores / scores.sum(-1, keepdim=True)
+    choices = ids[:, :1] if kind == "gshard" else ids
+    known = (choices >= 0) & (choices < experts)
+    # one spare column takes the dropped ids
+    chosen = torch.where(known, choices, experts).long()
+    hits = x.new_zeros((tokens, experts + 1)).scatter_add(1, chosen, x.new_ones(chosen.shape))[:, :experts]
+
+    def per_sequence(rows: Tensor) -> Tensor:
+        return (rows * use[:, None]).view(sequences, length, -1).sum(1)
+
+    count = use.view(sequences, length).sum(1)  # [sequences]
+    size = count.clamp(min=1)[:, None]
+    p = per_sequence(scores) / size  # [sequences, E]
+    if kind == "communication":
+        on_device = hits.view(tokens, n_devices, -1).amax(-1).clamp(max=1)
+        f = per_sequence(on_device) * n_devices / (min(top_k, n_devices) * size)
+    else:
+        f = per_sequence(hits) * experts / (choices.shape[1] * size)
+    if kind in ("device", "communication"):
+        p = p.view(sequences, n_devices, -1).sum(-1)
+        f = f.view(sequences, n_devices, -1).mean(-1)
+    loss = (f.detach() * p).sum() / (count > 0).sum().clamp(min=1)
+    return loss * top_k if normalization == "topk" else loss
+
+
+@op(
+    "moe_z_loss(Tensor logits, Tensor? valid=None) -> Tensor",
+    module=_MODULE,
+    kernels=(),
+    differentiable=("logits",),
+)
+def moe_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Keeps router logits small: ``mean_t logsumexp(logits[t])^2`` over the valid tokens, without its coefficient.
+
+    Args:
+        logits: ``[T, E]``, any float dtype; computed in float32.
+        valid: ``[T]`` bool, False = padding that never matters.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits); 0 without valid tokens.
+
+    Gradients: for ``logits``. Deterministic. PyTorch operations on every backend.
+
+    Raises:
+        ValueError: a wrong shape. TypeError: a wrong dtype.
+
+    Source: ST-MoE (2202.08906) eq. 5.
+    """
+    _check_logits("moe_z_loss", logits, valid)
+    x, use = _rows(logits, valid)
+    return (x.logsumexp(-1).square() * use).sum() / use.sum().clamp(min=1)
+
+
+@op("moe_update_bias(Tensor bias, Tensor counts, *, float rate=0.001) -> Tensor", module=_MODULE, kernels=())
+def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tensor:
+    """The step of auxiliary-loss-free balancing: ``bias + rate * sign(mean(counts) - counts)``, with sign(0) = 0.
+
+    Once per optimiser step, with ``counts`` summed over everything that shares the router (all ranks).
+
+    Args:
+        bias: ``[E]`` float32, the selection bias of ``moe_route``.
+        counts: ``[E]`` slots per expert, integer or float. Leave padding out of them.
+        rate: step size; DeepSeek-V3 takes 1e-3.
+
+    Returns:
+        The new bias ``[E]`` float32. Not differentiable. Deterministic.
+
+    Raises:
+        ValueError: a wrong shape. TypeError: a wrong dtype. RuntimeError: bias requires grad in grad mode.
+
+    Source: Wang et al., Auxiliary-Loss-Free Load Balancing (2408.15664); DeepSeek-V3 (2412.19437) section 2.1.2.
+    """
+    name = "moe_update_bias"
+    if bias.dim() != 1:
+        value_error(name, "bias", "[E] float32", bias)
+    if bias.dtype != torch.float32:
+        type_error(name, "bias", "[E] float32", bias)
+    if counts.shape != bias.shape:
+        value_error(name, "counts", f"{[*bias.shape]}", counts)
+    if counts.dtype == torch.bool or counts.dtype.is_complex:
+        type_error(name, "counts", "integer or float", counts)
+    check_device(name, "counts", counts, bias, "bias")
+    check_not_differentiated(name, "it has no gradient", bias=bias, counts=counts)
+    # in float64, and without a division, so that an expert exactly at the mean stays
+    exact = counts.double()
+    return bias + rate * (exact.sum() - exact * counts.shape[0]).sign().float()

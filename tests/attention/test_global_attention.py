@@ -1,0 +1,216 @@
+"""``global_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+
+import pytest
+import torch
+
+import tilefuse
+from tilefuse import native
+from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs.attention.dense import dense_global
+from tilefuse.testing.inputs.attention.global_attention import cases
+from tilefuse.testing.inputs.attention.window_attention import normal, qkv
+
+CPU_MISSING = native.load("cpu").missing
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("triton", "cpu"), id="interpreter"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+]
+CASES = [case[0] for case in cases("cpu", torch.float32)]
+GRADS = ("q", "k", "v", "q_global", "k_global", "v_global")
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Runs the test once per backend; the value is the device its tensors live on."""
+    name, where = request.param
+    with tilefuse.backend(name):
+        yield where
+
+
+def case(name, device="cpu", dtype=torch.float32):
+    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
+
+
+def compute(function, tensors, index, mask, options, dtype):
+    """out, lse and the gradients of all tensors under random dout and dlse that all functions share."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    out, lse = function(*leaves[:3], index, *(leaves[3:] or [None] * 3), mask, **options)
+    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).to(out.dtype)
+    dlse = normal(*lse.shape, device=out.device, seed=12).to(lse.dtype)
+    total = (out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
+
+
+def oracle_of_backward(tensors, index, mask, options, out, lse):
+    """float64 gradients from the backward's own operands, which hold the rounded out and lse."""
+    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).double()
+    dlse = normal(*lse.shape, device=out.device, seed=12).masked_fill(lse.isinf(), 0).double()
+    wide = [x.double() for x in tensors]
+    left, right = options["window"]
+    causal = options.get("causal", False)
+    plain = left, 0 if causal else right, options.get("dilation", 1), causal, tensors[0].shape[-1] ** -0.5
+    with tilefuse.backend("reference"):
+        return torch.ops.tilefuse.global_attention_bwd(
+            dout, dlse, *wide[:3], out.double(), lse.double(), index, *(wide[3:] or [None] * 3), mask, *plain
+        )
+
+
+def check(tensors, index, mask, options):
+    with poisoned():
+        got = compute(tilefuse.global_attention, tensors, index, mask, options, tensors[0].dtype)
+    clean = [torch.nan_to_num(x, nan=0.0) for x in tensors]
+    exact = compute(dense_global, clean, index, mask, options, torch.float64)
+    naive = compute(dense_global, clean, index, mask, options, tensors[0].dtype)
+    on_operands = oracle_of_backward(clean, index, mask, options, *got[:2])
+    for i, name in enumerate(("out", "lse")):
+        assert_close(got[i], exact[i], naive[i], name=name)
+    if tensors[0].numel() == 0:
+        return
+    # float32 noise of a gradient's terms (dout . v) * k: a row may cancel to nothing, its terms do not
+    largest = max(float(x.float().abs().max()) for x in clean)
+    dp = clean[2].shape[-1] ** 0.5 * max(float(x.float().norm(dim=-1).max()) for x in clean[2::3])
+    terms = 4 * 2.0**-24 * dp * largest
+    for name, x, y, z, w in zip(GRADS, got[2:], exact[2:], naive[2:], on_operands):
+        assert x.is_contiguous()
+        assert_close(x, y, z, name=name, tiny=terms, rows=False)
+        assert_close(x, w, z, name=f"{name} on the backward's operands", tiny=terms)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name, device):
+    """9: no globals, all, the last token, two in one block, inside of the band, per-batch counts, padded ones."""
+    check(*case(name, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["per_batch", "own_projections", "causal"])
+def test_matches_oracle_in_half(name, dtype, device):
+    check(*case(name, device, dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_is_the_formula(name):
+    tensors, index, mask, options = case(name, dtype=torch.float64)
+    tensors = [torch.nan_to_num(x, nan=0.0) for x in tensors]
+    with tilefuse.backend("reference"):
+        got = compute(tilefuse.global_attention, tensors, index, mask, options, torch.float64)
+    for x, y in zip(got, compute(dense_global, tensors, index, mask, options, torch.float64)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["own_projections", "causal"])
+def test_gradcheck(name):
+    tensors, index, mask, options = case(name, dtype=torch.float64)
+    leaves = [torch.nan_to_num(x, nan=0.0).requires_grad_() for x in tensors]
+
+    def call(q, k, v, *own):
+        out, lse = tilefuse.global_attention(q, k, v, index, *(own or [None] * 3), mask, **options)
+        return out, lse.masked_fill(lse.isinf(), 0)
+
+    with tilefuse.backend("reference"):
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+def test_9_repeats_order_and_padding_of_the_list(device):
+    q, k, v = qkv(1, 60, 60, 2, 1, 16, device=device)
+    results = [
+        tilefuse.global_attention(q, k, v, torch.tensor([x], device=device), window=(4, 4))
+        for x in ([3, 40], [40, 3, 3, 40], [-1, 40, 100, 3], [3, -7, 40])
+    ]
+    for out, lse in results[1:]:
+        torch.testing.assert_close(out, results[0][0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, results[0][1], rtol=1e-5, atol=1e-6)
+
+
+def test_9_without_globals_is_window_attention(device):
+    q, k, v = qkv(2, 60, 60, 2, 1, 16, device=device)
+    none = torch.full((2, 3), -1, dtype=torch.int32, device=device)
+    for a, b in zip(
+        tilefuse.global_attention(q, k, v, none, window=(7, 2)), tilefuse.window_attention(q, k, v, window=(7, 2))
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("some", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
+def test_some_projections(some, device):
+    """Each projection may be missing on its own; gradients of a shared tensor add up before they are rounded."""
+    q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16, device=device))
+    own = [
+        normal(*x.shape, device=device, seed=21).requires_grad_() if i in some else None
+        for i, x in enumerate((q, k, v))
+    ]
+    index = torch.tensor([[2, 30]], device=device)
+    leaves = [q, k, v, *(x for x in own if x is not None)]
+    got = torch.autograd.grad(tilefuse.global_attention(q, k, v, index, *own, window=(4, 4))[0].square().sum(), leaves)
+    exact = torch.autograd.grad(dense_global(q, k, v, index, *own, window=(4, 4))[0].square().sum(), leaves)
+    for a, b in zip(got, exact):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_16_nan_in_padding(device):
+    """NaN in padded queries, keys and values reaches no other row and no gradient."""
+    tensors, index, mask, options = case("padded_global", device)
+    got = compute(tilefuse.global_attention, tensors, index, mask, options, torch.float32)
+    clean = [torch.nan_to_num(x, nan=0.0) for x in tensors]
+    expected = compute(tilefuse.global_attention, clean, index, mask, options, torch.float32)
+    for a, b in zip(got, expected):
+        assert_bit_equal(a, b)
+    assert (got[0][~mask] == 0).all() and (got[1].transpose(1, 2)[~mask] == float("-inf")).all()
+
+
+def test_20_deterministic_and_25_batch_invariant(device):
+    tensors, index, mask, options = case("per_batch", device, torch.bfloat16)
+    first = compute(tilefuse.global_attention, tensors, index, mask, options, torch.bfloat16)
+    for a, b in zip(first, compute(tilefuse.global_attention, tensors, index, mask, options, torch.bfloat16)):
+        assert_bit_equal(a, b)
+    alone, _ = tilefuse.global_attention(*(x[1:] for x in tensors), index[1:], **options)
+    assert_bit_equal(alone, first[0][1:])
+
+
+def test_compiled_training_step(device):
+    tensors, index, _, options = case("per_batch", device)
+    leaves = [x.requires_grad_() for x in tensors]
+
+    def step(*leaves):
+        return tilefuse.global_attention(*leaves, index, **options)[0].square().sum()
+
+    eager = torch.autograd.grad(step(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(step, backend="aot_eager", fullgraph=True)(*leaves), leaves)
+    for a, b in zip(eager, compiled):
+        assert_bit_equal(a, b)
+
+
+def test_opcheck(device):
+    tensors, index, _, options = case("dilated", device)
+    args = (*tensors[:3], index, *tensors[3:], None, *options["window"], options["dilation"], False, 0.25)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.tilefuse.global_attention_fwd.default, args, test_utils=tests)
+    out, lse = torch.ops.tilefuse.global_attention_fwd(*args)
+    back = (torch.ones_like(out), None, *tensors[:3], out, lse, *args[3:])
+    torch.library.opcheck(torch.ops.tilefuse.global_attention_bwd.default, back, test_utils=tests)
+
+
+def _errors():
+    q, k, v = qkv(2, 32, 32, 4, 2, 8)
+    index = torch.tensor([[0], [1]])
+    yield "q", ValueError, lambda: ((q[0], k, v, index), {})
+    yield "k", ValueError, lambda: ((q, k[:, :9], v[:, :9], index), {})
+    yield "index", ValueError, lambda: ((q, k, v, index[:, 0]), {})
+    yield "index_batch", ValueError, lambda: ((q, k, v, index[:1]), {})
+    yield "index_dtype", TypeError, lambda: ((q, k, v, index.float()), {})
+    yield "q_global", ValueError, lambda: ((q, k, v, index, q[:, :3]), {})
+    yield "k_global", TypeError, lambda: ((q, k, v, index, None, k.half()), {})
+    yield "v_global", ValueError, lambda: ((q, k, v, index, None, None, v.to("meta")), {})
+    yield "mask", ValueError, lambda: ((q, k, v, index, None, None, None, torch.ones(2, 3, dtype=torch.bool)), {})
+    yield "mask_dtype", TypeError, lambda: ((q, k, v, index, None, None, None, torch.ones(2, 32)), {})
+    for options in ({"window": (-2, 0)}, {"window": (3, 3), "dilation": 0}, {"window": (3, 3), "scale": float("inf")}):
+        yield str(options), ValueError, lambda options=options: ((q, k, v, index), options)
+
+
+@pytest.mark.parametrize(("kind", "build"), [pytest.param(e[1], e[2], id=e[0]) for e in _errors()])
+def test_errors(kind, build):
+    args, options = build()
+    with pytest.raises(kind, match=r"tilefuse\.global_attention: \w+"):
+        tilefuse.global_attention(*args, **{"window": (3, 3), **options})

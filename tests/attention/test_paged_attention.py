@@ -1,0 +1,253 @@
+"""``paged_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+
+import pytest
+import torch
+
+import tilefuse
+from tilefuse import native
+from tilefuse.reference.attention.window_attention import window_mask
+from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs.attention.dense import dense_attention
+from tilefuse.testing.inputs.attention.paged_attention import FP8, cases, paged
+from tilefuse.testing.inputs.attention.window_attention import normal
+
+CPU_MISSING = native.load("cpu").missing
+BACKENDS = [
+    pytest.param(("reference", "cpu"), id="reference"),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("triton", "cpu"), id="interpreter"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+]
+CASES = [case[0] for case in cases("cpu", torch.float32)]
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Runs the test once per backend; the value is the device its tensors live on."""
+    name, where = request.param
+    with tilefuse.backend(name):
+        yield where
+
+
+def case(name, device="cpu", dtype=torch.float32):
+    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
+
+
+def small_chunks(monkeypatch, keys=32):
+    """Several chunks in a small case."""
+    from tilefuse.triton_kernels.attention import paged_attention
+
+    monkeypatch.setattr(paged_attention, "CHUNK", keys)
+
+
+def dense(tensors, others, options, dtype):
+    """Gathers each sequence's keys and attends densely, in the given dtype."""
+    q, k_cache, v_cache, table, lengths = tensors
+    window = options.get("window", (-1, 0))
+    outs, lses = [], []
+    for b, n in enumerate(lengths.tolist()):
+        t = torch.arange(n, device=q.device)
+        page = table[b].long()[t // k_cache.shape[1]]
+        k = k_cache[page, t % k_cache.shape[1]].to(dtype) * options.get("k_scale", 1.0)
+        v = v_cache[page, t % k_cache.shape[1]].to(dtype) * options.get("v_scale", 1.0)
+        mask = window_mask(q.shape[1], n, window, device=q.device)
+        more = {name: x.to(torch.float64) if dtype == torch.float64 else x for name, x in others.items()}
+        out, lse = dense_attention(
+            q[b : b + 1].to(dtype), k[None], v[None], mask, scale=options.get("scale"),
+            softcap=options.get("softcap", 0.0),
+            **more,
+        )  # fmt: skip
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        return q.new_zeros(*q.shape[:3], v_cache.shape[-1], dtype=dtype), q.new_zeros(
+            0, q.shape[2], q.shape[1], dtype=dtype
+        )
+    return torch.cat(outs), torch.cat(lses)
+
+
+def check(tensors, others, options):
+    with poisoned():
+        out, lse = tilefuse.paged_attention(*tensors, **others, **options)
+    exact, exact_lse = dense(tensors, others, options, torch.float64)
+    naive, naive_lse = dense(tensors, others, options, tensors[0].dtype)
+    assert out.dtype == tensors[0].dtype and lse.dtype == torch.float32
+    assert_close(out, exact, naive, name="out")
+    assert_close(lse, exact_lse.double(), naive_lse, name="lse")
+
+
+@pytest.mark.parametrize("chunk", [32, 512])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_oracle(name, chunk, device, monkeypatch):
+    small_chunks(monkeypatch, chunk)
+    check(*case(name, device))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["decode", "odd_pages", "several_queries", "fp8", "sinks"])
+def test_matches_oracle_in_half(name, dtype, device, monkeypatch):
+    small_chunks(monkeypatch)
+    check(*case(name, device, dtype))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference_is_the_formula(name):
+    tensors, others, options = case(name, dtype=torch.float64)
+    others = {n: t.double() for n, t in others.items()}
+    with tilefuse.backend("reference"):
+        out, lse = tilefuse.paged_attention(*tensors, **others, **options)
+    exact, exact_lse = dense(tensors, others, options, torch.float64)
+    torch.testing.assert_close(out, exact, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(lse, exact_lse.double(), rtol=1e-11, atol=1e-12)
+
+
+def test_12_every_float8_value(device):
+    """A cache of all 256 codes: a single visible key hands its values through, NaN in its own column only."""
+    codes = torch.arange(256, dtype=torch.uint8, device=device).view(FP8)
+    v = codes.view(1, 1, 1, 256)
+    k = torch.zeros(1, 1, 1, 16, device=device).to(FP8)
+    q = torch.ones(1, 1, 1, 16, device=device, dtype=torch.bfloat16)
+    table, lengths = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0]], [1]))
+    out, _ = tilefuse.paged_attention(q, k, v, table, lengths)
+    torch.testing.assert_close(out[0, 0, 0].float(), codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_16_stale_pages(device, monkeypatch):
+    """NaN and inf in unused slots, in pages of nobody and behind entries past the end never reach an output."""
+    small_chunks(monkeypatch)
+    q, k, v, table, lengths = case("decode", device)[0]
+    out, lse = tilefuse.paged_attention(q, k, v, table, lengths)
+    clean_k, clean_v = (torch.nan_to_num(x, nan=0.0) for x in (k, v))
+    same, same_lse = tilefuse.paged_attention(
+        q, clean_k, clean_v, table.clamp(max=0) * 0 + table.where(table < k.shape[0], 0), lengths
+    )
+    assert out.isfinite().all()
+    assert_bit_equal(out, same)
+    assert_bit_equal(lse, same_lse)
+
+
+def test_16_hostile_table(device):
+    """Pages that do not exist hide their keys; lengths past the table are clamped."""
+    q, k, v, table, lengths = case("decode", device)[0]
+    k, v = torch.nan_to_num(k), torch.nan_to_num(v)
+    bad = table.clone()
+    bad[0, 1], bad[1, 0] = -3, 10**6
+    out, lse = tilefuse.paged_attention(q, k, v, bad, lengths)
+    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all() and out.isfinite().all()
+    tilefuse.paged_attention(q, k, v, table.clamp(max=k.shape[0] - 1), lengths + 10**6)
+    out, lse = tilefuse.paged_attention(q, k, v, table, lengths - 10**6)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_17_window_spans_the_whole_tile(device, monkeypatch):
+    """Every query of a tile needs its own window, also across chunks."""
+    small_chunks(monkeypatch, 16)
+    tensors = paged([100, 64], 20, 4, 1, 16, 16, 16, device=device)
+    check(tensors, {}, {"window": (16, 0)})
+    check(tensors, {}, {"window": (3, 2)})
+
+
+def test_18_equals_window_attention(device):
+    """A decode step over pages is the last row of the sequence's own attention."""
+    n, page_size = 50, 8
+    q, k, v = (
+        normal(1, n, 4, 16, device=device),
+        normal(1, n, 2, 16, device=device, seed=1),
+        normal(1, n, 2, 16, device=device, seed=2),
+    )
+    pages = -(-n // page_size)
+    caches = [
+        torch.nn.functional.pad(x[0], (0, 0, 0, 0, 0, pages * page_size - n)).unflatten(0, (pages, page_size))
+        for x in (k, v)
+    ]
+    table = torch.arange(pages, dtype=torch.int32, device=device)[None]
+    lengths = torch.tensor([n], dtype=torch.int32, device=device)
+    sinks = normal(4, device=device)
+    expected, expected_lse = tilefuse.window_attention(q, k, v, sinks, window=(15, 0))
+    for sq in (1, 3):
+        out, lse = tilefuse.paged_attention(q[:, -sq:], *caches, table, lengths, sinks, window=(15, 0))
+        torch.testing.assert_close(out, expected[:, -sq:], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(lse, expected_lse[..., -sq:], rtol=1e-5, atol=1e-6)
+
+
+def test_20_deterministic_and_25_batch_invariant(device, monkeypatch):
+    small_chunks(monkeypatch)
+    q, k, v, table, lengths = case("several_queries", device, torch.bfloat16)[0]
+    out, lse = tilefuse.paged_attention(q, k, v, table, lengths, window=(10, 0))
+    again, _ = tilefuse.paged_attention(q, k, v, table, lengths, window=(10, 0))
+    assert_bit_equal(out, again)
+    for b in range(3):
+        alone, alone_lse = tilefuse.paged_attention(
+            q[b : b + 1], k, v, table[b : b + 1], lengths[b : b + 1], window=(10, 0)
+        )
+        assert_bit_equal(alone, out[b : b + 1])
+        assert_bit_equal(alone_lse, lse[b : b + 1])
+
+
+def test_15_strides(device):
+    """Caches with heads before slots, int64 indices with strides, q from a fused projection."""
+    q, k, v, table, lengths = case("decode", device)[0]
+    expected = tilefuse.paged_attention(q, k, v, table, lengths)
+    k2, v2 = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    fused = torch.cat([q, q], 2)[:, :, : q.shape[2]]
+    wide = torch.stack([table, table], -1).long()[..., 0]
+    for a, b in zip(tilefuse.paged_attention(fused, k2, v2, wide, lengths.long()), expected):
+        assert_bit_equal(a, b)
+
+
+@pytest.mark.gpu
+def test_23_graph_capture():
+    with tilefuse.backend("triton"):
+        tensors = paged([900, 33], 1, 8, 2, 64, 64, 16, device="cuda", dtype=torch.bfloat16)
+        expected = tilefuse.paged_attention(*tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = tilefuse.paged_attention(*tensors)
+        graph.replay()
+        assert_bit_equal(out, expected[0])
+        assert_bit_equal(lse, expected[1])
+
+
+def test_opcheck_and_compile(device):
+    tensors, others, options = case("sinks", device)
+    args = (*tensors, others["sinks"], None, *options["window"], 0.25, 0.0, 1.0, 1.0)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.tilefuse.paged_attention_fwd.default, args, test_utils=tests)
+    compiled = torch.compile(tilefuse.paged_attention, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        for a, b in zip(compiled(*tensors, window=(15, 0)), tilefuse.paged_attention(*tensors, window=(15, 0))):
+            assert_bit_equal(a, b)
+
+
+def _errors():
+    q, k, v, table, lengths = paged([9], 1, 4, 2, 8, 8, 4)
+    yield "q", ValueError, lambda: ((q[0], k, v, table, lengths), {})
+    yield "q_dtype", TypeError, lambda: ((q.int(), k, v, table, lengths), {})
+    yield "head_dim", ValueError, lambda: ((q[..., :0], k, v, table, lengths), {})
+    yield "k_dim", ValueError, lambda: ((q, k[0], v, table, lengths), {})
+    yield "k_dtype", TypeError, lambda: ((q, k.half(), v, table, lengths), {})
+    yield "k_device", ValueError, lambda: ((q, k.to("meta"), v, table, lengths), {})
+    yield "k_width", ValueError, lambda: ((q, k[..., :4], v, table, lengths), {})
+    yield "k_heads", ValueError, lambda: ((q[:, :, :3], k, v, table, lengths), {})
+    yield "v_shape", ValueError, lambda: ((q, k, v[:1], table, lengths), {})
+    yield "v_dtype", TypeError, lambda: ((q, k, v.to(FP8), table, lengths), {})
+    yield "table", ValueError, lambda: ((q, k, v, table[0], lengths), {})
+    yield "table_batch", ValueError, lambda: ((q, k, v, table.repeat(2, 1), lengths), {})
+    yield "table_dtype", TypeError, lambda: ((q, k, v, table.float(), lengths), {})
+    yield "lengths", ValueError, lambda: ((q, k, v, table, lengths[:0]), {})
+    yield "lengths_dtype", TypeError, lambda: ((q, k, v, table, lengths.float()), {})
+    yield "sinks", ValueError, lambda: ((q, k, v, table, lengths, torch.zeros(2)), {})
+    yield "alibi", TypeError, lambda: ((q, k, v, table, lengths, None, torch.zeros(4).half()), {})
+    yield "grad", RuntimeError, lambda: ((q.clone().requires_grad_(), k, v, table, lengths), {})
+    for options in (
+        {"window": (-2, 0)}, {"scale": float("inf")}, {"softcap": -1.0}, {"k_scale": 2.0}, {"v_scale": 0.5},
+        {"v_scale": 0.0},
+    ):  # fmt: skip
+        yield str(options), ValueError, lambda options=options: ((q, k, v, table, lengths), options)
+
+
+@pytest.mark.parametrize(("kind", "build"), [pytest.param(e[1], e[2], id=e[0]) for e in _errors()])
+def test_errors(kind, build):
+    args, options = build()
+    with pytest.raises(kind, match=r"tilefuse\.paged_attention: \w+"):
+        tilefuse.paged_attention(*args, **options)

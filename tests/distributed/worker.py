@@ -1,0 +1,273 @@
+"""One rank of the expert-parallel tests: runs every case and writes ``{case: "" or traceback}`` as JSON.
+
+Started by test_expert_parallel.py as ``worker.py RANK WORLD RENDEZVOUS_FILE RESULT_FILE [CASE]``.
+"""
+
+import datetime
+import json
+import os
+import sys
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import tilefuse
+from tilefuse.distributed import ExpertParallel
+
+EXPERTS, HIDDEN, INNER, TOP_K = 8, 24, 16, 3
+
+
+def layer(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    gate_up = torch.randn(EXPERTS, 2 * INNER, HIDDEN, generator=generator).mul(0.2).to(dtype)
+    down = torch.randn(EXPERTS, HIDDEN, INNER, generator=generator).mul(0.2).to(dtype)
+    return gate_up, down
+
+
+def tokens(seed, counts, dtype=torch.float32, experts=None):
+    """The tokens of every rank, made alike everywhere so that each rank can check itself."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for rank, count in enumerate(counts):
+        x = torch.randn(count, HIDDEN, generator=generator).to(dtype)
+        scores = torch.rand(count, EXPERTS, generator=generator)
+        if experts is not None:
+            scores[:, [e for e in range(EXPERTS) if e not in experts[rank]]] = -1.0
+        weights, ids = scores.topk(TOP_K)
+        made.append((x, weights.contiguous(), ids.to(torch.int32)))
+    return made
+
+
+def run_experts(gate_up, down):
+    def experts(rows, ids):
+        ones = torch.ones(rows.shape[0], 1)
+        return tilefuse.moe_experts(rows, gate_up, down, ones, ids)
+
+    return experts
+
+
+def check(counts, *, dtype=torch.float32, capacity=None, experts=None, exact=True):
+    """Outputs and all gradients of the parallel layer against the single-process layer on every rank's tokens."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    local = EXPERTS // world
+    gate_up, down = layer(1, dtype)
+    everyone = tokens(2, counts, dtype, experts)
+    x, weights, ids = everyone[rank]
+    mine = [t.clone().requires_grad_() for t in (x, weights)]
+    shard = [w[rank * local : (rank + 1) * local].clone().requires_grad_() for w in (gate_up, down)]
+    parallel = ExpertParallel(EXPERTS, capacity=capacity)
+    out = parallel(*mine, ids, run_experts(*shard))
+
+    whole = [w.clone().requires_grad_() for w in (gate_up, down)]
+    x_ref, weights_ref = (t.clone().requires_grad_() for t in (x, weights))
+    expected = tilefuse.moe_experts(x_ref, *whole, weights_ref, ids)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3 + rank)).to(dtype)
+    out.backward(grad)
+    expected.backward(grad)
+    tolerance = {"rtol": 0, "atol": 0} if exact else {}
+    torch.testing.assert_close(out, expected, **tolerance)
+    torch.testing.assert_close(mine[0].grad, x_ref.grad)
+    torch.testing.assert_close(mine[1].grad, weights_ref.grad)
+    # the weights of an expert see the tokens of all ranks
+    for shard_weight, single in zip(shard, whole):
+        total = single.grad.clone()
+        dist.all_reduce(total)
+        torch.testing.assert_close(shard_weight.grad, total[rank * local : (rank + 1) * local], rtol=1e-4, atol=1e-5)
+
+
+def case_uneven():
+    check([5 + 3 * r for r in range(dist.get_world_size())])
+
+
+def case_equal_counts():
+    check([6] * dist.get_world_size())
+
+
+def case_rank_without_tokens():
+    check([0 if r == 1 else 7 for r in range(dist.get_world_size())])
+
+
+def case_no_tokens_at_all():
+    check([0] * dist.get_world_size())
+
+
+def case_rank_that_receives_nothing():
+    # every token goes to experts that rank 0 owns
+    world = dist.get_world_size()
+    first = range(max(EXPERTS // world, TOP_K))
+    check([4] * world, experts=[first] * world)
+
+
+def case_capacity_large_enough():
+    check([5] * dist.get_world_size(), capacity=5 * TOP_K)
+
+
+def case_capacity_drops_later_slots():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, weights, ids = tokens(4, [9] * world)[rank]
+    gate_up, down = layer(1)
+    local = EXPERTS // world
+    capacity = 4
+    parallel = ExpertParallel(EXPERTS, capacity=capacity)
+    out = parallel(x, weights, ids, run_experts(gate_up[rank * local :][:local], down[rank * local :][:local]))
+    # the same by hand: slots of one destination in the order of the plan, the first `capacity` survive
+    kept = ids.clone()
+    order, _, _ = tilefuse.moe_plan(ids, EXPERTS)
+    seen = [0] * world
+    for flat in order.tolist():
+        owner = int(ids.view(-1)[flat]) // local
+        seen[owner] += 1
+        if seen[owner] > capacity:
+            kept.view(-1)[flat] = -1
+    assert (kept == -1).any()
+    torch.testing.assert_close(out, tilefuse.moe_experts(x, gate_up, down, weights, kept), rtol=0, atol=0)
+
+
+def case_dropped_ids():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, weights, ids = tokens(5, [6] * world)[rank]
+    ids[0] = -1
+    ids[1, 1] = EXPERTS
+    x[0] = float("nan")
+    gate_up, down = layer(1)
+    local = EXPERTS // world
+    for capacity in (None, 6 * TOP_K):
+        parallel = ExpertParallel(EXPERTS, capacity=capacity)
+        out = parallel(x, weights, ids, run_experts(gate_up[rank * local :][:local], down[rank * local :][:local]))
+        torch.testing.assert_close(out, tilefuse.moe_experts(x, gate_up, down, weights, ids), rtol=0, atol=0)
+        assert (out[0] == 0).all()
+
+
+def case_fp8_payload():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    everyone = tokens(6, [5] * world)
+    codes = [x.to(torch.float8_e4m3fn) for x, _, _ in everyone]
+    for capacity in (None, 5 * TOP_K):
+        got = ExpertParallel(EXPERTS, capacity=capacity).dispatch(codes[rank], everyone[rank][2])
+        assert got.x.dtype == torch.float8_e4m3fn
+        local = EXPERTS // world
+        expected = []
+        for source in range(world):
+            ids = everyone[source][2]
+            for expert in range(rank * local, (rank + 1) * local):
+                for token in range(ids.shape[0]):
+                    expected += [(expert - rank * local, codes[source][token])] * int((ids[token] == expert).sum())
+        used = got.ids[:, 0] >= 0
+        assert got.ids[used, 0].tolist() == [e for e, _ in expected]
+        rows = torch.stack([c.view(torch.uint8) for _, c in expected]) if expected else torch.empty(0, HIDDEN)
+        assert torch.equal(got.x[used].view(torch.uint8), rows.to(torch.uint8))
+
+
+def case_router_gradient_reaches_weights():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, weights, ids = tokens(7, [4] * world)[rank]
+    weights.requires_grad_()
+    gate_up, down = layer(1)
+    local = EXPERTS // world
+    out = ExpertParallel(EXPERTS)(
+        x, weights, ids, run_experts(gate_up[rank * local :][:local], down[rank * local :][:local])
+    )
+    out.sum().backward()
+    reference = F.normalize(weights.grad, dim=-1)
+    assert torch.isfinite(reference).all() and weights.grad.abs().sum() > 0
+
+
+def case_arguments():
+    world = dist.get_world_size()
+    for arguments, kwargs, message in [
+        ((world + 1,), {}, "num_experts must be a positive multiple"),
+        ((0,), {}, "num_experts must be a positive multiple"),
+        ((world,), {"capacity": 0}, "capacity must be at least 1"),
+    ]:
+        try:
+            ExpertParallel(*arguments, **kwargs)
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"no ValueError for {arguments} {kwargs}")
+    x, weights, ids = tokens(8, [3] * world)[dist.get_rank()]
+    parallel = ExpertParallel(EXPERTS)
+    for call in (lambda: parallel.dispatch(x, ids[:2]), lambda: parallel.dispatch(x, ids[:, 0])):
+        try:
+            call()
+        except ValueError as error:
+            assert "ids must be [T, k]" in str(error), error
+        else:
+            raise AssertionError("no ValueError for ids of a wrong shape")
+    dispatched = parallel.dispatch(x, ids)
+    try:
+        parallel.combine(x.new_zeros(dispatched.x.shape[0] + 1, 2), weights, dispatched)
+    except ValueError as error:
+        assert "y must be" in str(error), error
+    else:
+        raise AssertionError("no ValueError for y of a wrong shape")
+
+
+def case_rank_dies():
+    """Only run on its own: rank 1 leaves between two layers, the others must raise instead of waiting for ever."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, weights, ids = tokens(9, [4] * world)[rank]
+    gate_up, down = layer(1)
+    local = EXPERTS // world
+    parallel = ExpertParallel(EXPERTS, timeout=5.0)
+    experts = run_experts(gate_up[rank * local :][:local], down[rank * local :][:local])
+    parallel(x, weights, ids, experts)
+    if rank == 1:
+        os._exit(0)
+    try:
+        parallel(x, weights, ids, experts)
+    except RuntimeError as error:
+        assert f"rank {rank} of {world} failed in" in str(error), error
+    else:
+        raise AssertionError("a layer finished without rank 1")
+
+
+def case_rank_stalls():
+    """Only run on its own: rank 1 stops calling but lives; the time limit must end the wait of the others."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, _, ids = tokens(9, [4] * world)[rank]
+    parallel = ExpertParallel(EXPERTS, timeout=2.0)
+    if rank == 1:
+        # long enough for the others' limit to pass
+        import time
+
+        time.sleep(6)
+        return
+    try:
+        parallel.dispatch(x, ids)
+    except RuntimeError as error:
+        assert f"rank {rank} of {world} failed in dispatch" in str(error), error
+    else:
+        raise AssertionError("dispatch finished without rank 1")
+
+
+ALONE = ("rank_dies", "rank_stalls")
+CASES = {name.removeprefix("case_"): run for name, run in list(globals().items()) if name.startswith("case_")}
+
+
+def main():
+    rank, world, rendezvous, result = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    chosen = sys.argv[5:] or [name for name in CASES if name not in ALONE]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world,
+        timeout=datetime.timedelta(seconds=30),
+    )  # fmt: skip
+    outcome = {}
+    for name in chosen:
+        try:
+            CASES[name]()
+            outcome[name] = ""
+        except Exception:
+            outcome[name] = traceback.format_exc()
+            # the other ranks may be in another collective by now: nothing after this can be trusted
+            break
+    with open(result, "w") as file:
+        json.dump(outcome, file)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

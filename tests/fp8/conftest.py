@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+import tilefuse
+from tilefuse import native
+
+CPU_MISSING = native.load("cpu").missing
+BACKENDS = [
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("triton", "cpu"), id="interpreter"),
+    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def device(request):
+    """Runs the test once per compiled backend; the value is the device its tensors live on."""
+    name, where = request.param
+    with tilefuse.backend(name):
+        yield where
+
+
+@pytest.fixture
+def reference():
+    """Calls a function on the reference backend, whatever backend the test runs on."""
+
+    def call(function, *args, **kwargs):
+        with tilefuse.backend("reference"):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def opcheck():
+    """torch's check of an op, without the part that compares FP8 tensors by operations they lack (test_schema)."""
+
+    def check(name, sample):
+        torch.library.opcheck(
+            getattr(torch.ops.tilefuse, name).default,
+            sample.args,
+            dict(sample.kwargs),
+            test_utils=("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
+        )
+
+    return check

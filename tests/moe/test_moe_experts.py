@@ -1,0 +1,251 @@
+"""``moe_experts``. A number in a test's name is that of the case in the family's list of known failures."""
+
+import math
+
+import pytest
+import torch
+
+import tilefuse
+from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs.moe.moe_experts import case
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OAI = {"activation": "swiglu_oai", "alpha": 1.702, "limit": 1.0}
+
+
+def act(gate, up, activation="silu", alpha=1.702, limit=0.0):
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if activation == "gelu":
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def naive(x, w_gate_up, w_down, weights, ids, bias_gate_up=None, bias_down=None, **options):
+    """The expert loop that models run eagerly, in x's dtype."""
+    linear = torch.nn.functional.linear
+    out = torch.zeros_like(x)
+    for e in range(w_gate_up.shape[0]):
+        token, slot = torch.where(ids == e)
+        z = linear(x[token], w_gate_up[e], None if bias_gate_up is None else bias_gate_up[e])
+        y = linear(act(*z.chunk(2, -1), **options), w_down[e], None if bias_down is None else bias_down[e])
+        out = out.index_add(0, token, (y * weights[token, slot, None]).to(x.dtype))
+    return out
+
+
+def gradients(function, grad, args, options):
+    """The output, and gradients of every float argument that is there."""
+    leaves = [t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
+    out = function(*leaves, **options)
+    wanted = [t for t in leaves if t is not None and t.is_floating_point()]
+    return out.detach(), torch.autograd.grad(out, wanted, grad.to(out.dtype))
+
+
+def widened(args):
+    return [t.double() if t is not None and t.is_floating_point() else t for t in args]
+
+
+def check(args, options, where):
+    grad = torch.randn(args[0].shape, device=where).to(args[0].dtype)
+    with poisoned():
+        out, grads = gradients(tilefuse.moe_experts, grad, args, options)
+        assert_bit_equal(tilefuse.moe_experts(*args, **options), out)
+    with tilefuse.backend("reference"):
+        exact, exact_grads = gradients(tilefuse.moe_experts, grad.double(), widened(args), options)
+    plain, plain_grads = gradients(naive, grad, args, options)
+    assert_close(out, exact, plain)
+    for position, triple in enumerate(zip(grads, exact_grads, plain_grads)):
+        # a weight gradient of a few rows is nearly an outer product: its rows share one rounding error each
+        assert_close(*triple, rows=position == 0, name=f"gradient {position}")
+    return out, grads
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, OAI, OAI | {"limit": 0.0}])
+@pytest.mark.parametrize("bias", [False, True])
+def test_reference_is_the_formula(options, bias):
+    args = widened(case(8, 4, 2, 20, 12, bias=bias))
+    grad = torch.randn(8, 20, dtype=torch.float64)
+    with tilefuse.backend("reference"):
+        out, grads = gradients(tilefuse.moe_experts, grad, args, options)
+    expected, expected_grads = gradients(naive, grad, args, options)
+    for a, b in zip((out, *grads), (expected, *expected_grads)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("options", "bias"), [({}, False), ({"activation": "gelu"}, True), (OAI, True)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "hidden", "inner"), [(40, 7, 3, 97, 47), (33, 4, 2, 64, 130), (48, 5, 5, 128, 64)]
+)
+def test_4_5_6_matches_oracle(tokens, experts, top_k, hidden, inner, options, bias, dtype, where):
+    check(case(tokens, experts, top_k, hidden, inner, where, dtype, bias=bias), options, where)
+
+
+@pytest.mark.parametrize("top_k", [1, 4])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_5_extreme_counts(top_k, experts, where):
+    check(case(21, experts, min(top_k, experts), 48, 32, where, dropped=0.0), {}, where)
+
+
+def test_6_inner_511(where):
+    check(case(6, 3, 2, 97, 511, where), {}, where)
+
+
+def test_1_no_tokens(where):
+    args = case(0, 4, 2, 32, 16, where, bias=True)
+    out, grads = gradients(tilefuse.moe_experts, torch.zeros(0, 32, device=where), args, {})
+    assert out.shape == (0, 32)
+    assert [g.shape for g in grads] == [t.shape for t in args if t is not None and t.is_floating_point()]
+    assert not any(g.any() for g in grads)
+
+
+def test_10_all_dropped(where):
+    args = case(5, 4, 2, 32, 16, where, bias=True, dropped=2.0)
+    assert ((args[4] < 0) | (args[4] >= 4)).all()
+    with poisoned():
+        out, grads = gradients(tilefuse.moe_experts, torch.randn(5, 32, device=where), args, {})
+    assert not out.any() and not any(g.any() for g in grads)
+
+
+@pytest.mark.parametrize("empty", [0, 2, 4])
+def test_2_empty_expert(empty, where):
+    args = list(case(30, 5, 2, 48, 32, where, dropped=0.0))
+    args[4] = torch.where(args[4] == empty, (empty + 1) % 5, args[4])
+    _, grads = check(args, {}, where)
+    assert not grads[1][empty].any() and not grads[2][empty].any()
+
+
+def test_3_all_to_one_expert(where):
+    args = list(case(70, 4, 1, 48, 32, where))
+    args[4] = torch.full_like(args[4], 2)
+    check(args, {}, where)
+
+
+def test_10_11_dropped_slots_and_padding_rows_do_not_leak(where):
+    args = list(case(12, 4, 2, 48, 32, where, dropped=0.4))
+    args[4][3] = -1
+    args[4][7] = 4
+    grad = torch.randn(12, 48, device=where)
+    clean = gradients(tilefuse.moe_experts, grad, args, {})
+    assert not clean[0][[3, 7]].any()
+    dirty = [t.clone() if t is not None else None for t in args]
+    dirty[0][[3, 7]] = math.nan
+    dropped = (args[4] < 0) | (args[4] >= 4)
+    dirty[3][dropped] = math.inf
+    grad[[3, 7]] = math.nan
+    out, grads = gradients(tilefuse.moe_experts, grad, dirty, {})
+    assert_bit_equal(out, clean[0])
+    for ours, theirs in zip(grads, clean[1]):
+        assert_bit_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_13_14_repeatable_and_batch_invariant(dtype, where):
+    args = case(24, 4, 2, 64, 48, where, dtype, bias=True)
+    grad = torch.randn(24, 64, device=where).to(dtype)
+    out, grads = gradients(tilefuse.moe_experts, grad, args, OAI)
+    for _ in range(100 if tilefuse.backend() == "cpu" else 1):
+        again = gradients(tilefuse.moe_experts, grad, args, OAI)
+        for a, b in zip((again[0], *again[1]), (out, *grads)):
+            assert_bit_equal(a, b)
+    for rows in (slice(0, 1), slice(5, 6), slice(3, 20)):
+        part = [args[0][rows], *args[1:3], args[3][rows], args[4][rows], *args[5:]]
+        # a launch is tuned to the number of rows: the same configuration is part of the promise on a GPU
+        if tilefuse.backend() != "triton":
+            alone, alone_grads = gradients(tilefuse.moe_experts, grad[rows], part, OAI)
+            assert_bit_equal(alone, out[rows])
+            assert_bit_equal(alone_grads[0], grads[0][rows])
+
+
+def test_14_batch_mates_change_nothing(where):
+    """The same token among others, with as many rows: bits must not move."""
+    args = list(case(24, 4, 2, 64, 48, where))
+    out = tilefuse.moe_experts(*args)
+    args[0], args[4] = args[0].clone(), args[4].clone()
+    args[0][1:] = args[0][1:].flip(0) * 3
+    args[4][1:] = args[4][1:].flip(0)
+    assert_bit_equal(tilefuse.moe_experts(*args)[:1], out[:1])
+
+
+def test_saves_only_x_and_the_pre_activation():
+    """Saved bytes beyond arguments and the integer plan: the pre-activation alone."""
+    args = case(16, 4, 2, 64, 48, dtype=torch.bfloat16, dropped=0.0)
+    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
+    known = {t.data_ptr() for t in leaves if t is not None}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        tilefuse.moe_experts(*leaves)
+    extra = [t for t in saved if t is not None and t.data_ptr() not in known and t.is_floating_point()]
+    assert [(tuple(t.shape), t.dtype) for t in extra] == [((32, 96), torch.bfloat16)]
+
+
+def test_6_strided_and_transposed_weights(where):
+    args = list(case(9, 3, 2, 64, 32, where))
+    expected = tilefuse.moe_experts(*args)
+    views = list(args)
+    views[0] = torch.cat((args[0], args[0]), 1)[:, 64:]
+    for i in (1, 2):
+        views[i] = torch.cat((args[i], torch.full_like(args[i], math.nan)), -1)[..., : args[i].shape[-1]]
+    assert_bit_equal(tilefuse.moe_experts(*views), expected)
+    for i in (1, 2):
+        views[i] = args[i].transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(tilefuse.moe_experts(*views), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_16_gradcheck():
+    for options, bias in (({}, False), ({"activation": "gelu"}, True), (OAI | {"limit": 3.0}, True)):
+        args = widened(case(4, 3, 2, 6, 5, bias=bias))
+        leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
+        with tilefuse.backend("reference"):
+            assert torch.autograd.gradcheck(lambda *a, o=options: tilefuse.moe_experts(*a, **o), leaves, fast_mode=True)
+
+
+def test_16_compile():
+    compiled = torch.compile(tilefuse.moe_experts, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (6, 9):
+        args = case(tokens, 4, 2, 32, 16)
+        grad = torch.randn(tokens, 32)
+        ours = gradients(compiled, grad, args, {})
+        eager = gradients(tilefuse.moe_experts, grad, args, {})
+        for a, b in zip((ours[0], *ours[1]), (eager[0], *eager[1])):
+            assert_bit_equal(a, b)
+
+
+def test_checkpointing():
+    args = case(6, 4, 2, 32, 16)
+    x = args[0].requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(lambda x: tilefuse.moe_experts(x, *args[1:]), x, use_reentrant=False)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert_bit_equal(grad, torch.autograd.grad(tilefuse.moe_experts(x, *args[1:]).sum(), x)[0])
+
+
+X, G, D = torch.zeros(4, 8), torch.zeros(3, 12, 8), torch.zeros(3, 8, 6)
+W, I = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "args", "options"),
+    [
+        (ValueError, r"moe_experts: x must be \[T, H\], got \[8\] float32", (X[0], G, D, W, I), {}),
+        (TypeError, "x must be float32 or", (X.int(), G, D, W, I), {}),
+        (ValueError, r"w_gate_up must be \[E, 2 I, 8\], got \[3, 11, 8\] float32", (X, G[:, 1:], D, W, I), {}),
+        (TypeError, "w_gate_up must be of x's dtype", (X, G.half(), D, W, I), {}),
+        (ValueError, r"w_down must be \[3, 8, 6\], got \[3, 8, 5\] float32", (X, G, D[..., 1:], W, I), {}),
+        (TypeError, "w_down must be of x's dtype", (X, G, D.half(), W, I), {}),
+        (ValueError, r"ids must be \[4, k\]", (X, G, D, W, I[:3]), {}),
+        (TypeError, "ids must be int32 or int64", (X, G, D, W, I.float()), {}),
+        (ValueError, r"weights must be \[4, 2\] float32", (X, G, D, W[:, :1], I), {}),
+        (TypeError, "weights must be float32 or of x's dtype", (X, G, D, W.double(), I), {}),
+        (ValueError, r"bias_gate_up must be \[3, 12\]", (X, G, D, W, I, D[..., 0]), {}),
+        (TypeError, "bias_down must be of x's dtype", (X, G, D, W, I, None, D[..., 0].half()), {}),
+        (ValueError, "activation must be one of silu, gelu, swiglu_oai", (X, G, D, W, I), {"activation": "relu"}),
+        (ValueError, "w_down must be on the device of x", (X, G, D.to("meta"), W, I), {}),
+        (ValueError, "ids must be on the device of x", (X, G, D, W, I.to("meta")), {}),
+    ],
+)  # fmt: skip
+def test_errors(error, match, args, options):
+    for call in (tilefuse.moe_experts, torch.ops.tilefuse.moe_experts):
+        with pytest.raises(error, match=match):
+            call(*args, **options)

@@ -1,0 +1,342 @@
+"""grouped_matmul: a persistent kernel over row tiles of groups, and the weight gradient, one program per output tile.
+
+The rows of a are read through pointers when they are gathered; otherwise, on GPUs with TMA, a and b come in through
+tensor descriptors. Large gathered inputs may be gathered first, when a measured configuration says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from ...backends import interpreting
+from ..common import tuned
+from ..common.grouped import find_tile, group_rows, groups_padded, max_tiles, tile_order
+from ..common.launch import on_device
+from ..common.signature import signature_of
+
+
+@triton.jit
+def source_rows(index, row, valid, count, index_div, HAS_INDEX: tl.constexpr):
+    """Rows of a that output rows read (int64), and whether they exist."""
+    if HAS_INDEX:
+        at = tl.load(index + row, mask=valid, other=0).to(tl.int64)
+        valid = valid & (at >= 0)
+        at = at // index_div
+        valid = valid & (at < count)
+    else:
+        at = row.to(tl.int64)
+    return tl.where(valid, at, 0), valid
+
+
+@triton.jit(do_not_specialize=["rows", "a_rows", "tiles_m", "programs", "index_div"])
+def grouped_matmul_kernel(
+    a, b, bias, out, offsets, index,
+    rows, a_rows, N, K, stride_a, stride_be, stride_bn, stride_bk, tiles_m, programs, index_div,
+    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    if TMA:
+        a_blocks = tl.make_tensor_descriptor(a, [a_rows, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
+        b_blocks = tl.make_tensor_descriptor(b, [GROUPS * N, K], [stride_bn, 1], [BLOCK_N, BLOCK_K])
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, programs):
+        tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
+        group, row_begin, row_end = find_tile(tile_m, offsets, rows, GROUPS, GROUPS_PADDED, BLOCK_M)
+        if row_begin < row_end:
+            row = row_begin + tl.arange(0, BLOCK_M)
+            inside = row < row_end
+            col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            # a group without a matrix has no reduction: its rows become zero
+            depth = tl.where(group < GROUPS, K, 0)
+            if TMA:
+                for start in range(0, depth, BLOCK_K):
+                    x = a_blocks.load([row_begin, start])  # [BLOCK_M, BLOCK_K]
+                    w = b_blocks.load([group * N + tile_n * BLOCK_N, start])  # [BLOCK_N, BLOCK_K]
+                    acc = tl.dot(x, w.T, acc, input_precision="ieee")
+            else:
+                source, exists = source_rows(index, row, inside & (group < GROUPS), a_rows, index_div, HAS_INDEX)
+                k = tl.arange(0, BLOCK_K)
+                a_rows_at = a + source[:, None] * stride_a
+                b_cols_at = b + group.to(tl.int64) * stride_be + col.to(tl.int64)[None, :] * stride_bn
+                for start in range(0, depth, BLOCK_K):
+                    step = start + k
+                    x = tl.load(a_rows_at + step[None, :], mask=exists[:, None] & (step < K)[None, :], other=0.0)
+                    w = tl.load(
+                        b_cols_at + step.to(tl.int64)[:, None] * stride_bk,
+                        mask=(step < K)[:, None] & (col < N)[None, :],
+                        other=0.0,
+                    )  # [BLOCK_K, BLOCK_N]
+                    acc = tl.dot(x, w, acc, input_precision="ieee")
+            if HAS_BIAS:
+                column = tl.load(bias + group.to(tl.int64) * N + col, mask=(col < N) & (group < GROUPS), other=0.0)
+                acc += column.to(tl.float32)[None, :]
+            tl.store(
+                out + row.to(tl.int64)[:, None] * N + col[None, :],
+                acc.to(out.dtype.element_ty),
+                mask=inside[:, None] & (col < N)[None, :],
+            )
+
+
+@triton.jit(do_not_specialize=["rows", "a_rows", "grad_rows", "index_div"])
+def grouped_matmul_wgrad_kernel(
+    a, grad, out, offsets, a_index, grad_index,
+    rows, a_rows, grad_rows, N, K, stride_a, stride_g, index_div,
+    A_INDEX: tl.constexpr, GRAD_INDEX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    group = tl.program_id(0)
+    n = tl.program_id(1) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    begin, end = group_rows(group, offsets, rows)
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(begin, end, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)
+        a_at, a_exists = source_rows(a_index, row, row < end, a_rows, index_div, A_INDEX)
+        g_at, g_exists = source_rows(grad_index, row, row < end, grad_rows, index_div, GRAD_INDEX)
+        # rows past the end must not enter the sum, not even as 0 * NaN: both sides are masked
+        x = tl.load(
+            a + a_at[:, None] * stride_a + k[None, :], mask=a_exists[:, None] & (k < K)[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        g = tl.load(
+            grad + g_at[None, :] * stride_g + n[:, None], mask=g_exists[None, :] & (n < N)[:, None], other=0.0
+        )  # [BLOCK_N, BLOCK_M]
+        acc = tl.dot(g, x, acc, input_precision="ieee")
+    tl.store(
+        out + group.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=(n < N)[:, None] & (k < K)[None, :],
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "a_rows", "index_div"])
+def gather_rows_kernel(
+    a, index, out, offsets, rows, a_rows, K, stride_a, index_div,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [rows, K]: the rows that the groups read, the others zero."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    used = (row < rows) & (row >= tl.load(offsets)) & (row < tl.load(offsets + GROUPS))
+    at, exists = source_rows(index, row, used, a_rows, index_div, True)
+    x = tl.load(a + at[:, None] * stride_a + k[None, :], mask=exists[:, None] & (k < K)[None, :], other=0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * K + k[None, :], x, mask=(row < rows)[:, None] & (k < K)[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of a grouped matmul; gather_first: copy gathered rows together before the matmul reads them."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+    gather_first: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "gather_first"}
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {name: value for name, value in self.options.items() if name.isupper()}
+
+
+def bucket(rows_per_group: float) -> int:
+    """Shape class of the rows: a power of two from 16 to 4096."""
+    return min(4096, max(16, triton.next_power_of_2(max(1, round(rows_per_group)))))
+
+
+def heuristic(rows: int, groups: int, n: int, k: int, itemsize: int) -> Config:
+    """Rows per group choose the tile's height; few rows stream the weights through small tiles."""
+    m = bucket(rows / max(1, groups))
+    if itemsize == 4:
+        return Config(min(m, 64), 64, 32, 8, 4, 2)
+    if m <= 16:
+        return Config(16, 128, 128, 1, 4, 4)
+    if m <= 32:
+        return Config(32, 128, 128, 1, 4, 3)
+    if m <= 64:
+        return Config(64, 128, 64, 2, 4, 4)
+    return Config(128, 128 if n <= 1024 else 256, 64, 8, 4 if n <= 1024 else 8, 3)
+
+
+# bytes of shared memory for a tile's stages, and the architectures that have them
+BUDGETS = {
+    225 * 1024: ("sm_90", "sm_100"),
+    160 * 1024: ("sm_80",),
+    96 * 1024: ("sm_89", "sm_120"),
+    62 * 1024: ("gfx942",),
+}
+
+
+def budget_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return max(BUDGETS)
+    if torch.version.hip:
+        return min(BUDGETS)
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max((budget for budget in BUDGETS if budget < there), default=min(BUDGETS))
+
+
+def fitted(tile: Config, matrices: int, itemsize: int, budget: int) -> Config:
+    """The tile with as many stages of its rows and `matrices` column blocks as the budget holds."""
+
+    def stage(t: Config) -> int:
+        return (t.BLOCK_M + matrices * t.BLOCK_N) * t.BLOCK_K * itemsize
+
+    while stage(tile) * min(2, tile.num_stages) > budget and tile.BLOCK_K > 32:
+        tile = replace(tile, BLOCK_K=tile.BLOCK_K // 2)
+    return replace(tile, num_stages=max(1, min(tile.num_stages, budget // stage(tile))))
+
+
+def measured(kernel: str, rows: int, groups: int, n: int, k: int, device: torch.device) -> Config | None:
+    found = tuned.find(kernel, f"n={n},k={k},m<={bucket(rows / max(1, groups))}", device)
+    return Config(**found) if found else None
+
+
+def config(rows: int, groups: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The measured tile, else the heuristic's."""
+    found = measured("grouped_matmul_fwd", rows, groups, n, k, device)
+    return found or fitted(heuristic(rows, groups, n, k, dtype.itemsize), 1, dtype.itemsize, budget_of(device))
+
+
+def wgrad_config(n: int, k: int, itemsize: int) -> dict[str, int]:
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+    block_n = 128 if n >= 128 else 64 if n > 16 else 16
+    block_k = 128 if k >= 128 else 64 if k > 16 else 16
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 3}
+
+
+def programs_of(tiles: int, device: torch.device) -> int:
+    """A persistent grid: two programs per multiprocessor, or every tile its own in the interpreter."""
+    if device.type != "cuda":
+        return min(tiles, 4)
+    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def can_use_tma(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Hopper and newer, 16-byte rows, and b's experts one after another (coordinates are 32-bit)."""
+    if a.device.type == "cuda":
+        if torch.version.hip or torch.cuda.get_device_capability(a.device)[0] < 9:
+            return False
+    elif not interpreting():
+        return False
+    experts, n, k = b.shape
+    return (
+        b.stride(2) == 1
+        and b.stride(0) == n * b.stride(1)
+        and all(t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in (a, b))
+        and experts * n < 2**31
+        and min(a.shape[0], n, k) > 0
+    )
+
+
+def set_scratch(device: torch.device) -> None:
+    """Descriptors made on the device live in memory that the launcher provides."""
+    if device.type == "cuda":
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+
+
+def gathered(a, index, offsets, index_div):
+    """A copy of the gathered rows, side by side."""
+    rows, k = index.shape[0], a.shape[1]
+    out = a.new_empty((rows, k))
+    if rows and k:
+        block = min(1024, triton.next_power_of_2(k))
+        gather_rows_kernel[(triton.cdiv(rows, 4), triton.cdiv(k, block))](
+            a, index, out, offsets, rows, a.shape[0], k, a.stride(0), index_div,
+            GROUPS=offsets.shape[0] - 1, ROWS=4, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype):
+    rows = a.shape[0] if a_index is None else a_index.shape[0]
+    groups, n, k = b.shape
+    out = a.new_empty((rows, n), dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    tile = config(rows, groups, n, k, a.dtype, a.device)
+    with on_device(a):
+        if a_index is not None and tile.gather_first:
+            a, a_index = gathered(a, a_index, offsets, index_div), None
+        tma = a_index is None and can_use_tma(a, b)
+        if tma:
+            set_scratch(a.device)
+        tiles_m = max_tiles(rows, groups, tile.BLOCK_M)
+        programs = programs_of(tiles_m * triton.cdiv(n, tile.BLOCK_N), a.device)
+        grouped_matmul_kernel[(programs,)](
+            a, b, bias, out, offsets, a_index,
+            rows, a.shape[0], n, k, a.stride(0), b.stride(0), b.stride(1), b.stride(2), tiles_m, programs, index_div,
+            GROUPS=groups, GROUPS_PADDED=groups_padded(groups), HAS_INDEX=a_index is not None,
+            HAS_BIAS=bias is not None, TMA=tma, **tile.options,
+        )  # fmt: skip
+    return out
+
+
+def grouped_matmul_wgrad(a, grad, offsets, a_index, grad_index, index_div, out_dtype):
+    rows = a.shape[0] if a_index is None else a_index.shape[0]
+    groups, n, k = offsets.shape[0] - 1, grad.shape[1], a.shape[1]
+    out = a.new_empty((groups, n, k), dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    tile = wgrad_config(n, k, a.element_size())
+    with on_device(a):
+        grouped_matmul_wgrad_kernel[(groups, triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(k, tile["BLOCK_K"]))](
+            a, grad, out, offsets, a_index, grad_index,
+            rows, a.shape[0], grad.shape[0], n, k, a.stride(0), grad.stride(0), index_div,
+            A_INDEX=a_index is not None, GRAD_INDEX=grad_index is not None, **tile,
+        )  # fmt: skip
+    return out
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    pointers = {"offsets": "i32", "index": "i32", "a_index": "i32", "grad_index": "i32"}
+    for dtype in ("bf16", "fp16", "fp32"):
+        itemsize = 4 if dtype == "fp32" else 2
+        expect = ("MMA",) if itemsize == 2 else None
+        for rows in (8, 32, 64, 512) if dtype == "bf16" else (512,):
+            for budget, targets in BUDGETS.items():
+                with_tma = tuple(t for t in targets if t in ("sm_90", "sm_100", "sm_120"))
+                tile = fitted(heuristic(rows * 128, 128, 2048, 768, itemsize), 1, itemsize, budget)
+                for tma in (False, True) if itemsize == 2 and with_tma else (False,):
+                    constants = tile.tile | {
+                        "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "HAS_INDEX": not tma, "HAS_BIAS": False,
+                        "TMA": tma, "stride_bk": 1, "bias": None,
+                    }  # fmt: skip
+                    if tma:
+                        constants["index"] = None
+                    yield AotCase(
+                        f"fwd_{dtype}_m{rows}_{budget // 1024}k{'_tma' if tma else ''}",
+                        grouped_matmul_kernel,
+                        **signature_of(grouped_matmul_kernel, pointers | {"": dtype}, constants, ("N", "K")),
+                        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                        targets=with_tma if tma else targets,
+                        expect=expect,
+                    )
+        tile = wgrad_config(2048, 768, itemsize)
+        constants = {name: value for name, value in tile.items() if name.isupper()}
+        yield AotCase(
+            f"wgrad_{dtype}",
+            grouped_matmul_wgrad_kernel,
+            **signature_of(
+                grouped_matmul_wgrad_kernel,
+                pointers | {"": dtype},
+                constants | {"A_INDEX": True, "GRAD_INDEX": False, "grad_index": None},
+                ("N", "K"),
+            ),
+            options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
+            expect=expect,
+        )

@@ -1,0 +1,106 @@
+"""moe_combine: a program owns a piece of one token's output, so nothing is added atomically."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.launch import on_device
+from ..common.signature import signature_of
+
+
+@triton.jit
+def _row_of(inverse, slot, rows):
+    at = tl.load(inverse + slot).to(tl.int64)
+    kept = (at >= 0) & (at < rows)
+    return tl.where(kept, at, 0), kept
+
+
+@triton.jit(do_not_specialize=["rows"])
+def moe_combine_fwd_kernel(
+    y, inverse, weights, out, rows, stride_y, H,
+    TOP_K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(TOP_K):
+        row, kept = _row_of(inverse, token * TOP_K + j, rows)
+        x = tl.load(y + row * stride_y + col, mask=kept & (col < H), other=0.0).to(tl.float32)
+        if HAS_WEIGHTS:
+            # a dropped slot adds nothing, even with a weight that is not finite
+            x *= tl.where(kept, tl.load(weights + token * TOP_K + j).to(tl.float32), 0.0)
+        acc += x
+    tl.store(out + token * H + col, acc.to(out.dtype.element_ty), mask=col < H)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def moe_combine_bwd_kernel(
+    grad, y, inverse, weights, dy, dweights, rows, stride_y, H,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    for j in range(TOP_K):
+        slot = token * TOP_K + j
+        row, kept = _row_of(inverse, slot, rows)
+        w = tl.load(weights + slot).to(tl.float32)
+        dot = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, H, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            inside = kept & (col < H)
+            g = tl.load(grad + token * H + col, mask=inside, other=0.0).to(tl.float32)
+            dot += g * tl.load(y + row * stride_y + col, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dy + row * H + col, (w * g).to(dy.dtype.element_ty), mask=inside)
+        tl.store(dweights + slot, tl.sum(dot, axis=0).to(dweights.dtype.element_ty))
+
+
+def block(hidden: int) -> int:
+    """Columns per program: up to 8 elements for each of 128 threads."""
+    return min(1024, max(16, triton.next_power_of_2(hidden)))
+
+
+def moe_combine_fwd(y, inverse, weights, top_k):
+    tokens, hidden = inverse.shape[0] // top_k, y.shape[1]
+    out = y.new_empty((tokens, hidden))
+    if out.numel():
+        size = block(hidden)
+        with on_device(y):
+            moe_combine_fwd_kernel[(tokens, triton.cdiv(hidden, size))](
+                y, inverse, weights, out, y.shape[0], y.stride(0), hidden,
+                TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=size, num_warps=4,
+            )  # fmt: skip
+    return out
+
+
+def moe_combine_bwd(grad, y, inverse, weights, top_k):
+    # rows that no slot names have no other writer
+    dy = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
+    dweights = weights.new_empty(weights.shape)
+    if weights.numel():
+        with on_device(y):
+            moe_combine_bwd_kernel[(weights.shape[0],)](
+                grad, y, inverse, weights, dy, dweights, y.shape[0], y.stride(0), y.shape[1],
+                TOP_K=top_k, BLOCK=block(y.shape[1]), num_warps=4,
+            )  # fmt: skip
+    return dy, dweights
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    for dtype in ("bf16", "fp32"):
+        pointers = {"inverse": "i32", "weights": "fp32", "dweights": "fp32", "": dtype}
+        forward = {"TOP_K": 8, "HAS_WEIGHTS": True, "BLOCK": 1024}
+        yield AotCase(
+            f"fwd_{dtype}",
+            moe_combine_fwd_kernel,
+            **signature_of(moe_combine_fwd_kernel, pointers, forward, ("H",)),
+            options={"num_warps": 4},
+            expect=("LDG.128",),
+        )
+        yield AotCase(
+            f"bwd_{dtype}",
+            moe_combine_bwd_kernel,
+            **signature_of(moe_combine_bwd_kernel, pointers, {"TOP_K": 8, "BLOCK": 1024}, ("H",)),
+            options={"num_warps": 4},
+            expect=("LDG.128",),
+        )
