@@ -210,7 +210,7 @@ def config(kernel: str, head_dim: int, element_size: int, block_size: int) -> Co
     """Pieces of ``fwd``, ``dq`` or ``dkdv``, no larger than a block needs."""
     whole = max(16, triton.next_power_of_2(block_size))
     if element_size > 2:
-        m, n, warps, stages = (32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
+        m, n, warps, stages = (32 if head_dim <= 64 else 16, 16, 8 if head_dim > 64 and kernel == "dq" else 4, 1)
     elif kernel == "fwd":
         m, n, warps, stages = (64, 32, 4, 2) if head_dim > 128 else (128, 64, 8, 3 if head_dim <= 64 else 2)
         if block_size < 128:

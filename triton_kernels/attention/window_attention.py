@@ -662,7 +662,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
         return Config(32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
-            return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 4, 3)
+            return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 3)
         if head_dim <= 128:
             return Config(64 if extras or span <= 256 else 128, 64, 8, 2)
         return Config(64, 32, 8, 2)
