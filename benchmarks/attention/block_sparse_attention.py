@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, normal
-from .window_attention import heads_first, heads_last
+from .window_attention import heads_first, heads_last, recomputed
 
 
 @functools.cache
@@ -35,12 +35,23 @@ def dense_blocks(row_offsets, col_index):
     return dense
 
 
+def dense_tokens(row_offsets, col_index, block, causal):
+    mask = dense_blocks(row_offsets, col_index).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    return mask.tril() if causal else mask
+
+
+def on_operands(block: int, causal: bool):
+    def run(q, k, v, row_offsets, col_index):
+        return recomputed(q, k, v, dense_tokens(row_offsets, col_index, block, causal))
+
+    return run
+
+
 def eager(block: int, causal: bool):
     """A dense mask of all tokens."""
 
     def run(q, k, v, row_offsets, col_index):
-        mask = dense_blocks(row_offsets, col_index).repeat_interleave(block, 0).repeat_interleave(block, 1)
-        mask = mask.tril() if causal else mask
+        mask = dense_tokens(row_offsets, col_index, block, causal)
         return F.scaled_dot_product_attention(*heads_first(q, k, v), mask).transpose(1, 2)
 
     return run
@@ -124,6 +135,8 @@ def cases() -> Iterator[Case]:
             run=lambda *args, block=block, causal=causal: tilefuse.block_sparse_attention(
                 *args, block_size=block, causal=causal
             )[0],
+            naive=eager(block, causal) if forward else on_operands(block, causal),
+            oracle=None if forward else on_operands(block, causal),
             peers={
                 "eager": eager(block, causal),
                 "gathered SDPA": gathered(block, causal),

@@ -11,7 +11,7 @@ import tilefuse
 
 from ..harness import Case, Peer, normal
 from ..shapes import LONGFORMER_BASE as M
-from .window_attention import heads_first, pairs
+from .window_attention import heads_first, pairs, recomputed
 
 
 def is_global(global_index, length):
@@ -36,6 +36,18 @@ def eager(half: int):
         out = F.scaled_dot_product_attention(*heads_first(q, k, v), mask[:, None]).transpose(1, 2)
         rows, index = global_rows(q_global, k_global, v_global, global_index)
         return out.scatter(1, index, rows)
+
+    return run
+
+
+def on_operands(half: int):
+    def run(q, k, v, global_index, q_global, k_global, v_global):
+        position = torch.arange(q.shape[1], device=q.device)
+        near = (position[:, None] - position).abs() <= half
+        out = recomputed(q, k, v, (near[None] | is_global(global_index, q.shape[1])[:, None])[:, None])
+        index = global_index.long()[..., None, None].expand(-1, -1, *q_global.shape[2:])
+        seen = torch.ones(1, dtype=torch.bool, device=q.device)
+        return out.scatter(1, index, recomputed(q_global.gather(1, index), k_global, v_global, seen))
 
     return run
 
@@ -143,6 +155,8 @@ def cases() -> Iterator[Case]:
             run=lambda q, k, v, index, *projections: tilefuse.global_attention(
                 q, k, v, index, *projections, window=(half, half)
             )[0],
+            naive=eager(half) if forward else on_operands(half),
+            oracle=None if forward else on_operands(half),
             peers=peers,
             grads=(0, 1, 2, 4, 5, 6),
             # of q_global only the global rows are read, but its gradient is written whole
