@@ -93,7 +93,10 @@ def compare(function, formula, args, options):
     assert got[0].is_contiguous() and got[1].is_contiguous()
     exact = formula(*args, **options)
     naive = formula(*args, **options, dtype=q.dtype)
-    assert_close(got[0], exact[0], naive[0])
+    # float32 scores are rounded at their own magnitude, of which the largest lse is a measure
+    largest = exact[1][exact[1].isfinite()].abs().max() if exact[1].isfinite().any() else 0.0
+    tiny = float(2**-22 * (1 + largest)) if q.dtype == torch.float32 else None
+    assert_close(got[0], exact[0], naive[0], tiny=tiny)
     # scores are float32 whatever q is
     assert_close(got[1], exact[1], formula(*args, **options, dtype=torch.float32)[1], tiny=2e-5)
 
@@ -381,9 +384,9 @@ def test_errors_of_sparse():
     cache, indices = torch.zeros(4, 16, 192), torch.zeros(2, 1, 5).int()
     options = {"softmax_scale": 1.0, "kv_lora_rank": 128}
     for bad, error in ((indices[0], ValueError), (indices[:1], ValueError), (indices.float(), TypeError)):
-        with pytest.raises(error, match="^tilefuse.mla_sparse_decode: indices must be"):
+        with pytest.raises(error, match=r"^tilefuse.mla_sparse_decode: indices must be"):
             tilefuse.mla_sparse_decode(Q, cache, bad, **options)
-    with pytest.raises(ValueError, match="^tilefuse.mla_sparse_decode: q must be"):
+    with pytest.raises(ValueError, match=r"^tilefuse.mla_sparse_decode: q must be"):
         tilefuse.mla_sparse_decode(Q[..., :100], cache, indices, **options)
 
 

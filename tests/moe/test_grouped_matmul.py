@@ -18,7 +18,7 @@ def naive(a, b, offsets, a_index=None, bias=None):
     rows = a.shape[0] if a_index is None else a_index.shape[0]
     out = a.new_zeros(rows, b.shape[1])
     bounds = offsets.tolist()
-    for e, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for e, (start, end) in enumerate(itertools.pairwise(bounds)):
         source = a[start:end] if a_index is None else a[a_index[start:end].long()]
         value = torch.nn.functional.linear(source, b[e], None if bias is None else bias[e])
         out = torch.cat((out[:start], value, out[end:]))
@@ -226,5 +226,5 @@ def test_tile_bound():
 
     for rows, groups in itertools.product((0, 1, 5, 16), (0, 1, 3)):
         for cuts in itertools.combinations_with_replacement(range(rows + 1), groups + 1):
-            sizes = [b - a for a, b in zip(cuts, cuts[1:])] + [rows - cuts[-1], cuts[0]]
+            sizes = [b - a for a, b in itertools.pairwise(cuts)] + [rows - cuts[-1], cuts[0]]
             assert sum(-(-size // 4) for size in sizes) <= max_tiles(rows, groups, 4)

@@ -650,31 +650,31 @@ class Config:
     stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, span: int, heavy: bool) -> Config:
-    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``.
+def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int) -> Config:
+    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``: the largest that spills on no architecture.
 
     Args:
         head_dim: the larger padded one of k and v.
         span: keys of a window; a narrow one wastes less of a small tile.
-        heavy: masks, biases or ragged head dims that cost registers. The tiles are the largest that spill nowhere.
+        extras: how many of mask, bias, soft cap, dilation, packing, prefix and ragged head dim cost registers.
     """
     if element_size > 2:
-        return Config(16, 16, 8, 1)
+        return Config(32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
-            return Config(64, 64, 4, 2) if heavy or span <= 256 else Config(128, 64, 4, 3)
+            return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 3)
         if head_dim <= 128:
-            return Config(64 if heavy or span <= 256 else 128, 64, 8, 2)
+            return Config(64 if extras or span <= 256 else 128, 64, 8, 2)
         return Config(64, 32, 8, 2)
     if kernel == "dq":
         if head_dim <= 64:
-            return Config(64, 64, 8 if heavy else 4, 2)
-        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 1)
+            return Config(64, 64, 8 if extras else 4, 2)
+        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 4, 1)
     if kernel == "dkdv":
         if head_dim <= 64:
-            return Config(32, 64, 8, 1) if heavy else Config(32, 64, 4, 2)
+            return Config(32, 64, 8, 1) if extras else Config(32, 64, 4, 2)
         if head_dim <= 128:
-            return Config(32, 32, 8, 1) if heavy else Config(32, 64, 8, 2)
+            return Config(32, 64, 8, 1 if extras else 2) if extras < 3 else Config(32, 32, 8, 1)
         return Config(32, 32, 8, 1)
     return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
@@ -742,11 +742,11 @@ class Problem:
     def config(self, kernel: str) -> Config:
         left, right = self.window
         d, dv = self.q.shape[-1], self.v.shape[-1]
-        heavy = (
-            (d, dv) != (padded(d), padded(dv)) or self.slopes is not None or self.hidden is not None
-            or self.packed or self.dilation > 1 or self.softcap > 0 or self.prefix.kind > 0
+        extras = (
+            (d, dv) != (padded(d), padded(dv)), self.slopes is not None, self.hidden is not None, self.packed,
+            self.dilation > 1, self.softcap > 0, self.prefix.kind > 0,
         )  # fmt: skip
-        return config(kernel, max(padded(d), padded(dv)), self.q.element_size(), left + right + 1, heavy)
+        return config(kernel, max(padded(d), padded(dv)), self.q.element_size(), left + right + 1, sum(extras))
 
     @property
     def dims(self) -> dict[str, int]:
@@ -764,7 +764,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else x.stride()[:3]
 
 
-def _statistics_strides(x: Tensor) -> tuple[int, int]:
+def statistics_strides(x: Tensor) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 2 else x.stride()[:2]
 
 
@@ -786,7 +786,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     _fwd_kernel[grid](
         q, k, v, out, lse, problem.sinks, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys, prefix.values,
         prefix.positions, problem.hidden,
-        *strides(q), *strides(k), *strides(v), *strides(out), *_statistics_strides(lse), *problem.prefix_strides,
+        *strides(q), *strides(k), *strides(v), *strides(out), *statistics_strides(lse), *problem.prefix_strides,
         seq_q, seq_k, total_q, total_k, n_seq, heads, heads // k.shape[-2], *problem.window, prefix.reach,
         problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
         BN=tile.block_n,
@@ -833,7 +833,7 @@ def backward(
             q, k, v, out, dout, lse, dlse, delta, dq, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys,
             prefix.values, prefix.positions, problem.hidden,
             *strides(q), *strides(k), *strides(v), *strides(out), *strides(dout), *strides(dq),
-            *_statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
+            *statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
             *sizes, heads, group, *problem.window, prefix.reach, problem.dilation, prefix.count, problem.scale,
             problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1,
             DLSE_GIVEN=dlse is not None, **flags, num_warps=tile.warps, num_stages=tile.stages,
@@ -844,7 +844,7 @@ def backward(
         _dkdv_kernel[grid](
             q, k, v, dout, lse, delta, dk, dv, problem.slopes, problem.cu_q, problem.cu_k, problem.hidden,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-            *_statistics_strides(lse),
+            *statistics_strides(lse),
             *sizes, kv_heads, group, *problem.window, problem.dilation, prefix.count, problem.scale, problem.softcap,
             **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1, **flags,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -862,7 +862,7 @@ def backward(
             _prefix_dkdv_kernel[(chunks * kv_heads, columns)](
                 q, keys, values, dout, lse, delta, dk_part, dv_part, problem.slopes, problem.cu_q, problem.cu_k,
                 prefix.positions, problem.hidden,
-                *strides(q), *problem.prefix_strides, *strides(dout), *_statistics_strides(lse), *sizes, kv_heads,
+                *strides(q), *problem.prefix_strides, *strides(dout), *statistics_strides(lse), *sizes, kv_heads,
                 group,
                 prefix.reach, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
                 BN=tile.block_n, CHUNK=PREFIX_CHUNK, **flags, num_warps=tile.warps, num_stages=tile.stages,
@@ -913,8 +913,8 @@ def aot_cases():
     def case(name, kernel, fn, head_dims, dtype, span, **flags):
         d, dv = head_dims
         size = 4 if dtype == "fp32" else 2
-        heavy = (d, dv) != (padded(d), padded(dv)) or bool(set(flags) - {"SINK", "DLSE_GIVEN"})
-        tile = config(kernel, max(padded(d), padded(dv)), size, span, heavy)
+        extras = len(set(flags) - {"SINK", "DLSE_GIVEN"}) + ((d, dv) != (padded(d), padded(dv)))
+        tile = config(kernel, max(padded(d), padded(dv)), size, span, extras)
         constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
         constants |= {"CHUNK": PREFIX_CHUNK}
         constants |= {f: False for f in ("VARLEN", "DILATED", "SKIP", "SINK", "ALIBI", "SOFTCAP", "DLSE_GIVEN")}
@@ -941,6 +941,7 @@ def aot_cases():
             ),
             options={"num_warps": tile.warps, "num_stages": tile.stages},
             expect=("MMA",) if size == 2 and fn is not _prefix_reduce_kernel else None,
+            allow_spill="192 runs padded to 256: a few values spill outside of the loops" if d == 192 else None,
         )
 
     kernels = {"fwd": _fwd_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel, "prefix": _prefix_dkdv_kernel}

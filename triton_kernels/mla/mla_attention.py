@@ -487,12 +487,14 @@ def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, capability: in
     """The side whose gradient accumulates takes the longer tile. ``over``: ``"q"`` or ``"kv"``."""
     if itemsize > 2 or max(dim, v_dim) > 256:
         return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
-    if capability not in (90, 100):
-        # operands of the matrix unit are registers: anything larger spills
-        return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 2}
-    if over == "q":
-        return {"BM": 64, "BN": 32, "num_warps": 4, "num_stages": 2}
-    return {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
+    if capability == 100:
+        return {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1}
+    if capability == 90:
+        if over == "q":
+            return {"BM": 64, "BN": 16, "num_warps": 8, "num_stages": 1}
+        return {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
+    # operands of the matrix unit are registers: anything larger spills
+    return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 2}
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -624,7 +626,7 @@ def aot_cases():
             for over, fn, outs in (
                 ("q", backward_q_kernel, ("grad_q",)), ("kv", backward_kv_kernel, ("grad_k", "grad_v")),
             ):  # fmt: skip
-                for targets in (wide, tuple(t for t in arch.COMPILE_TARGETS if t not in wide)):
+                for targets in (*((t,) for t in wide), tuple(t for t in arch.COMPILE_TARGETS if t not in wide)):
                     config = backward_tile(192, 128, itemsize, over, arch.capability(targets[0]))
                     yield aot.case(
                         f"backward_{over}_{name}_{targets[0]}", fn, pointers | dict.fromkeys(outs, kind),

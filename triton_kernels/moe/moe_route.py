@@ -106,7 +106,6 @@ def moe_route_fwd_kernel(
     key = tl.where(real, key, -2147483648)
     keys = (key.to(tl.int64) << 32) + (0x7FFFFFFF - expert)[None, :, :]
     keys = tl.reshape(keys, [ROWS, GP * PP])
-    flat_expert = tl.reshape(expert + tl.zeros([GP, PP], tl.int32), [GP * PP])[None, :]
     flat_s = tl.reshape(s, [ROWS, GP * PP])
     slot = tl.arange(0, KP)
     chosen_s = tl.zeros([ROWS, KP], tl.float32)

@@ -94,9 +94,11 @@ def moe_balance_loss(
     * ``"gshard"``: the same with first choices only, ``f_i = E / T * (tokens whose first choice is i)``.
     * ``"sequence"``: the switch loss of each run of ``sequence_length`` tokens (0: all of them are one), with scores
       divided by their sum per token, averaged over the sequences that have a valid token (DeepSeek-V3).
-    * ``"device"``: experts form ``n_devices`` equal, consecutive groups; ``sum_d mean_{i in d}(f_i) sum_{i in d} P_i``.
+    * ``"device"``: experts form ``n_devices`` equal, consecutive groups;
+      ``sum_d mean_{i in d}(f_i) sum_{i in d} P_i``.
     * ``"communication"``: ``sum_d f''_d sum_{i in d} P_i`` with
-      ``f''_d = D / (M T) * (tokens with a choice on device d)`` and ``M = min(k, D)``, the most devices a token reaches.
+      ``f''_d = D / (M T) * (tokens with a choice on device d)`` and ``M = min(k, D)``, the most devices that a token
+      reaches.
 
     Args:
         logits: ``[T, E]`` float32, bfloat16, float16 or float64.

@@ -1,5 +1,6 @@
 """Reference of grouped_matmul: one matmul per expert."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +14,7 @@ def computed(t: Tensor) -> Tensor:
 def groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
     """Expert and rows of every expert that has rows."""
     bounds = offsets.clamp(0, rows).tolist()
-    for e, (start, end) in enumerate(zip(bounds, bounds[1:])):
+    for e, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end > start:
             yield e, slice(start, end)
 

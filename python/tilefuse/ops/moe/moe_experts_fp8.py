@@ -1,0 +1,113 @@
+"""The expert layer with FP8 weights, for inference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import check_device, check_last_dim_contiguous, check_not_differentiated, type_error, value_error
+from ...library import op
+from ..fp8.grouped_matmul import fp8_grouped_matmul_fwd
+from ..fp8.quantize import CODES, fp8_quantize
+from ..fp8.silu_mul_quantize import silu_mul_quantize
+from .moe_combine import moe_combine_fwd
+from .moe_experts import check_experts
+from .moe_plan import moe_plan_fwd
+
+__all__ = ["moe_experts_fp8"]
+
+ACTIVATIONS = ("silu", "gelu")
+
+
+def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation) -> None:
+    name = "moe_experts_fp8"
+    check_experts(name, x, w_gate_up, w_down, weights, ids, "silu")
+    if x.dtype == torch.float64:
+        type_error(name, "x", "float32 or bfloat16 or float16", x)
+    if activation not in ACTIVATIONS:
+        value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    for arg, weight, scale in (("w_gate_up", w_gate_up, w_gate_up_scale), ("w_down", w_down, w_down_scale)):
+        if weight.dtype != CODES:
+            type_error(name, arg, "float8_e4m3fn", weight)
+        experts, n, k = weight.shape
+        blocks = (experts, -(-n // 128), -(-k // 128))
+        if scale.shape not in (torch.Size(blocks), torch.Size((experts, n, blocks[2]))):
+            value_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
+        if scale.dtype != torch.float32:
+            type_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
+        check_device(name, f"{arg}_scale", scale, x, "x")
+
+
+@op(
+    "moe_experts_fp8(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, Tensor w_down_scale,"
+    " Tensor weights, Tensor ids, *, str activation='silu') -> Tensor",
+    module="moe/moe_experts_fp8",
+    kernels=(
+        "moe_plan_fwd",
+        "fp8_quantize_rows",
+        "fp8_grouped_matmul_fwd",
+        "silu_mul_quantize_fwd",
+        "moe_combine_fwd",
+    ),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+)
+def moe_experts_fp8(
+    x: Tensor,
+    w_gate_up: Tensor,
+    w_gate_up_scale: Tensor,
+    w_down: Tensor,
+    w_down_scale: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """``moe_experts`` with e4m3 weights and activations, block scaled.
+
+    x is quantised once per token, 1 x 128, then its codes are gathered (a byte an element); the activation is computed
+    in float32 and quantised 1 x 128; products accumulate as in ``fp8_grouped_matmul``.
+
+    Args:
+        x: ``[T, H]`` float32, bfloat16 or float16.
+        w_gate_up: ``[E, 2 I, H]`` float8_e4m3fn, gate rows first, then up.
+        w_gate_up_scale: ``[E, ceil(2 I / 128), ceil(H / 128)]`` float32, one grid over all 2 I rows (or
+            ``[E, 2 I, ceil(H / 128)]``); dequantisation scales, as ``fp8_quantize`` makes them.
+        w_down: ``[E, H, I]`` float8_e4m3fn, with ``w_down_scale [E, ceil(H / 128), ceil(I / 128)]``.
+        weights: ``[T, k]`` float32 (or x's dtype).
+        ids: ``[T, k]`` int32 or int64; an id outside ``[0, E)`` is dropped.
+        activation: ``"silu"`` or ``"gelu"`` (tanh form).
+
+    Returns:
+        ``[T, H]`` in x's dtype; pre-activation and expert rows have that dtype too.
+
+    Inference only: raises if x, weights or a scale requires grad while grad mode is on. Deterministic and
+    batch-invariant. No host synchronisation.
+
+    Raises:
+        ValueError: a wrong shape or activation. TypeError: a wrong dtype. RuntimeError: see above.
+
+    Example::
+
+        w, w_scale = tilefuse.fp8_quantize(w_gate_up, block=(128, 128))
+        out = tilefuse.moe_experts_fp8(x, w, w_scale, w_down, w_down_scale, weights, ids)
+    """
+    _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation)
+    check_not_differentiated(
+        "moe_experts_fp8", "it is for inference", x=x, weights=weights, w_gate_up_scale=w_gate_up_scale,
+        w_down_scale=w_down_scale,
+    )  # fmt: skip
+    top_k = ids.shape[1]
+    w_gate_up, w_down = check_last_dim_contiguous(w_gate_up), check_last_dim_contiguous(w_down)
+    order, inverse, offsets = moe_plan_fwd(ids.contiguous(), w_gate_up.shape[0])
+    q, scale = fp8_quantize(x)
+    token = order.long() // top_k
+    # bytes: not every backend gathers FP8
+    rows = q.view(torch.uint8)[token].view(CODES)
+    z = fp8_grouped_matmul_fwd(rows, scale[token], w_gate_up, w_gate_up_scale, offsets, x.dtype)
+    if activation == "silu":
+        h, h_scale = silu_mul_quantize(z)
+    else:
+        gate, up = z.float().chunk(2, dim=-1)
+        h, h_scale = fp8_quantize(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+    y = fp8_grouped_matmul_fwd(h, h_scale, w_down, w_down_scale, offsets, x.dtype)
+    return moe_combine_fwd(y, inverse, weights.contiguous(), top_k)
