@@ -153,6 +153,7 @@ def test_8_position_outside_of_the_table(device):
         ({2: torch.zeros(64, dtype=torch.float64)}, TypeError, "q_weight must be float32, bfloat16 or float16"),
         ({3: torch.zeros(64, dtype=torch.int32)}, TypeError, "k_weight must be float32, bfloat16 or float16"),
         ({3: torch.zeros(64, dtype=torch.bfloat16)}, TypeError, "k_weight must be of q_weight's dtype float32"),
+        ({2: torch.zeros(64, device="meta")}, ValueError, "q_weight must be on the device of q"),
         ({3: torch.zeros(64, device="meta")}, ValueError, "k_weight must be on the device of q"),
         ({1: torch.zeros(4, 2, 64)}, ValueError, "k must be of q's shape"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
