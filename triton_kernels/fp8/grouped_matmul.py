@@ -16,6 +16,7 @@ from .matmul import (
     accumulate,
     aot_pointers,
     capability_of,
+    narrow,
     operand,
     store_tile,
     upcasts,
@@ -53,12 +54,11 @@ def config(m: int, groups: int, capability: int) -> Config:
     """The tile for an average group on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     average = m // max(groups, 1)
     if average <= 48:
-        bm = 16 if average <= 16 else 32 if average <= 32 else 64
-        return Config(bm, 64, 4, 3 if capability in (0, 80) else 4, swap=True)
+        return narrow(average, capability)
     if capability < 89:
-        return Config(64, 64, 4, 2 if capability == 0 else 3)
+        return Config(64, 64, 8 if capability else 4, 3 if capability else 2)
     if capability in (89, 120):
-        return Config(64, 128, 4, 3)
+        return Config(64, 128, 8, 3)
     return Config(64, 128, 4, 4) if average <= 96 else Config(128, 128, 8, 3)
 
 

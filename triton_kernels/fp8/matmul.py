@@ -174,17 +174,22 @@ class Config:
     tma: bool = False
 
 
+def narrow(m: int, capability: int) -> Config:
+    """Few rows: the weight takes the matrix unit's wide side. sm_80 widens 64 rows in registers and needs 8 warps."""
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    return Config(bm, 64, 8 if capability == 80 and bm == 64 else 4, 3 if capability in (0, 80) else 4, swap=True)
+
+
 def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132) -> Config:
     """The tile for a shape on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     if m <= 64:
         # decode reads the weight once: narrow column tiles make enough programs to fill the memory system
-        bm = 16 if m <= 16 else 32 if m <= 32 else 64
-        return Config(bm, 64, 4, 3 if capability in (0, 80) else 4, swap=True)
+        return narrow(m, capability)
     if capability < 89:
-        return Config(64, 64, 4, 2 if capability == 0 else 3)
+        return Config(64, 64, 8 if capability else 4, 3 if capability else 2)
     if capability in (89, 120):
-        # 99 KiB of shared memory
-        return Config(64, 128, 4, 3)
+        # 99 KiB of shared memory; 4 warps would spill
+        return Config(64, 128, 8, 3)
     if triton.cdiv(m, 128) * triton.cdiv(n, 128) < num_sms:
         return Config(64, 128, 4, 4)
     # without descriptors 8 warps hold the tile without spilling; with them the compiler makes 12 of 4
