@@ -100,7 +100,10 @@ def test_17_matches_oracle(name, dtype, grad_where):
         assert g.is_contiguous() and g.dtype == (torch.float32 if i == 1 else dtype)
         # float32 scores are rounded at their own magnitude
         tiny = 2e-5 if i == 1 else float(2**-20 * (1 + e.abs().max())) if dtype == torch.float32 and e.numel() else None
-        assert_close(g, e, n, tiny=tiny, name=("out", "lse", "dq", "dk", "dv")[i])
+        # a row of gradients in the causal corner is one rounded number times a row: its error is a single draw, and the
+        # ratio of two such draws says nothing. The largest error and that of the whole tensor do.
+        rows = i < 2 or dtype == torch.float32
+        assert_close(g, e, n, tiny=tiny, rows=rows, name=("out", "lse", "dq", "dk", "dv")[i])
     for g, a in zip(got, run(tilefuse.mla_attention, args, options)):
         assert_bit_equal(g, a)
 
