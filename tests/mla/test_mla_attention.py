@@ -18,6 +18,27 @@ def case(name, device="cpu", dtype=torch.float32):
     return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
+class FlashSoftmax(torch.autograd.Function):
+    """softmax(scores) @ v in plain PyTorch with the backward of every flash kernel: the row term comes from ``out``.
+
+    In 16 bits ``out`` is rounded, and that error, not that of a stored softmax, is the one to compare with.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, v):
+        weights = torch.softmax(scores, -1)
+        out = torch.einsum("bhqk,bkhd->bqhd", weights, v)
+        ctx.save_for_backward(weights, v, out)
+        return out, torch.logsumexp(scores, -1)
+
+    @staticmethod
+    def backward(ctx, g_out, g_lse):
+        weights, v, out = ctx.saved_tensors
+        delta = (g_out * out).sum(-1).transpose(1, 2) - g_lse
+        g_weights = torch.einsum("bqhd,bkhd->bhqk", g_out, v)
+        return weights * (g_weights - delta.unsqueeze(-1)), torch.einsum("bhqk,bqhd->bkhd", weights, g_out)
+
+
 def dense(q, k, v, softmax_scale, causal):
     """[B, S, H, D], with the whole score matrix; empty rows are 0 and -inf, with zero gradients."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * softmax_scale
@@ -27,9 +48,13 @@ def dense(q, k, v, softmax_scale, causal):
         visible = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
     rows = visible.any(-1)
     safe = scores.masked_fill(~visible, -math.inf).masked_fill(~rows[:, None], 0.0)
-    weights = torch.where(rows[:, None], torch.softmax(safe, -1), 0.0) if keys else scores
-    lse = torch.logsumexp(safe, -1) if keys else scores.sum(-1)
-    return torch.einsum("bhqk,bkhd->bqhd", weights, v), torch.where(rows, lse, -math.inf)
+    if not keys:
+        return torch.einsum("bhqk,bkhd->bqhd", scores, v), scores.sum(-1) - math.inf
+    if q.dtype == torch.float64:
+        out, lse = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(safe, -1), v), torch.logsumexp(safe, -1)
+    else:
+        out, lse = FlashSoftmax.apply(safe, v)
+    return torch.where(rows[:, None, None], out, 0.0), torch.where(rows, lse, -math.inf)
 
 
 def formula(q, k, v, cu_q, cu_k, *, softmax_scale, causal=True):
@@ -75,7 +100,10 @@ def test_17_matches_oracle(name, dtype, grad_where):
         assert g.is_contiguous() and g.dtype == (torch.float32 if i == 1 else dtype)
         # float32 scores are rounded at their own magnitude
         tiny = 2e-5 if i == 1 else float(2**-20 * (1 + e.abs().max())) if dtype == torch.float32 and e.numel() else None
-        assert_close(g, e, n, tiny=tiny, name=("out", "lse", "dq", "dk", "dv")[i])
+        # a row of gradients in the causal corner is one rounded number times a row: its error is a single draw, and the
+        # ratio of two such draws says nothing. The largest error and that of the whole tensor do.
+        rows = i < 2 or dtype == torch.float32
+        assert_close(g, e, n, tiny=tiny, rows=rows, name=("out", "lse", "dq", "dk", "dv")[i])
     for g, a in zip(got, run(tilefuse.mla_attention, args, options)):
         assert_bit_equal(g, a)
 
