@@ -156,6 +156,7 @@ def cases() -> Iterator[Case]:
                 q, k, v, index, *projections, window=(half, half)
             )[0],
             naive=eager(half) if forward else on_operands(half),
+            rows=forward,
             oracle=None if forward else on_operands(half),
             peers=peers,
             grads=(0, 1, 2, 4, 5, 6),

@@ -217,6 +217,8 @@ def case(
         # SDPA is no plain computation: it keeps as much in float32 as we do
         naive=plain(left, right) if mode == "forward" else on_operands(left, right),
         oracle=None if mode == "forward" else on_operands(left, right),
+        # a query's gradient holds the error of its row's delta times a sum of keys
+        rows=mode == "forward",
         peers=peers,
         grads=(0, 1, 2),
         bytes=2 * tensors * batch * length * (heads + kv_heads) * dim,

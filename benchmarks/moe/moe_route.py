@@ -72,27 +72,27 @@ def sort_slots(ids, experts: int):
 
 
 def cases() -> Iterator[Case]:
-    m = DEEPSEEK_V3
+    d = DEEPSEEK_V3
     for tokens, plan in ((1, True), (4096, True), (32768, True), (32768, False)):
 
         def inputs(device, generator, tokens=tokens):
-            logits = normal((tokens, m.experts), torch.float32, device, generator)
-            return logits, normal((m.experts,), torch.float32, device, generator, 0.05)
+            logits = normal((tokens, d.experts), torch.float32, device, generator)
+            return logits, normal((d.experts,), torch.float32, device, generator, 0.05)
 
-        route = grouped(m)
+        route = grouped(d)
 
         def run(logits, bias, plan=plan):
-            weights, ids = tilefuse.moe_route(logits, bias, **options(m))
-            return (weights, ids, *tilefuse.moe_plan(ids, m.experts)) if plan else (weights, ids)
+            weights, ids = tilefuse.moe_route(logits, bias, **options(d))
+            return (weights, ids, *tilefuse.moe_plan(ids, d.experts)) if plan else (weights, ids)
 
         def eager(logits, bias, plan=plan, route=route):
             out = route(logits, bias)
-            return (*out, *sort_slots(out[1], m.experts)) if plan else out
+            return (*out, *sort_slots(out[1], d.experts)) if plan else out
 
-        slots = tokens * m.top_k
+        slots = tokens * d.top_k
         yield Case(
             op="moe_route",
-            name=f"{m.name}, {tokens} tokens" + (", with moe_plan" if plan else ""),
+            name=f"{d.name}, {tokens} tokens" + (", with moe_plan" if plan else ""),
             dtype="float32",
             inputs=inputs,
             run=run,
@@ -104,7 +104,7 @@ def cases() -> Iterator[Case]:
                 "torch.compile": Peer(eager, post=in_order, compile=True),
             },
             # logits in, weights and ids out; the plan: ids in, order, inverse and offsets out
-            bytes=4 * (tokens * m.experts + 2 * slots) + (4 * (3 * slots + m.experts) if plan else 0),
+            bytes=4 * (tokens * d.experts + 2 * slots) + (4 * (3 * slots + d.experts) if plan else 0),
             call_cost=tokens == 1,
             suite="quick" if tokens == 4096 else "full",
             devices=("cpu", "cuda") if tokens <= 4096 else ("cuda",),
