@@ -95,6 +95,7 @@ def cases() -> Iterator[Case]:
             oracle_inputs=inputs_of(256, 4),
             run=lambda q, k, v: tilefuse.mla_attention(q, k, v, softmax_scale=SCALE)[0],
             naive=eager if forward else on_operands,
+            rows=forward,
             oracle=None if forward else on_operands,
             peers=peers,
             grads=(0, 1, 2),
