@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kNormThreads) qk_norm_rope_kernel(NormRopePara
 
 // with g the upstream gradient turned back, n = x * rstd: dweight += g * n, dx = rstd * (g w - n * mean(g w n))
 template <typename T, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kNormThreads) qk_norm_rope_bwd_kernel(NormRopeParams p) {
+__global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(NormRopeParams p) {
   using Unit = RopeUnit<T, kWidth, kInterleaved>;
   const RopeParams& r = p.rope;
   const int dim = r.dim, warp = threadIdx.x / 32;
