@@ -11,11 +11,17 @@ from tilefuse.testing.inputs.rope.qk_norm_rope import cases
 from tilefuse.testing.inputs.rope.rope import normal, tables
 
 CPU_MISSING = native.load("cpu").missing
+CUDA_MISSING = native.load("cuda").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(
+        ("cuda", "cuda"),
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
+    ),
 ]
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
