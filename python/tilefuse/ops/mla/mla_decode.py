@@ -117,7 +117,7 @@ def mla_decode(
         q: ``[B, Sq, H, R + r]`` of ``mla_absorb_query``; bfloat16, float16 or float32 (float64 on the reference
             backend), any strides. Any H and any Sq; made for Sq up to 16.
         cache: ``[pages, page_size, width]`` as in ``mla_append_kv``, of q's dtype for layout ``"bf16"``, uint8 for
-            ``"fp8"`` (scales may be any float32).
+            ``"fp8"`` (scales may be any float32; with one that is no power of two, keys are rounded to q's dtype).
         block_table: ``[B, max_pages]`` int32 or int64 page numbers. Entries past a sequence's last page are never
             used; an entry outside of the cache counts as a page without keys and is never read.
         seq_lens: ``[B]`` int32 or int64, keys of each sequence, this step's included. Clamped to

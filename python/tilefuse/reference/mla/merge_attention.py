@@ -24,7 +24,7 @@ def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tens
     w_a, w_b = w_a.transpose(-1, -2).unsqueeze(-1), w_b.transpose(-1, -2).unsqueeze(-1)
     # an empty side may hold anything: its product with 0 is not taken
     out = torch.where(w_a == 0, 0.0, w_a * out_a.to(dtype)) + torch.where(w_b == 0, 0.0, w_b * out_b.to(dtype))
-    return out.to(out_a.dtype), lse
+    return out.to(out_a.dtype).contiguous(), lse.contiguous()
 
 
 def merge_attention_bwd(
@@ -41,9 +41,5 @@ def merge_attention_bwd(
     inner = ((a - b) * grad).sum(-1).transpose(-1, -2) * w_a * w_b
     grad_lse_a = w_a * grad_lse.to(dtype) + inner
     grad_lse_b = w_b * grad_lse.to(dtype) - inner
-    return (
-        (column_a * grad).to(out_a.dtype),
-        grad_lse_a.to(lse_a.dtype),
-        (column_b * grad).to(out_b.dtype),
-        grad_lse_b.to(lse_b.dtype),
-    )
+    grads = (column_a * grad, grad_lse_a, column_b * grad, grad_lse_b)
+    return tuple(g.to(x.dtype).contiguous() for g, x in zip(grads, (out_a, lse_a, out_b, lse_b)))
