@@ -62,10 +62,12 @@ def check_cache(name: str, cache: Tensor, kv_lora_rank: int, layout: str) -> Row
     errors.check_dtype(name, "cache", cache, dtypes)
     if cache.shape[-1] > 1 and cache.stride(-1) != 1:
         errors.value_error(name, "cache", f"contiguous in its last dim (strides {[*cache.stride()]})", cache)
-    if layout == "fp8" and any(n % 4 for n in (*cache.stride()[:2], cache.storage_offset())):
-        errors.value_error(
-            name, "cache", f"made of rows that start at multiples of 4 bytes, {[*cache.stride()]}", cache
-        )
+    if layout == "fp8":
+        # dynamo cannot trace storage_offset; the fake kernel checks it then
+        offset = 0 if torch.compiler.is_dynamo_compiling() else cache.storage_offset()
+        if any(n % 4 for n in (*cache.stride()[:2], offset)):
+            rows = [*cache.stride()]
+            errors.value_error(name, "cache", "made of rows that start at multiples of 4 bytes, by its strides", rows)
     return row
 
 
