@@ -60,7 +60,9 @@ def test_close_to_bfloat16_19():
         assert decibels(got, exact) > 28
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+)
 def test_only_what_is_asked(needs):
     tensors = [torch.randn(s) for s in ((9, 130), (64, 130), (64,))]
     full = run(*tensors, torch.ones(9, 64))
