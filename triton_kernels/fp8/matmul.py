@@ -3,8 +3,8 @@
 Every kernel starts a fresh accumulator each 128 of K, scales the finished product in float32 and adds it to a float32
 sum: Hopper's FP8 tensor cores keep about 14 bits inside one accumulator, and the scales change there anyway.
 
-* ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded as
-  bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
+* ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded
+  as bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
   weight fills the matrix unit's 64 rows and the activation its narrow side.
 * ``matmul_tma_kernel``: sm_90; persistent, loads through TMA descriptors made on the device, and
   warp-specialised by the compiler: one warp group loads while two others, out of phase, multiply and add up.
