@@ -297,6 +297,7 @@ def test_opcheck_of_the_kernels(name, monkeypatch):
     if leaves:
         torch.autograd.backward(leaves, [torch.randn_like(t) for t in leaves])
     monkeypatch.undo()
-    assert recorded
+    # an op made of PyTorch operations has no kernels
+    assert recorded or not OPS[name].kernels
     for kernel, (args, result) in recorded.items():
         opcheck(getattr(torch.ops.tilefuse, kernel).default, copied(args), {}, result)

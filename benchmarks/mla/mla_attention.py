@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import tilefuse
 
+from ..attention.window_attention import heads_first, heads_last, recomputed
 from ..harness import Case, Peer, compiled, normal
 from ..shapes import DEEPSEEK_V3 as M
 
@@ -26,12 +27,9 @@ def eager(q, k, v):
     return (probs @ v).transpose(1, 2)
 
 
-def heads_first(*tensors):
-    return tuple(t.transpose(1, 2).contiguous() for t in tensors)
-
-
-def heads_last(out):
-    return out.transpose(1, 2)
+def on_operands(q, k, v):
+    visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+    return recomputed(q, k, v, visible, SCALE)
 
 
 def sdpa(q, k, v):
@@ -96,6 +94,9 @@ def cases() -> Iterator[Case]:
             inputs=inputs_of(tokens, heads),
             oracle_inputs=inputs_of(256, 4),
             run=lambda q, k, v: tilefuse.mla_attention(q, k, v, softmax_scale=SCALE)[0],
+            naive=eager if forward else on_operands,
+            rows=forward,
+            oracle=None if forward else on_operands,
             peers=peers,
             grads=(0, 1, 2),
             # backward reads q, k, v, out, dout and writes three gradients

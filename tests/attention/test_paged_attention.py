@@ -18,6 +18,12 @@ BACKENDS = [
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+# everywhere but in the interpreter, where the same code paths run in the other tests
+QUICK = pytest.mark.parametrize(
+    "device",
+    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
+    indirect=True,
+)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 
 
@@ -83,11 +89,18 @@ def test_matches_oracle(name, chunk, device, monkeypatch):
     check(*case(name, device))
 
 
+@QUICK
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["decode", "odd_pages", "several_queries", "fp8", "sinks"])
 def test_matches_oracle_in_half(name, dtype, device, monkeypatch):
     small_chunks(monkeypatch)
     check(*case(name, device, dtype))
+
+
+def test_half_in_triton(triton_backend, monkeypatch):
+    small_chunks(monkeypatch)
+    check(*case("odd_pages", dtype=torch.bfloat16))
+    check(*case("fp8", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -147,6 +160,7 @@ def test_17_window_spans_the_whole_tile(device, monkeypatch):
     check(tensors, {}, {"window": (3, 2)})
 
 
+@QUICK
 def test_18_equals_window_attention(device):
     """A decode step over pages is the last row of the sequence's own attention."""
     n, page_size = 50, 8
@@ -184,6 +198,7 @@ def test_20_deterministic_and_25_batch_invariant(device, monkeypatch):
         assert_bit_equal(alone_lse, lse[b : b + 1])
 
 
+@QUICK
 def test_15_strides(device):
     """Caches with heads before slots, int64 indices with strides, q from a fused projection."""
     q, k, v, table, lengths = case("decode", device)[0]
@@ -208,6 +223,7 @@ def test_23_graph_capture():
         assert_bit_equal(lse, expected[1])
 
 
+@QUICK
 def test_opcheck_and_compile(device):
     tensors, others, options = case("sinks", device)
     args = (*tensors, others["sinks"], None, *options["window"], 0.25, 0.0, 1.0, 1.0)

@@ -28,7 +28,7 @@ from ..common.flash import (
     store_rows,
 )
 from .paged_attention import _merge_kernel
-from .window_attention import UNBOUNDED, Prefix, Problem, _statistics_strides, backward, forward, padded, strides
+from .window_attention import UNBOUNDED, Prefix, Problem, backward, forward, padded, statistics_strides, strides
 
 # keys of one program of a global row
 CHUNK = 1024
@@ -334,7 +334,7 @@ def global_attention_bwd(
         tile, constants = _call("dq", q, v, count)
         _rows_dq_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
             qg, kg, vg, out, dout, lse, dlse, positions, mask, parts, delta, *strides(qg), *strides(kg), *strides(vg),
-            *strides(out), *strides(dout), *_statistics_strides(lse), *((0, 0, 0) if dlse is None else dlse.stride()),
+            *strides(out), *strides(dout), *statistics_strides(lse), *((0, 0, 0) if dlse is None else dlse.stride()),
             *parts.stride()[:4], *mask_strides, length, count, heads, heads // kv_heads, scale, CHUNK=CHUNK,
             DLSE_GIVEN=dlse is not None, **flags, **constants,
         )  # fmt: skip
@@ -345,7 +345,7 @@ def global_attention_bwd(
         tile, constants = _call("dkdv", q, v, count)
         _rows_dkdv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
             qg, kg, vg, dout, lse, delta, positions, mask, dkg, dvg, *strides(qg), *strides(kg), *strides(vg),
-            *strides(dout), *_statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
+            *strides(dout), *statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
             kv_heads, heads // kv_heads, scale, ADD_K=not own[1], ADD_V=not own[2], **flags, **constants,
         )  # fmt: skip
     results = [dq, dk.to(k.dtype), dv.to(v.dtype)]

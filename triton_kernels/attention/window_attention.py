@@ -662,7 +662,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
         return Config(32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
-            return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 4, 3)
+            return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 3)
         if head_dim <= 128:
             return Config(64 if extras or span <= 256 else 128, 64, 8, 2)
         return Config(64, 32, 8, 2)
@@ -764,7 +764,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else x.stride()[:3]
 
 
-def _statistics_strides(x: Tensor) -> tuple[int, int]:
+def statistics_strides(x: Tensor) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 2 else x.stride()[:2]
 
 
@@ -786,7 +786,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     _fwd_kernel[grid](
         q, k, v, out, lse, problem.sinks, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys, prefix.values,
         prefix.positions, problem.hidden,
-        *strides(q), *strides(k), *strides(v), *strides(out), *_statistics_strides(lse), *problem.prefix_strides,
+        *strides(q), *strides(k), *strides(v), *strides(out), *statistics_strides(lse), *problem.prefix_strides,
         seq_q, seq_k, total_q, total_k, n_seq, heads, heads // k.shape[-2], *problem.window, prefix.reach,
         problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
         BN=tile.block_n,
@@ -833,7 +833,7 @@ def backward(
             q, k, v, out, dout, lse, dlse, delta, dq, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys,
             prefix.values, prefix.positions, problem.hidden,
             *strides(q), *strides(k), *strides(v), *strides(out), *strides(dout), *strides(dq),
-            *_statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
+            *statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
             *sizes, heads, group, *problem.window, prefix.reach, problem.dilation, prefix.count, problem.scale,
             problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1,
             DLSE_GIVEN=dlse is not None, **flags, num_warps=tile.warps, num_stages=tile.stages,
@@ -844,7 +844,7 @@ def backward(
         _dkdv_kernel[grid](
             q, k, v, dout, lse, delta, dk, dv, problem.slopes, problem.cu_q, problem.cu_k, problem.hidden,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-            *_statistics_strides(lse),
+            *statistics_strides(lse),
             *sizes, kv_heads, group, *problem.window, problem.dilation, prefix.count, problem.scale, problem.softcap,
             **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1, **flags,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -862,7 +862,7 @@ def backward(
             _prefix_dkdv_kernel[(chunks * kv_heads, columns)](
                 q, keys, values, dout, lse, delta, dk_part, dv_part, problem.slopes, problem.cu_q, problem.cu_k,
                 prefix.positions, problem.hidden,
-                *strides(q), *problem.prefix_strides, *strides(dout), *_statistics_strides(lse), *sizes, kv_heads,
+                *strides(q), *problem.prefix_strides, *strides(dout), *statistics_strides(lse), *sizes, kv_heads,
                 group,
                 prefix.reach, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
                 BN=tile.block_n, CHUNK=PREFIX_CHUNK, **flags, num_warps=tile.warps, num_stages=tile.stages,

@@ -6,7 +6,7 @@ tensor descriptors. Large gathered inputs may be gathered first, when a measured
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -169,9 +169,44 @@ def heuristic(rows: int, groups: int, n: int, k: int, itemsize: int) -> Config:
     return Config(128, 128 if n <= 1024 else 256, 64, 8, 4 if n <= 1024 else 8, 3)
 
 
-def config(kernel: str, rows: int, groups: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
-    measured = tuned.find(kernel, f"n={n},k={k},m<={bucket(rows / max(1, groups))}", device)
-    return Config(**measured) if measured else heuristic(rows, groups, n, k, dtype.itemsize)
+# bytes of shared memory for a tile's stages, and the architectures that have them
+BUDGETS = {
+    225 * 1024: ("sm_90", "sm_100"),
+    160 * 1024: ("sm_80",),
+    96 * 1024: ("sm_89", "sm_120"),
+    62 * 1024: ("gfx942",),
+}
+
+
+def budget_of(device: torch.device) -> int:
+    if device.type != "cuda":
+        return max(BUDGETS)
+    if torch.version.hip:
+        return min(BUDGETS)
+    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return max((budget for budget in BUDGETS if budget < there), default=min(BUDGETS))
+
+
+def fitted(tile: Config, matrices: int, itemsize: int, budget: int) -> Config:
+    """The tile with as many stages of its rows and `matrices` column blocks as the budget holds."""
+
+    def stage(t: Config) -> int:
+        return (t.BLOCK_M + matrices * t.BLOCK_N) * t.BLOCK_K * itemsize
+
+    while stage(tile) * min(2, tile.num_stages) > budget and tile.BLOCK_K > 32:
+        tile = replace(tile, BLOCK_K=tile.BLOCK_K // 2)
+    return replace(tile, num_stages=max(1, min(tile.num_stages, budget // stage(tile))))
+
+
+def measured(kernel: str, rows: int, groups: int, n: int, k: int, device: torch.device) -> Config | None:
+    found = tuned.find(kernel, f"n={n},k={k},m<={bucket(rows / max(1, groups))}", device)
+    return Config(**found) if found else None
+
+
+def config(rows: int, groups: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The measured tile, else the heuristic's."""
+    found = measured("grouped_matmul_fwd", rows, groups, n, k, device)
+    return found or fitted(heuristic(rows, groups, n, k, dtype.itemsize), 1, dtype.itemsize, budget_of(device))
 
 
 def wgrad_config(n: int, k: int, itemsize: int) -> dict[str, int]:
@@ -231,7 +266,7 @@ def grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype):
     out = a.new_empty((rows, n), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    tile = config("grouped_matmul_fwd", rows, groups, n, k, a.dtype, a.device)
+    tile = config(rows, groups, n, k, a.dtype, a.device)
     with on_device(a):
         if a_index is not None and tile.gather_first:
             a, a_index = gathered(a, a_index, offsets, index_div), None
@@ -271,23 +306,26 @@ def aot_cases():
     pointers = {"offsets": "i32", "index": "i32", "a_index": "i32", "grad_index": "i32"}
     for dtype in ("bf16", "fp16", "fp32"):
         itemsize = 4 if dtype == "fp32" else 2
+        expect = ("MMA",) if itemsize == 2 else None
         for rows in (8, 32, 64, 512) if dtype == "bf16" else (512,):
-            for tma in (False, True) if itemsize == 2 else (False,):
-                tile = heuristic(rows * 128, 128, 2048, 768, itemsize)
-                constants = tile.tile | {
-                    "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "HAS_INDEX": not tma, "HAS_BIAS": False,
-                    "TMA": tma, "stride_bk": 1, "bias": None,
-                }  # fmt: skip
-                if tma:
-                    constants["index"] = None
-                yield AotCase(
-                    f"fwd_{dtype}_m{rows}{'_tma' if tma else ''}",
-                    grouped_matmul_kernel,
-                    **signature_of(grouped_matmul_kernel, pointers | {"": dtype}, constants, ("N", "K")),
-                    options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                    targets=("sm_90", "sm_100", "sm_120") if tma else None,
-                    expect=("MMA",) if itemsize == 2 else None,
-                )
+            for budget, targets in BUDGETS.items():
+                with_tma = tuple(t for t in targets if t in ("sm_90", "sm_100", "sm_120"))
+                tile = fitted(heuristic(rows * 128, 128, 2048, 768, itemsize), 1, itemsize, budget)
+                for tma in (False, True) if itemsize == 2 and with_tma else (False,):
+                    constants = tile.tile | {
+                        "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "HAS_INDEX": not tma, "HAS_BIAS": False,
+                        "TMA": tma, "stride_bk": 1, "bias": None,
+                    }  # fmt: skip
+                    if tma:
+                        constants["index"] = None
+                    yield AotCase(
+                        f"fwd_{dtype}_m{rows}_{budget // 1024}k{'_tma' if tma else ''}",
+                        grouped_matmul_kernel,
+                        **signature_of(grouped_matmul_kernel, pointers | {"": dtype}, constants, ("N", "K")),
+                        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                        targets=with_tma if tma else targets,
+                        expect=expect,
+                    )
         tile = wgrad_config(2048, 768, itemsize)
         constants = {name: value for name, value in tile.items() if name.isupper()}
         yield AotCase(
@@ -300,5 +338,5 @@ def aot_cases():
                 ("N", "K"),
             ),
             options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
-            expect=("MMA",) if itemsize == 2 else None,
+            expect=expect,
         )

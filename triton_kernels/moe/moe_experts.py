@@ -10,7 +10,17 @@ import triton.language as tl
 from ..common.grouped import find_tile, groups_padded, max_tiles, tile_order
 from ..common.launch import on_device
 from ..common.signature import signature_of
-from .grouped_matmul import config, gathered, heuristic, programs_of, source_rows
+from .grouped_matmul import (
+    BUDGETS,
+    Config,
+    budget_of,
+    fitted,
+    gathered,
+    heuristic,
+    measured,
+    programs_of,
+    source_rows,
+)
 
 
 @triton.jit
@@ -125,10 +135,18 @@ def moe_experts_act_bwd_kernel(
     tl.store(dweights + slot, tl.sum(dot, axis=0).to(dweights.dtype.element_ty))
 
 
-def up_config(rows, groups, inner, k, dtype, device):
-    """A tile holds a gate and an up column block: half as wide as grouped_matmul's where that is wide."""
-    tile = config("moe_experts_up", rows, groups, inner, k, dtype, device)
-    return replace(tile, BLOCK_N=128) if tile.BLOCK_N > 128 else tile
+def narrowed(tile: Config) -> Config:
+    """A tile holds a gate and an up column block: two accumulators of 128 x 128 would not fit the registers."""
+    if tile.BLOCK_M < 128:
+        return replace(tile, BLOCK_N=min(tile.BLOCK_N, 128))
+    return replace(tile, BLOCK_N=min(tile.BLOCK_N, 64), num_warps=8)
+
+
+def config(rows, groups, inner, k, dtype, device) -> Config:
+    """The measured tile, else the heuristic's."""
+    found = measured("moe_experts_up", rows, groups, inner, k, device)
+    tile = narrowed(heuristic(rows, groups, inner, k, dtype.itemsize))
+    return found or fitted(tile, 2, dtype.itemsize, budget_of(device))
 
 
 def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):
@@ -137,7 +155,7 @@ def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha,
     z = x.new_empty((rows if save else 0, 2 * inner))
     if h.numel() == 0:
         return h, z
-    tile = up_config(rows, groups, inner, k, x.dtype, x.device)
+    tile = config(rows, groups, inner, k, x.dtype, x.device)
     with on_device(x):
         if tile.gather_first:
             x, order = gathered(x, order, offsets, top_k), None
@@ -172,23 +190,23 @@ def aot_cases():
     from ...testing.aot import AotCase
 
     for dtype in ("bf16", "fp16", "fp32"):
-        for rows in (8, 64, 512, 4096) if dtype == "bf16" else (512,):
-            tile = heuristic(rows * 128, 128, 768, 2048, 4 if dtype == "fp32" else 2)
-            tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, 128))
-            pointers = {"offsets": "i32", "order": "i32", "": dtype}
-            constants = tile.tile | {
-                "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "GATHER": True, "HAS_BIAS": False, "SAVE": True,
-                "ACTIVATION": "silu",
-            }  # fmt: skip
-            yield AotCase(
-                f"up_{dtype}_m{rows}",
-                moe_experts_up_kernel,
-                **signature_of(
-                    moe_experts_up_kernel, pointers, constants | {"stride_wk": 1, "bias": None}, ("INNER", "K")
-                ),
-                options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                expect=("MMA",) if dtype != "fp32" else None,
-            )
+        itemsize = 4 if dtype == "fp32" else 2
+        pointers = {"offsets": "i32", "order": "i32", "": dtype}
+        for rows in (8, 64, 512) if dtype == "bf16" else (512,):
+            for budget, targets in BUDGETS.items():
+                tile = fitted(narrowed(heuristic(rows * 128, 128, 768, 2048, itemsize)), 2, itemsize, budget)
+                constants = tile.tile | {
+                    "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "GATHER": True, "HAS_BIAS": False, "SAVE": True,
+                    "ACTIVATION": "silu", "stride_wk": 1, "bias": None,
+                }  # fmt: skip
+                yield AotCase(
+                    f"up_{dtype}_m{rows}_{budget // 1024}k",
+                    moe_experts_up_kernel,
+                    **signature_of(moe_experts_up_kernel, pointers, constants, ("INNER", "K")),
+                    options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+                    targets=targets,
+                    expect=("MMA",) if itemsize == 2 else None,
+                )
         yield AotCase(
             f"act_bwd_{dtype}",
             moe_experts_act_bwd_kernel,

@@ -295,7 +295,8 @@ def _read_amdgcn(text: str) -> dict[str, Any]:
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # scalar registers spill into lanes of vector registers; where those run out, `stack` shows it
+        "spills": number("vgpr_spill_count"),
         "loads_128": sum(n for m, n in mix.items() if re.fullmatch(r"(global|buffer)_load_(lds_)?dwordx4", m)),
         "stores_128": sum(n for m, n in mix.items() if re.fullmatch(r"(global|buffer)_store_dwordx4", m)),
         "loads_16": sum(n for m, n in mix.items() if re.fullmatch(r"(global|buffer)_load_(u|s)?(short|byte)\w*", m)),

@@ -72,7 +72,7 @@ def moe_apply_capacity(
     if policy == "position":
         # slots in the order in which they claim places: choice by choice, then by token
         claims = ids.T.contiguous()
-        places = _places(claims, num_experts).view(top_k, tokens).T
+        places = _places(claims, num_experts).view(top_k, tokens).T.contiguous()
     else:
         flat = ids.flatten()
         key = weights.detach().flatten().float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
