@@ -84,17 +84,15 @@ def _rounds(
     return samples
 
 
-def measure_cpu(contestants: Mapping[str, Calls], budget: float, *, single: bool = False) -> dict[str, Timing]:
+def measure_cpu(contestants: Mapping[str, Calls], budget: float) -> dict[str, Timing]:
     """Times contestants on the CPU.
 
     Args:
         contestants: name -> calls, one per set of inputs, already warmed up.
         budget: seconds for all of them.
-        single: use the first set only (call cost).
     """
     samplers, estimates, calls = {}, {}, {}
     for name, sets in contestants.items():
-        sets = sets[:1] if single else sets
         kept: deque[Any] = deque(maxlen=len(sets))
         before = time.perf_counter()
         for call in sets:

@@ -25,7 +25,12 @@ def run_bump(x, y):
 
 
 def run_fussy(x):
-    raise RuntimeError("tilefuse.toy_fussy: x must be nice, got ugly" if x.numel() else "device on fire")
+    messages = (
+        "device on fire",
+        "tilefuse.toy_fussy: CUDA launch failed",
+        "tilefuse.toy_fussy: x must be nice, got ugly",
+    )
+    raise RuntimeError(messages[x.numel()])
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +173,16 @@ def test_plain_calls_skip_the_dispatcher_and_all_others_do_not(toy, monkeypatch)
     assert toy.double(torch.empty(3, device="meta"), 1.0).device.type == "meta"
 
 
+def test_a_meta_tensor_runs_the_fake_and_no_kernel(toy):
+    # its device index is that of the CPU: it must not meet, or leave, a choice of the CPU's
+    for _ in range(2):
+        assert toy.double(torch.empty(3, device="meta"), 1.0).device.type == "meta"
+        assert calls == []
+        toy.double(torch.randn(3), 1.0)
+        assert len(calls) == 1
+        calls.clear()
+
+
 def test_fakes_check_arguments_like_the_function(toy):
     for device in ("cpu", "meta"):
         with pytest.raises(ValueError, match=r"tilefuse.toy_twice: x must be of at least one dim, got \[\] float32"):
@@ -195,9 +210,10 @@ def test_when_refuses_with_a_reason(toy):
 
 def test_value_errors_of_native_kernels(toy):
     with pytest.raises(ValueError, match=r"tilefuse.toy_fussy: x must be nice, got ugly"):
-        toy.fussy(torch.randn(3))
-    with pytest.raises(RuntimeError, match="device on fire"):
-        toy.fussy(torch.randn(0))
+        toy.fussy(torch.randn(2))
+    for i, message in enumerate(("device on fire", "CUDA launch failed")):
+        with pytest.raises(RuntimeError, match=message):
+            toy.fussy(torch.randn(i))
 
 
 def test_mutated_arguments():

@@ -114,7 +114,8 @@ def as_family(result, **changes):
     more = changes.pop("more_registers", 0)
     kept = [r for r in result["records"] if r["case"] in ("wide", "tile")]
     records = [{**r, "family": "good", "registers": r["registers"] + more, **changes} for r in kept]
-    return {**result, "records": records, "uncovered": [], "family": "good"}
+    known = {key: result["known"]["file"][key] for key in ("aot_examples/wide", "aot_examples/tile")}
+    return {**result, "records": records, "uncovered": [], "family": "good", "known": {"good": known}}
 
 
 def test_kernels_that_cannot_launch_are_reported(examples, tmp_path):
@@ -153,19 +154,31 @@ def test_baseline(examples, tmp_path):
     newer = {**as_family(examples, registers=200, loads_128=0), "triton": "99.0"}
     assert {p.split(": ")[1] for p in aot.problems(newer, tmp_path)} >= {"loads_128 1 -> 0"}
     assert not any("registers" in p for p in aot.problems(newer, tmp_path))
-    # a kernel that went away; nobody looked at the other targets, and a quick run does not look at every case
-    fewer = {**good, "records": [r for r in good["records"] if r["case"] != "wide"], "targets": ["sm_80", "sm_90"]}
-    assert aot.problems(fewer, tmp_path) == [
-        "good/aot_examples/wide on sm_80: in the baseline but no longer compiled",
+    # not every case is compiled in a quick run, but every case is known: one that went away is stale
+    fewer = {**good, "records": [r for r in good["records"] if r["case"] != "wide"]}
+    assert aot.problems(fewer, tmp_path) == []
+    gone = {**fewer, "known": {"good": {"aot_examples/tile": ["sm_80", "sm_90", "sm_100", "gfx942"]}}}
+    assert [p for p in aot.problems(gone, tmp_path) if "sm_9" in p] == [
         "good/aot_examples/wide on sm_90: in the baseline but no longer compiled",
     ]
-    assert aot.problems({**fewer, "quick": True}, tmp_path) == []
+    aot.write_baseline(fewer, tmp_path)
+    assert path.read_text() == text
+    aot.write_baseline(gone, tmp_path)
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]) == {"aot_examples/tile"}
+
+
+def test_only_first_cases_must_be_in_the_baseline(examples, tmp_path):
+    aot.write_baseline(as_family(examples), tmp_path)
+    (tmp_path / "good.json").write_text('{"triton": null, "nvcc": null, "kernels": {}}')
+    good = as_family(examples)
+    assert len(aot.problems(good, tmp_path)) == len(good["records"])
+    assert aot.problems(as_family(examples, first=False), tmp_path) == []
 
 
 def test_allowed_spill_still_has_a_baseline(examples, tmp_path):
     def result(**changes):
         record = {**find(examples, "spilling", "sm_80"), "family": "good", "allow_spill": "a test", **changes}
-        return {**examples, "records": [record], "uncovered": [], "family": "good"}
+        return {**as_family(examples), "records": [record], "known": {"good": {"aot_examples/spilling": ["sm_80"]}}}
 
     aot.write_baseline(result(), tmp_path)
     assert aot.problems(result(), tmp_path) == []
@@ -188,6 +201,9 @@ def test_baseline_of_other_targets_and_backends_is_kept(examples, tmp_path):
     assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide"]) == {
         r["target"] for r in good["records"]
     }
+    # but the figures of two compilers do not mix
+    aot.write_baseline({**only, "triton": "99.0"}, tmp_path)
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide"]) == {"sm_90"}
 
 
 def test_baselines_are_up_to_date_with_the_families():

@@ -245,17 +245,4 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #endif
 }
 
-// lets a dependent kernel that was launched programmatically start early, and waits for the one before (sm_90 and newer)
-__device__ __forceinline__ void launch_dependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 }  // namespace tilefuse

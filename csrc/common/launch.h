@@ -104,12 +104,6 @@ inline unsigned grid_size(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(blocks);
 }
 
-// blocks for a kernel that loops over its items: enough to fill the device `waves` times, never more than the items need
-inline unsigned grid_stride_size(int32_t device, int64_t items, int64_t per_block, int waves = 8) {
-  const int64_t blocks = std::min<int64_t>(ceil_div(items, per_block), int64_t{waves} * multiprocessors(device));
-  return static_cast<unsigned>(std::max<int64_t>(blocks, 1));
-}
-
 // lets a kernel use more than 48 KiB of dynamic shared memory
 template <typename Kernel>
 void allow_shared_memory(Kernel* kernel, int bytes) {

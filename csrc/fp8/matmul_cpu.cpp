@@ -22,6 +22,7 @@ namespace TILEFUSE_ISA {
 constexpr int64_t kDepth = 128;  // of K: one scale
 constexpr int64_t kWidth = 64;   // of N: one panel
 constexpr int64_t kRows = 6;     // of M: one register tile
+constexpr float kLargest = 3.4028234663852886e38f;
 
 #if defined(__AVX512BF16__)
 
@@ -120,9 +121,9 @@ static void multiply(const Operand* a, const Operand* panel, const float* scale_
     const __m512 s = _mm512_set1_ps(scale_a[r]);
     for (int j = 0; j < 4; ++j) {
       float* place = c + r * kWidth + j * 16;
-      // scales one after the other: their product alone may overflow
-      const __m512 scaled = _mm512_mul_ps(acc[r][j], s);
-      _mm512_storeu_ps(place, _mm512_fmadd_ps(scaled, _mm512_loadu_ps(scale_b + j * 16), _mm512_loadu_ps(place)));
+      // kept finite: zero codes times an overflown product would be NaN (a NaN scale, the second operand, stays)
+      const __m512 factor = _mm512_min_ps(_mm512_set1_ps(kLargest), _mm512_mul_ps(s, _mm512_loadu_ps(scale_b + j * 16)));
+      _mm512_storeu_ps(place, _mm512_fmadd_ps(acc[r][j], factor, _mm512_loadu_ps(place)));
     }
   }
 }
@@ -181,8 +182,9 @@ static void multiply(const Operand* a, const Operand* panel, const float* scale_
         Vector place, s;
         std::memcpy(&place, c + r * kWidth + n + j * kLanes, sizeof(Vector));
         std::memcpy(&s, scale_b + n + j * kLanes, sizeof(Vector));
-        // scales one after the other: their product alone may overflow
-        place += acc[r][j] * scale_a[r] * s;
+        // kept finite: zero codes times an overflown product would be NaN
+        const Vector factor = s * scale_a[r];
+        place += acc[r][j] * (factor > kLargest ? Vector{} + kLargest : factor);
         std::memcpy(c + r * kWidth + n + j * kLanes, &place, sizeof(Vector));
       }
     }

@@ -9,6 +9,9 @@
 #include "common/cpu_math.h"
 #include "common/fp8.h"
 
+// vectors wider than the CPU's registers never cross a call: every function that takes one is inlined
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 // gcc's own headers leave the unused pass-through of some intrinsics uninitialised on purpose

@@ -78,7 +78,7 @@ __host__ __device__ inline int append_units(const AppendParams& a) {
 }
 
 template <typename T, typename C, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kRopeThreads) rope_append_kv_kernel(AppendParams a) {
+__global__ void __launch_bounds__(kRopeThreads, 1) rope_append_kv_kernel(AppendParams a) {
   using Unit = RopeUnit<T, kWidth, kInterleaved>;
   const RopeParams& p = a.rope;
   const int units = append_units<T, C, kWidth, kInterleaved>(a), row_units = rope_units<T, kWidth, kInterleaved>(p);

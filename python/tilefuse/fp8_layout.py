@@ -42,7 +42,8 @@ def row_layout(scale: Tensor) -> Tensor:
     """(1, 128) scales ``[..., KB]`` of any strides in tilefuse's layout; no copy if they are in it already."""
     _check("fp8_layout.row_layout", scale, None)
     rows = math.prod(scale.shape[:-1])
-    flat = scale.reshape(rows, scale.shape[-1])
+    # a reshape may make up another stride for a single row
+    flat = scale if scale.ndim == 2 else scale.reshape(rows, scale.shape[-1])
     if flat.stride() != (1, max(_round_up(rows, 4), 4)):
         flat = empty_row_scale(scale, rows, scale.shape[-1]).copy_(flat)
     return split_rows(flat, scale.shape[:-1])
@@ -86,7 +87,9 @@ def from_deepgemm(scale: Tensor, block: Sequence[int] = (1, 128), *, k: int | No
     if scale.dtype == torch.int32:
         if k is None or blocks_of(k) > 4 * scale.shape[1]:
             errors.value_error(name, "k", "the K that packed scales belong to", k)
-        exponents = scale.contiguous().view(torch.uint8)[:, : blocks_of(k)]
+        # one column counts as contiguous whatever its stride is
+        words = scale.clone(memory_format=torch.contiguous_format)
+        exponents = words.view(torch.uint8)[:, : blocks_of(k)]
         scale = (exponents.to(torch.int32) << 23).view(torch.float32)
     _check(name, scale)
     return row_layout(scale) if rows == 1 else scale.contiguous()

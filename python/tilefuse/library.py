@@ -164,9 +164,11 @@ class Kernel:
                             return run(*args)
                     return run(*args)
                 except RuntimeError as error:
-                    # C++ on the stable ABI can only raise RuntimeError; its own messages are about values
-                    if str(error).startswith("tilefuse.") and type(error) is RuntimeError:
-                        raise ValueError(str(error)) from None
+                    # C++ on the stable ABI can only raise RuntimeError; "tilefuse.op: x must be .." is about a value, a
+                    # launch that failed is not
+                    message = str(error)
+                    if message.startswith("tilefuse.") and " must be " in message and type(error) is RuntimeError:
+                        raise ValueError(message) from None
                     raise
         usable, reasons = self.choices(first.device, first.dtype)
         raise self._unavailable(first, reasons | {b: self.when[b](*args) for b in usable})
@@ -221,10 +223,12 @@ def kernel(
     overload = getattr(torch.ops.tilefuse, name).default
 
     def call(*args: Any) -> Any:
-        # fake tensors, subclasses, modes, transforms, tracing and profiling need the dispatcher
+        first = args[dtype_arg]
+        # fake and meta tensors, subclasses, modes, transforms, tracing and profiling need the dispatcher
         if (
             not _compiling()
-            and type(args[dtype_arg]) is Tensor
+            and type(first) is Tensor
+            and not first.is_meta
             and not _dispatch_modes()
             and not _function_modes()
             and _transforms() is None

@@ -19,6 +19,12 @@ BACKENDS = [
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+# everywhere but in the interpreter, where the same code paths run in the other tests
+QUICK = pytest.mark.parametrize(
+    "device",
+    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
+    indirect=True,
+)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 GRADS = ("q", "k", "v")
 
@@ -82,10 +88,15 @@ def test_matches_oracle(name, device):
     check(*case(name, device))
 
 
+@QUICK
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["per_head", "causal", "blocks_of_64", "wide_blocks"])
 def test_matches_oracle_in_half(name, dtype, device):
     check(*case(name, device, dtype))
+
+
+def test_half_in_triton(triton_backend):
+    check(*case("per_head", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("no_")])
@@ -131,6 +142,7 @@ def test_11_empty_rows_and_columns(device):
         assert grad.isfinite().all() and (grad[:, 16:32] == 0).all()
 
 
+@QUICK
 def test_11_order_of_a_list_does_not_matter(device):
     q, k, v = qkv(1, 16, 96, 1, 1, 16, device=device)
     offsets = torch.tensor([[[0, 4]]], dtype=torch.int32, device=device)
@@ -181,16 +193,48 @@ def test_20_deterministic_and_25_batch_invariant(device):
     assert_bit_equal(alone, first[0][1:])
 
 
+@QUICK
 def test_equals_window_attention(device):
     """Lists of a window pattern with the window's mask are that window: with the causal flag, of whole blocks."""
     q, k, v = qkv(1, 96, 96, 2, 1, 16, device=device)
     pattern = tilefuse.block_pattern("window", 96, 96, block_size=16, window=(-1, 0), device=device)
-    out, lse = tilefuse.block_sparse_attention(q, k, v, pattern.row_offsets, pattern.col_index, block_size=16, causal=True)
+    out, lse = tilefuse.block_sparse_attention(
+        q, k, v, pattern.row_offsets, pattern.col_index, block_size=16, causal=True
+    )
     expected, expected_lse = tilefuse.window_attention(q, k, v, window=(-1, 0))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-6)
 
 
+@QUICK
+def test_21_lists_of_another_length(device):
+    """Lists made for a longer sequence are refused, not read askew."""
+    q, k, v = qkv(1, 64, 64, 2, 1, 16, device=device)
+    long = tilefuse.block_pattern("window", 96, 96, block_size=16, window=(20, 0), device=device)
+    with pytest.raises(ValueError, match="row_offsets must be"):
+        tilefuse.block_sparse_attention(q, k, v, long.row_offsets, long.col_index, block_size=16)
+
+
+@QUICK
+def test_22_merged_by_lse(device):
+    """Two disjoint lists, merged by their log-sum-exp, are the attention over both; gradients included."""
+    leaves = [x.requires_grad_() for x in qkv(1, 64, 64, 2, 1, 16, device=device)]
+    near = torch.eye(4, dtype=torch.bool, device=device)
+    far = torch.rand(4, 4, generator=torch.Generator().manual_seed(2)).to(device) > 0.5
+    results = []
+    for masks in ([near | far], [near, far & ~near]):
+        parts = []
+        for mask in masks:
+            p = tilefuse.block_pattern("from_mask", 64, 64, block_size=16, mask=mask)
+            parts.append(tilefuse.block_sparse_attention(*leaves, p.row_offsets, p.col_index, block_size=16))
+        lse = torch.logsumexp(torch.stack([part[1] for part in parts]), 0)
+        out = sum(o * torch.exp(part_lse - lse).transpose(1, 2)[..., None] for o, part_lse in parts)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@QUICK
 def test_compiled_training_step(device):
     tensors, index, options = case("per_head", device)
     leaves = [x.requires_grad_() for x in tensors]
@@ -204,6 +248,7 @@ def test_compiled_training_step(device):
         assert_bit_equal(a, b)
 
 
+@QUICK
 def test_opcheck(device):
     tensors, index, options = case("per_batch_masked", device)
     clean = [torch.nan_to_num(x, nan=0.0, posinf=0.0) for x in tensors]
@@ -258,7 +303,9 @@ def sparse_transformer(kind, n, stride, summary):
 @pytest.mark.parametrize(("stride", "summary"), [(1, 1), (3, 1), (4, 2), (20, 3)])
 @pytest.mark.parametrize("kind", ["strided", "fixed"])
 def test_sparse_transformer_patterns(kind, stride, summary):
-    p = tilefuse.block_pattern(kind, 11 * 16 - 3, 11 * 16 - 3, block_size=16, stride=stride, summary=summary, causal=True)
+    p = tilefuse.block_pattern(
+        kind, 11 * 16 - 3, 11 * 16 - 3, block_size=16, stride=stride, summary=summary, causal=True
+    )
     assert torch.equal(p.to_dense()[0, 0], sparse_transformer(kind, 11, stride, summary))
 
 
@@ -288,9 +335,13 @@ def test_bigbird_pattern(blocks):
     dense, counts = p.to_dense()[0], p.row_offsets.diff()[0]
     assert torch.equal(dense.sum(-1), counts.long()), "no block may be listed twice"
     assert (counts[:, [0, -1]] == blocks).all() and (counts[:, 2:-2] == 7).all() and (counts[:, [1, -2]] == 6).all()
-    again = tilefuse.block_pattern("bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=5)
+    again = tilefuse.block_pattern(
+        "bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=5
+    )
     assert torch.equal(again.col_index, p.col_index)
-    other = tilefuse.block_pattern("bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=6)
+    other = tilefuse.block_pattern(
+        "bigbird", blocks * 16, blocks * 16, block_size=16, num_heads=3, num_random=2, seed=6
+    )
     assert not torch.equal(other.col_index, p.col_index)
 
 
@@ -341,10 +392,13 @@ def test_plot():
     [
         (("circles", 64, 64), {}), (("window", -1, 64), {"window": (0, 0)}), (("window", 64, 64), {}),
         (("window", 64, 64), {"window": (-2, 0)}), (("window", 64, 64), {"window": (0, 0), "block_size": 0}),
-        (("window", 64, 64), {"window": (0, 0), "num_heads": 0}), (("strided", 64, 64), {}), (("strided", 64, 64), {"stride": 0}),
+        (("window", 64, 64), {"window": (0, 0), "num_heads": 0}), (("strided", 64, 64), {}), (("strided", 64, 64),
+        {"stride": 0}),
         (("fixed", 64, 64), {"stride": 2, "summary": 3}), (("bigbird", 640, 64), {}), (("bigbird", 256, 256), {}),
-        (("bigbird", 640, 640), {"num_random": -1}), (("bigbird", 384, 384), {"num_random": 4}), (("from_mask", 64, 64), {}),
-        (("from_mask", 64, 64), {"mask": torch.ones(3, 3, dtype=torch.bool)}), (("from_mask", 64, 64), {"mask": torch.ones(1, 1)}),
+        (("bigbird", 640, 640), {"num_random": -1}), (("bigbird", 384, 384), {"num_random": 4}), (("from_mask", 64,
+        64), {}),
+        (("from_mask", 64, 64), {"mask": torch.ones(3, 3, dtype=torch.bool)}), (("from_mask", 64, 64),
+        {"mask": torch.ones(1, 1)}),
         (("longformer", 640, 640), {"window": (9, 9), "global_blocks": (10,)}),
     ],
 )  # fmt: skip

@@ -17,6 +17,12 @@ BACKENDS = [
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+# everywhere but in the interpreter, where the same code paths run in the other tests
+QUICK = pytest.mark.parametrize(
+    "device",
+    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
+    indirect=True,
+)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 GRADS = ("q", "k", "v", "q_global", "k_global", "v_global")
 
@@ -84,10 +90,15 @@ def test_matches_oracle(name, device):
     check(*case(name, device))
 
 
+@QUICK
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["per_batch", "own_projections", "causal"])
 def test_matches_oracle_in_half(name, dtype, device):
     check(*case(name, device, dtype))
+
+
+def test_half_in_triton(triton_backend):
+    check(*case("own_projections", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,6 +124,7 @@ def test_gradcheck(name):
         assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
 
 
+@QUICK
 def test_9_repeats_order_and_padding_of_the_list(device):
     q, k, v = qkv(1, 60, 60, 2, 1, 16, device=device)
     results = [
@@ -127,15 +139,21 @@ def test_9_repeats_order_and_padding_of_the_list(device):
 def test_9_without_globals_is_window_attention(device):
     q, k, v = qkv(2, 60, 60, 2, 1, 16, device=device)
     none = torch.full((2, 3), -1, dtype=torch.int32, device=device)
-    for a, b in zip(tilefuse.global_attention(q, k, v, none, window=(7, 2)), tilefuse.window_attention(q, k, v, window=(7, 2))):
+    for a, b in zip(
+        tilefuse.global_attention(q, k, v, none, window=(7, 2)), tilefuse.window_attention(q, k, v, window=(7, 2))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@QUICK
 @pytest.mark.parametrize("some", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
 def test_some_projections(some, device):
     """Each projection may be missing on its own; gradients of a shared tensor add up before they are rounded."""
     q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16, device=device))
-    own = [normal(*x.shape, device=device, seed=21).requires_grad_() if i in some else None for i, x in enumerate((q, k, v))]
+    own = [
+        normal(*x.shape, device=device, seed=21).requires_grad_() if i in some else None
+        for i, x in enumerate((q, k, v))
+    ]
     index = torch.tensor([[2, 30]], device=device)
     leaves = [q, k, v, *(x for x in own if x is not None)]
     got = torch.autograd.grad(tilefuse.global_attention(q, k, v, index, *own, window=(4, 4))[0].square().sum(), leaves)
@@ -144,6 +162,7 @@ def test_some_projections(some, device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@QUICK
 def test_16_nan_in_padding(device):
     """NaN in padded queries, keys and values reaches no other row and no gradient."""
     tensors, index, mask, options = case("padded_global", device)
@@ -164,6 +183,7 @@ def test_20_deterministic_and_25_batch_invariant(device):
     assert_bit_equal(alone, first[0][1:])
 
 
+@QUICK
 def test_compiled_training_step(device):
     tensors, index, _, options = case("per_batch", device)
     leaves = [x.requires_grad_() for x in tensors]
@@ -177,6 +197,7 @@ def test_compiled_training_step(device):
         assert_bit_equal(a, b)
 
 
+@QUICK
 def test_opcheck(device):
     tensors, index, _, options = case("dilated", device)
     args = (*tensors[:3], index, *tensors[3:], None, *options["window"], options["dilation"], False, 0.25)

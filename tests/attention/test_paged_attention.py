@@ -18,6 +18,12 @@ BACKENDS = [
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+# everywhere but in the interpreter, where the same code paths run in the other tests
+QUICK = pytest.mark.parametrize(
+    "device",
+    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
+    indirect=True,
+)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 
 
@@ -53,13 +59,16 @@ def dense(tensors, others, options, dtype):
         mask = window_mask(q.shape[1], n, window, device=q.device)
         more = {name: x.to(torch.float64) if dtype == torch.float64 else x for name, x in others.items()}
         out, lse = dense_attention(
-            q[b : b + 1].to(dtype), k[None], v[None], mask, scale=options.get("scale"), softcap=options.get("softcap", 0.0),
+            q[b : b + 1].to(dtype), k[None], v[None], mask, scale=options.get("scale"),
+            softcap=options.get("softcap", 0.0),
             **more,
         )  # fmt: skip
         outs.append(out)
         lses.append(lse)
     if not outs:
-        return q.new_zeros(*q.shape[:3], v_cache.shape[-1], dtype=dtype), q.new_zeros(0, q.shape[2], q.shape[1], dtype=dtype)
+        return q.new_zeros(*q.shape[:3], v_cache.shape[-1], dtype=dtype), q.new_zeros(
+            0, q.shape[2], q.shape[1], dtype=dtype
+        )
     return torch.cat(outs), torch.cat(lses)
 
 
@@ -80,11 +89,18 @@ def test_matches_oracle(name, chunk, device, monkeypatch):
     check(*case(name, device))
 
 
+@QUICK
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["decode", "odd_pages", "several_queries", "fp8", "sinks"])
 def test_matches_oracle_in_half(name, dtype, device, monkeypatch):
     small_chunks(monkeypatch)
     check(*case(name, device, dtype))
+
+
+def test_half_in_triton(triton_backend, monkeypatch):
+    small_chunks(monkeypatch)
+    check(*case("odd_pages", dtype=torch.bfloat16))
+    check(*case("fp8", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,7 +131,9 @@ def test_16_stale_pages(device, monkeypatch):
     q, k, v, table, lengths = case("decode", device)[0]
     out, lse = tilefuse.paged_attention(q, k, v, table, lengths)
     clean_k, clean_v = (torch.nan_to_num(x, nan=0.0) for x in (k, v))
-    same, same_lse = tilefuse.paged_attention(q, clean_k, clean_v, table.clamp(max=0) * 0 + table.where(table < k.shape[0], 0), lengths)
+    same, same_lse = tilefuse.paged_attention(
+        q, clean_k, clean_v, table.clamp(max=0) * 0 + table.where(table < k.shape[0], 0), lengths
+    )
     assert out.isfinite().all()
     assert_bit_equal(out, same)
     assert_bit_equal(lse, same_lse)
@@ -142,12 +160,20 @@ def test_17_window_spans_the_whole_tile(device, monkeypatch):
     check(tensors, {}, {"window": (3, 2)})
 
 
+@QUICK
 def test_18_equals_window_attention(device):
     """A decode step over pages is the last row of the sequence's own attention."""
     n, page_size = 50, 8
-    q, k, v = normal(1, n, 4, 16, device=device), normal(1, n, 2, 16, device=device, seed=1), normal(1, n, 2, 16, device=device, seed=2)
+    q, k, v = (
+        normal(1, n, 4, 16, device=device),
+        normal(1, n, 2, 16, device=device, seed=1),
+        normal(1, n, 2, 16, device=device, seed=2),
+    )
     pages = -(-n // page_size)
-    caches = [torch.nn.functional.pad(x[0], (0, 0, 0, 0, 0, pages * page_size - n)).unflatten(0, (pages, page_size)) for x in (k, v)]
+    caches = [
+        torch.nn.functional.pad(x[0], (0, 0, 0, 0, 0, pages * page_size - n)).unflatten(0, (pages, page_size))
+        for x in (k, v)
+    ]
     table = torch.arange(pages, dtype=torch.int32, device=device)[None]
     lengths = torch.tensor([n], dtype=torch.int32, device=device)
     sinks = normal(4, device=device)
@@ -165,11 +191,14 @@ def test_20_deterministic_and_25_batch_invariant(device, monkeypatch):
     again, _ = tilefuse.paged_attention(q, k, v, table, lengths, window=(10, 0))
     assert_bit_equal(out, again)
     for b in range(3):
-        alone, alone_lse = tilefuse.paged_attention(q[b : b + 1], k, v, table[b : b + 1], lengths[b : b + 1], window=(10, 0))
+        alone, alone_lse = tilefuse.paged_attention(
+            q[b : b + 1], k, v, table[b : b + 1], lengths[b : b + 1], window=(10, 0)
+        )
         assert_bit_equal(alone, out[b : b + 1])
         assert_bit_equal(alone_lse, lse[b : b + 1])
 
 
+@QUICK
 def test_15_strides(device):
     """Caches with heads before slots, int64 indices with strides, q from a fused projection."""
     q, k, v, table, lengths = case("decode", device)[0]
@@ -194,6 +223,7 @@ def test_23_graph_capture():
         assert_bit_equal(lse, expected[1])
 
 
+@QUICK
 def test_opcheck_and_compile(device):
     tensors, others, options = case("sinks", device)
     args = (*tensors, others["sinks"], None, *options["window"], 0.25, 0.0, 1.0, 1.0)
@@ -226,7 +256,8 @@ def _errors():
     yield "alibi", TypeError, lambda: ((q, k, v, table, lengths, None, torch.zeros(4).half()), {})
     yield "grad", RuntimeError, lambda: ((q.clone().requires_grad_(), k, v, table, lengths), {})
     for options in (
-        {"window": (-2, 0)}, {"scale": float("inf")}, {"softcap": -1.0}, {"k_scale": 2.0}, {"v_scale": 0.5}, {"v_scale": 0.0},
+        {"window": (-2, 0)}, {"scale": float("inf")}, {"softcap": -1.0}, {"k_scale": 2.0}, {"v_scale": 0.5},
+        {"v_scale": 0.0},
     ):  # fmt: skip
         yield str(options), ValueError, lambda options=options: ((q, k, v, table, lengths), options)
 

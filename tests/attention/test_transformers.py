@@ -20,7 +20,9 @@ def backend(request):
         yield request.param
 
 
-def _window_probe(module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_):
+def _window_probe(
+    module, query, key, value, attention_mask, scaling, sliding_window=None, softcap=None, s_aux=None, **_
+):
     window = tilefuse.window_from("hf", sliding_window) if sliding_window else (-1, 0)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out, _ = tilefuse.window_attention(q, k, v, s_aux, window=window, scale=scaling, softcap=softcap or 0.0)
@@ -92,7 +94,11 @@ def test_longformer(padded):
 
     torch.manual_seed(0)
     config = LongformerConfig(
-        hidden_size=64, num_attention_heads=4, attention_window=[8], num_hidden_layers=1, attention_probs_dropout_prob=0.0
+        hidden_size=64,
+        num_attention_heads=4,
+        attention_window=[8],
+        num_hidden_layers=1,
+        attention_probs_dropout_prob=0.0,
     )
     layer = LongformerSelfAttention(config, 0).eval()
     length = 48
@@ -113,7 +119,8 @@ def test_longformer(padded):
 
     index = torch.tensor([[0, 17, -1], [5, 6, 30]])
     out, _ = tilefuse.global_attention(
-        heads(layer.query), heads(layer.key), heads(layer.value), index, heads(layer.query_global), heads(layer.key_global),
+        heads(layer.query), heads(layer.key), heads(layer.value), index, heads(layer.query_global),
+        heads(layer.key_global),
         heads(layer.value_global), ~is_masked, window=tilefuse.window_from("longformer", 8),
     )  # fmt: skip
     ours = out.flatten(2)
@@ -146,9 +153,7 @@ def test_bigbird(masked):
         theirs = layer(hidden, band, rows, columns, blocked, blocked)[0]
         q, k, v = (x(hidden).view(2, length, 4, 16) for x in (layer.query, layer.key, layer.value))
         pattern = tilefuse.block_pattern("bigbird", length, length, block_size=16, num_random=3, seed=None)
-        out, _ = tilefuse.block_sparse_attention(
-            q, k, v, pattern.row_offsets, pattern.col_index, shown, block_size=16
-        )
+        out, _ = tilefuse.block_sparse_attention(q, k, v, pattern.row_offsets, pattern.col_index, shown, block_size=16)
     # padded queries: theirs are zeroed
     ours = out.flatten(2) * shown[..., None]
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

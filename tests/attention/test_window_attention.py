@@ -1,6 +1,9 @@
 """``window_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +22,12 @@ BACKENDS = [
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]
+# everywhere but in the interpreter, where the same code paths run in the other tests
+QUICK = pytest.mark.parametrize(
+    "device",
+    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
+    indirect=True,
+)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 HALF = [torch.bfloat16, torch.float16]
 GRADS = ("q", "k", "v", "sinks")
@@ -99,12 +108,19 @@ def test_matches_oracle(name, device):
     check(*case(name, device))
 
 
+@QUICK
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     "name", ["window", "two_sided", "fewer_keys", "sinks", "everything", "packed_all", "fused_qkv"]
 )
 def test_matches_oracle_in_half(name, dtype, device):
     check(*case(name, device, dtype))
+
+
+def test_half_in_triton(triton_backend):
+    check(*case("everything", dtype=torch.bfloat16))
+    check(*case("two_sided", dtype=torch.float16))
+    check(qkv(1, 35, 35, 1, 1, 96, 48, dtype=torch.bfloat16), {}, {"window": (10, 3)})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -176,6 +192,7 @@ def test_4_window_semantics_on_gpu():
         semantics("cuda", lengths, list(itertools.product(SIDES, SIDES)), [1, 3], [0, 2])
 
 
+@QUICK
 def test_1_ragged_tail_with_bias(device):
     q, k, v = qkv(1, 67, 67, 2, 1, 16, device=device)
     got = check((q, k, v), {"alibi_slopes": torch.tensor([0.3, 0.1], device=device)}, {"window": (10, 0)})
@@ -212,6 +229,7 @@ def test_5_rows_without_keys(device):
     assert all(g.isfinite().all() for g in (dq, dk, dv))
 
 
+@QUICK
 def test_6_very_negative_logits(device):
     """No finite sentinel: logits below -5e4 still make a softmax."""
     q, k, v = qkv(1, 40, 40, 1, 1, 16, device=device)
@@ -258,6 +276,7 @@ def test_8_sink_without_keys(device):
         torch.testing.assert_close(a, b)
 
 
+@QUICK
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_8_sink_of_another_dtype(dtype, device):
     q, k, v = qkv(1, 40, 40, 2, 1, 16, device=device, dtype=torch.bfloat16)
@@ -275,6 +294,7 @@ def test_10_dilation_one_is_plain(device):
         assert_bit_equal(a, b)
 
 
+@QUICK
 @pytest.mark.parametrize("dim", [16, 32, 40, 64, 80, 96, 112, 128, 192, 256])
 def test_12_head_dims(dim, device):
     check(qkv(1, 35, 35, 1, 1, dim, 48, device=device, dtype=torch.bfloat16), {}, {"window": (10, 3)})
@@ -285,11 +305,13 @@ def test_12_odd_head_dims(device):
     check(qkv(1, 20, 20, 1, 1, 33, 7, device=device, dtype=torch.bfloat16), {}, {"window": (10, 3)})
 
 
+@QUICK
 @pytest.mark.parametrize("group", [3, 7, 8, 16])
 def test_13_group_sizes(group, device):
     check(qkv(1, 20, 20, 2 * group, 2, 16, device=device), {}, {"window": (6, 0)})
 
 
+@QUICK
 def test_15_strides(device):
     """Transposed heads and batch, an expanded dout, a last dim that is not contiguous, a misaligned start."""
     q, k, v = qkv(2, 33, 33, 2, 2, 16, device=device)
@@ -320,6 +342,7 @@ def test_16_nan_past_the_end(device):
         assert_bit_equal(a, b)
 
 
+@QUICK
 def test_18_decode_step_equals_prefill(device):
     """A cache rolled to the window's keys gives the row that the whole sequence gives."""
     q, k, v = qkv(1, 60, 60, 4, 2, 16, device=device)
@@ -329,6 +352,7 @@ def test_18_decode_step_equals_prefill(device):
     torch.testing.assert_close(step_lse, whole_lse[..., -1:], rtol=1e-5, atol=1e-6)
 
 
+@QUICK
 def test_19_backward_sees_the_forward_mask(device):
     """A gradient reaches exactly the keys that the forward reads."""
     q, k, v = qkv(1, 50, 70, 1, 1, 16, device=device)
@@ -349,6 +373,7 @@ def test_20_deterministic(device):
             assert_bit_equal(a, b)
 
 
+@QUICK
 def test_22_lse_gradient(device):
     q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16, device=device))
     _, lse = tilefuse.window_attention(q, k, v, window=(9, 0))
@@ -401,6 +426,7 @@ def test_23_graph_capture():
     assert_bit_equal(lse, expected[1])
 
 
+@QUICK
 def test_24_softcap_and_scale(device):
     check(qkv(1, 60, 60, 2, 1, 16, device=device), {}, {"window": (20, 0), "softcap": 2.0, "scale": 1.3})
 
@@ -423,36 +449,27 @@ def test_14_more_than_two_to_the_31_elements():
     torch.testing.assert_close(out[:, -64:, -2:], tail)
 
 
-def test_memory_is_linear():
-    """S = 65,536: the scores alone would take 17 GB per head; the process may grow by a small multiple of the inputs."""
-    import resource
-    import subprocess
-    import sys
-
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+def test_memory_is_linear(backend):
+    """S = 65,536: the scores alone would take 17 GB per head; the process grows by a few times the inputs."""
     code = """
 import resource, torch, tilefuse
 torch.set_num_threads(1)
 q, k, v = (torch.randn(1, 65536, 2, 32, dtype=torch.bfloat16) for _ in range(3))
 tilefuse.window_attention(*(x[:, :256] for x in (q, k, v)), window=(127, 0))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tilefuse.window_attention(q, k, v, window=(127, 0), sink_tokens=4)
 leaves = [x.requires_grad_() for x in (q, k, v)]
 out, lse = tilefuse.window_attention(*leaves, window=(127, 0), sink_tokens=4)
 out.sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, q.nbytes)
 """
-    del resource
-    for backend in ["reference", *([] if CPU_MISSING else ["cpu"])]:
-        import os
-
-        ran = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "TILEFUSE_BACKEND": backend, "TRITON_INTERPRET": "0"},
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        grown, one = map(int, ran.stdout.split())
-        assert grown < 24 * one, f"{backend}: {grown / one:.1f} x the size of q"
+    environment = {**os.environ, "TILEFUSE_BACKEND": backend, "TRITON_INTERPRET": "0"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    grown, one = map(int, ran.stdout.split())
+    assert grown < 24 * one, f"grew by {grown / one:.1f} x the size of q"
 
 
+@QUICK
 def test_opcheck(device):
     for name in ("everything", "packed_all", "no_keys"):
         (q, k, v), others, options = case(name, device)
@@ -521,7 +538,8 @@ def _errors():
     yield "cu_empty", ValueError, lambda: ((*p, None, None, cu[:0]), {})
     for options in (
         {"window": (-2, 0)}, {"window": (0, -2)}, {"window": (1, 2, 3)}, {"dilation": 0}, {"sink_tokens": -1},
-        {"softcap": -1.0}, {"softcap": float("inf")}, {"scale": float("nan")}, {"max_seqlen_q": -1}, {"max_seqlen_k": -1},
+        {"softcap": -1.0}, {"softcap": float("inf")}, {"scale": float("nan")}, {"max_seqlen_q": -1},
+        {"max_seqlen_k": -1},
     ):  # fmt: skip
         yield f"{next(iter(options.items()))}", ValueError, lambda options=options: ((q, k, v), options)
 

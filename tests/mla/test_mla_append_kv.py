@@ -137,7 +137,7 @@ def test_bad_values_raise_before_anything_is_written(where):
     (kv_a, weight, cos, sin, positions, cache, slots), options = case("deepseek_bf16", where)
     before = cache.clone()
     slots[3] = cache.shape[0] * cache.shape[1]
-    with pytest.raises(ValueError, match="tilefuse.mla_append_kv: slot_mapping must be less than 192, got 192"):
+    with pytest.raises(ValueError, match=r"tilefuse.mla_append_kv: slot_mapping must be less than 192, got 192"):
         tilefuse.mla_append_kv(kv_a, weight, cos, sin, positions, cache, slots, **options)
     slots[3], positions[3] = 5, 32
     with pytest.raises(ValueError, match=r"tilefuse.mla_append_kv: positions must be in \[0, 32\), got 32"):

@@ -11,11 +11,17 @@ from tilefuse.testing.inputs.rope.qk_norm_rope import cases
 from tilefuse.testing.inputs.rope.rope import normal, tables
 
 CPU_MISSING = native.load("cpu").missing
+CUDA_MISSING = native.load("cuda").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(
+        ("cuda", "cuda"),
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
+    ),
 ]
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
@@ -153,6 +159,7 @@ def test_8_position_outside_of_the_table(device):
         ({2: torch.zeros(64, dtype=torch.float64)}, TypeError, "q_weight must be float32, bfloat16 or float16"),
         ({3: torch.zeros(64, dtype=torch.int32)}, TypeError, "k_weight must be float32, bfloat16 or float16"),
         ({3: torch.zeros(64, dtype=torch.bfloat16)}, TypeError, "k_weight must be of q_weight's dtype float32"),
+        ({2: torch.zeros(64, device="meta")}, ValueError, "q_weight must be on the device of q"),
         ({3: torch.zeros(64, device="meta")}, ValueError, "k_weight must be on the device of q"),
         ({1: torch.zeros(4, 2, 64)}, ValueError, "k must be of q's shape"),
         ({"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
@@ -197,7 +204,7 @@ def test_17_opcheck(name):
 
 def test_11_compile_fullgraph_without_recompiling():
     cos, sin = tables(64, 64)
-    compiles = CompileCounterWithBackend("aot_eager")
+    compiles, frames = CompileCounterWithBackend("aot_eager"), 0
     step = torch.compile(tilefuse.qk_norm_rope, fullgraph=True, backend=compiles, dynamic=True)
     weights = [normal(64, dtype=torch.float32, seed=s) for s in (1, 2)]
     for tokens in (5, 9, 33):
@@ -206,4 +213,6 @@ def test_11_compile_fullgraph_without_recompiling():
         expected, expected_grads = run(tilefuse.qk_norm_rope, tensors, (cos, sin), {"eps": 1e-5})
         for a, b in zip((*out, *grads), (*expected, *expected_grads)):
             assert_bit_equal(a, b)
-    assert compiles.frame_count == 1
+        # Dynamo counts an empty frame beside the one graph; later lengths add none
+        frames = frames or compiles.frame_count
+        assert compiles.frame_count == frames <= 2

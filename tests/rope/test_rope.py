@@ -10,11 +10,17 @@ from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.rope.rope import cases, in_place, normal, packed_qkv, tables
 
 CPU_MISSING = native.load("cpu").missing
+CUDA_MISSING = native.load("cuda").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(
+        ("cuda", "cuda"),
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
+    ),
 ]
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
@@ -196,6 +202,58 @@ def test_13_mrope_of_equal_rows_is_rope(alternate, device):
     assert_bit_equal(out, tilefuse.rope(q, cos, sin, positions))
 
 
+ON_GPU = pytest.mark.parametrize("device", [b for b in BACKENDS if b.values[0][1] == "cuda"], indirect=True)
+
+
+@ON_GPU
+def test_15_graph_capture(device):
+    """A captured call follows what its inputs hold at replay: no host read of positions, no host allocation."""
+    q, k, (cos, sin, positions), _ = case("positions_packed", device, torch.bfloat16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        tilefuse.rope_qk(q, k, cos, sin, positions)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tilefuse.rope_qk(q, k, cos, sin, positions)
+    q.normal_()
+    positions.copy_(positions.flip(0))
+    graph.replay()
+    for captured, eager in zip(out, tilefuse.rope_qk(q, k, cos, sin, positions)):
+        assert_bit_equal(captured, eager)
+
+
+@ON_GPU
+def test_15_launches_go_to_the_current_stream(device):
+    q, k, rest, _ = case("packed_qkv", device, torch.bfloat16)
+    expected = tilefuse.rope_qk(q, k, *rest)
+    late = torch.zeros_like(q._base)
+    late_q, late_k = (late.as_strided(t.shape, t.stride(), t.storage_offset()) for t in (q, k))
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        # the inputs are written on this stream, long after a launch on another one would have read them
+        torch.cuda._sleep(100_000_000)
+        late.copy_(q._base)
+        out = tilefuse.rope_qk(late_q, late_k, *rest)
+    torch.cuda.synchronize()
+    for a, b in zip(out, expected):
+        assert_bit_equal(a, b)
+
+
+@ON_GPU
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_15_second_gpu(device):
+    q, k, rest, _ = case("batched", "cuda:1", torch.bfloat16)
+    assert torch.cuda.current_device() == 0
+    out = tilefuse.rope_qk(q, k, *rest)
+    expected = tilefuse.rope_qk(*(t.to("cuda:0") for t in (q, k, *rest)))
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(out, expected):
+        assert a.device == q.device
+        assert_bit_equal(a, b)
+
+
 def test_a_row_does_not_depend_on_its_batch(device):
     q, k, rest, _ = case("batched", device, torch.bfloat16)
     whole = tilefuse.rope_qk(q, k, *rest)
@@ -222,7 +280,12 @@ ERRORS = {
     "offset": (lambda a: a.update(rotary_offset=1), ValueError, "rotary_offset must be"),
     "offset_sign": (lambda a: a.update(rotary_offset=-1), ValueError, "rotary_offset must be"),
     "short_table": (lambda a: a.update(x=x3(9, 2, 64)), ValueError, "cos must be a table of at least 9 rows"),
+    "no_rows": (
+        lambda a: a.update(cos=a["cos"][:0], sin=a["sin"][:0], positions=torch.zeros(5, dtype=torch.int32)), ValueError,
+        r"cos must be a table of at least one row, got \[0, 32\] float32",
+    ),
     "device": (lambda a: a.update(cos=a["cos"].to("meta")), ValueError, "cos must be on the device of x"),
+    "sin_device": (lambda a: a.update(sin=a["sin"].to("meta")), ValueError, "sin must be on the device of x"),
     "positions_shape": (
         lambda a: a.update(positions=torch.zeros(4, dtype=torch.int32)), ValueError, r"positions must be \[5\]",
     ),
@@ -243,6 +306,14 @@ ERRORS = {
     "cu_seqlens_shape": (
         lambda a: a.update(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ValueError, r"cu_seqlens must be \[B \+ 1\]",
     ),
+    "cu_seqlens_rank": (
+        lambda a: a.update(cu_seqlens=torch.zeros(1, 2, dtype=torch.int32)), ValueError,
+        r"cu_seqlens must be \[B \+ 1\]",
+    ),
+    "cu_seqlens_device": (
+        lambda a: a.update(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), ValueError,
+        "cu_seqlens must be on the device of x",
+    ),
     "mrope_alone": (lambda a: a.update(mrope_section=(8, 12, 12)), ValueError, "positions must be given with mrope"),
     "mrope_shape": (
         lambda a: a.update(mrope_section=(8, 12, 12), positions=torch.zeros(5, dtype=torch.int32)), ValueError,
@@ -250,6 +321,14 @@ ERRORS = {
     ),
     "mrope_sum": (
         lambda a: a.update(mrope_section=(8, 12, 11), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
+        "mrope_section must be 3 sections that sum to 32",
+    ),
+    "mrope_count": (
+        lambda a: a.update(mrope_section=(16, 16), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
+        "mrope_section must be 3 sections that sum to 32",
+    ),
+    "mrope_sign": (
+        lambda a: a.update(mrope_section=(40, -4, -4), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
         "mrope_section must be 3 sections that sum to 32",
     ),
 }  # fmt: skip
@@ -274,8 +353,10 @@ def test_errors_of_k_and_tables():
             tilefuse.rope_qk(q, k, cos, sin)
     with pytest.raises(ValueError, match="k must be on the device of q"):
         tilefuse.rope_qk(q, q.to("meta"), cos, sin)
-    with pytest.raises(RuntimeError, match="tables get no gradient, but cos requires grad"):
-        tilefuse.rope(q, cos.requires_grad_(), sin)
+    for i, name in enumerate(("cos", "sin")):
+        both = [t.clone().requires_grad_(i == j) for j, t in enumerate((cos, sin))]
+        with pytest.raises(RuntimeError, match=f"tables get no gradient, but {name} requires grad"):
+            tilefuse.rope(q, *both)
 
 
 @pytest.mark.parametrize("name", ["batched", "dim96_30_66_interleaved", "cu_seqlens", "mrope", "packed_qkv"])
@@ -328,6 +409,12 @@ def test_11_export_keeps_one_node():
     assert nodes == ["tilefuse.rope_qk.default"]
     for out, expected in zip(program.module()(q, k, *rest), tilefuse.rope_qk(q, k, *rest)):
         assert_bit_equal(out, expected)
+
+
+def test_no_tokens_need_no_table(device):
+    cos, sin = (t[:0] for t in tables(64, 8, device))
+    x = normal(0, 2, 64, device=device)
+    assert tilefuse.rope(x, cos, sin).shape == x.shape
 
 
 def test_autocast_changes_nothing():

@@ -10,11 +10,17 @@ from tilefuse.testing.inputs.rope.rope import normal, tables
 from tilefuse.testing.inputs.rope.rope_append_kv import cases
 
 CPU_MISSING = native.load("cpu").missing
+CUDA_MISSING = native.load("cuda").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
     pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+    pytest.param(
+        ("cuda", "cuda"),
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
+    ),
 ]
 E4M3 = torch.float8_e4m3fn
 CASES = [case[0] for case in cases("cpu", torch.float32, torch.bfloat16)]
@@ -169,7 +175,13 @@ def test_gradients_are_refused():
         ({"v_scale": 0.0}, ValueError, "v_scale must be positive and finite, got 0.0"),
         ({"v_scale": float("nan")}, ValueError, "v_scale must be positive and finite"),
         ({5: torch.zeros(4, dtype=torch.int32)}, ValueError, r"positions must be \[5\]"),
+        ({2: torch.zeros(5, 2, 64, device="meta")}, ValueError, "v must be on the device of q"),
+        ({6: torch.zeros(4, 16, 2, 64, device="meta").bfloat16()}, ValueError, "k_cache must be on the device of q"),
         ({7: torch.zeros(4, 16, 2, 64, device="meta").bfloat16()}, ValueError, "v_cache must be on the device of q"),
+        ({8: torch.zeros(5, dtype=torch.int32, device="meta")}, ValueError, "slot_mapping must be on the device of q"),
+        ({7: torch.zeros(4, 16, 2, 64, dtype=torch.int8)}, TypeError, "v_cache must be bfloat16 or"),
+        ({7: torch.zeros(4, 16, 2, 128).bfloat16()[..., ::2]}, ValueError, "v_cache must be a cache with a contiguous"),
+        ({"k_scale": float("inf")}, ValueError, "k_scale must be positive and finite, got inf"),
     ],
 )
 def test_errors(change, error, message):

@@ -158,6 +158,11 @@ def test_10_tables_do_not_inherit_dtype_or_grad():
         ({"rotary_dim": 63}, ValueError, "rotary_dim must be even"),
         ({"rotary_dim": 0}, ValueError, "rotary_dim must be even"),
         ({"max_positions": -1}, ValueError, "max_positions must be at least 0"),
+        (
+            {"rotary_dim": 2, "scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            ValueError,
+            "rotary_dim must be at least 4",
+        ),
         ({"angle_dtype": torch.bfloat16}, TypeError, "angle_dtype must be"),
         ({"scaling": {"rope_type": "stretch"}}, ValueError, "rope_type among .*got 'stretch'"),
         ({"scaling": {"rope_type": "linear"}}, ValueError, "scaling must be a dict with 'factor' for 'linear'"),

@@ -26,7 +26,7 @@ from ..common.flash import (
     softmax_step,
     store_rows,
 )
-from .window_attention import _statistics_strides, padded, strides
+from .window_attention import padded, statistics_strides, strides
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def _dkdv_kernel(
     v = load_rows(V + b * stride_vb + kv_head * stride_vh, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
-    for g in range(0, group):
+    for g in range(group):
         head = (kv * group + g).to(tl.int64)
         start, stop = _list(OFFSETS, b, head, j, stride_rb, stride_rh, entries)
         QH = Q + b * stride_qb + head * stride_qh
@@ -210,13 +210,13 @@ def config(kernel: str, head_dim: int, element_size: int, block_size: int) -> Co
     """Pieces of ``fwd``, ``dq`` or ``dkdv``, no larger than a block needs."""
     whole = max(16, triton.next_power_of_2(block_size))
     if element_size > 2:
-        m, n, warps, stages = 16, 16, 8, 1
+        m, n, warps, stages = (32 if head_dim <= 64 else 16, 16, 8 if head_dim > 64 and kernel == "dq" else 4, 1)
     elif kernel == "fwd":
         m, n, warps, stages = (64, 32, 4, 2) if head_dim > 128 else (128, 64, 8, 3 if head_dim <= 64 else 2)
         if block_size < 128:
             m, warps = 64, 4 if head_dim <= 64 else 8
     elif kernel == "dq":
-        m, n, warps, stages = (32, 32, 8, 1) if head_dim > 128 else (64, 64, 4 if head_dim <= 64 else 8, 2)
+        m, n, warps, stages = (32, 32, 4, 1) if head_dim > 128 else (64, 64, 4 if head_dim <= 64 else 8, 2)
     else:
         m, n, warps, stages = (32, 64, 4, 2) if head_dim <= 64 else (32, 64 if head_dim <= 128 else 32, 8, 1)
     return Config(min(m, whole), min(n, whole), warps, stages)
@@ -226,7 +226,8 @@ def _call(kernel: str, q: Tensor, v: Tensor, block_size: int) -> tuple[Config, d
     d, dv = q.shape[-1], v.shape[-1]
     tile = config(kernel, max(padded(d), padded(dv)), q.element_size(), block_size)
     return tile, {
-        "D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BLOCK": block_size, "BM": tile.block_m, "BN": tile.block_n,
+        "D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BLOCK": block_size, "BM": tile.block_m,
+        "BN": tile.block_n,
         "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
 
@@ -251,7 +252,8 @@ def block_sparse_attention_fwd(
     rows = triton.cdiv(sq, block_size)
     _fwd_kernel[(batch * rows * triton.cdiv(block_size, tile.block_m) * heads,)](
         q, k, v, out, lse, row_offsets, col_index, key_mask, *strides(q), *strides(k), *strides(v), *strides(out),
-        *_statistics_strides(lse), *_list_strides(row_offsets), *((0, 0) if key_mask is None else key_mask.stride()), sq,
+        *statistics_strides(lse), *_list_strides(row_offsets), *((0, 0) if key_mask is None else key_mask.stride()),
+        sq,
         sk, heads, heads // kv_heads, rows, triton.cdiv(sk, block_size), col_index.shape[0], scale,
         MASKED=key_mask is not None, CAUSAL=causal, **constants,
     )  # fmt: skip
@@ -273,7 +275,7 @@ def block_sparse_attention_bwd(
         tile, constants = _call("dq", q, v, block_size)
         _dq_kernel[(batch * rows * triton.cdiv(block_size, tile.block_m) * heads,)](
             q, k, v, out, dout, lse, dlse, delta, dq, row_offsets, col_index, key_mask, *strides(q), *strides(k),
-            *strides(v), *strides(out), *strides(dout), *strides(dq), *_statistics_strides(lse),
+            *strides(v), *strides(out), *strides(dout), *strides(dq), *statistics_strides(lse),
             *((0, 0, 0) if dlse is None else dlse.stride()), *_list_strides(row_offsets), *mask_strides, sq, sk, heads,
             heads // kv_heads, rows, columns, col_index.shape[0], scale, MASKED=key_mask is not None, CAUSAL=causal,
             DLSE_GIVEN=dlse is not None, **constants,
@@ -283,7 +285,8 @@ def block_sparse_attention_bwd(
         tile, constants = _call("dkdv", q, v, block_size)
         _dkdv_kernel[(batch * columns * triton.cdiv(block_size, tile.block_n) * kv_heads,)](
             q, k, v, dout, lse, delta, dk, dv, offsets, index, key_mask, *strides(q), *strides(k), *strides(v),
-            *strides(dout), *strides(dk), *strides(dv), *_statistics_strides(lse), *_list_strides(offsets), *mask_strides,
+            *strides(dout), *strides(dk), *strides(dv), *statistics_strides(lse), *_list_strides(offsets),
+            *mask_strides,
             sq, sk, kv_heads, heads // kv_heads, rows, columns, index.shape[0], scale, MASKED=key_mask is not None,
             CAUSAL=causal, **constants,
         )  # fmt: skip

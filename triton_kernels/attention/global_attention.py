@@ -28,7 +28,7 @@ from ..common.flash import (
     store_rows,
 )
 from .paged_attention import _merge_kernel
-from .window_attention import UNBOUNDED, Prefix, Problem, _statistics_strides, backward, forward, padded, strides
+from .window_attention import UNBOUNDED, Prefix, Problem, backward, forward, padded, statistics_strides, strides
 
 # keys of one program of a global row
 CHUNK = 1024
@@ -160,7 +160,7 @@ def _rows_sum_kernel(
     at = tl.load(POSITIONS + b * globals_ + g).to(tl.int64)
     columns = tl.arange(0, BD)
     dq = tl.zeros([BD], tl.float32)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         part = tl.cast(chunk, tl.int64) * stride_px + b * stride_pb + g.to(tl.int64) * stride_ps + h * stride_ph
         dq += tl.load(PARTS + part + columns, mask=columns < D, other=0.0)
     pointers = DQ + b * stride_db + at * stride_ds + h * stride_dh + columns
@@ -189,7 +189,7 @@ def _rows_dkdv_kernel(
     v = load_rows(V + b * stride_vb + kv_head * stride_vh, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         head = (kv * group + member).to(tl.int64)
         QH = Q + b * stride_qb + head * stride_qh
         GH = DOUT + b * stride_gb + head * stride_gh
@@ -233,7 +233,7 @@ def config(kernel: str, head_dim: int, element_size: int, globals_: int) -> Conf
     """Tiles of ``fwd``, ``dq`` or ``dkdv`` of the global rows; few rows take a small tile."""
     rows = max(16, triton.next_power_of_2(globals_))
     if element_size > 2:
-        return Config(16, 16, 8, 1)
+        return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
     if kernel == "fwd":
         return Config(min(rows, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 2)
     if kernel == "dq":
@@ -334,7 +334,7 @@ def global_attention_bwd(
         tile, constants = _call("dq", q, v, count)
         _rows_dq_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
             qg, kg, vg, out, dout, lse, dlse, positions, mask, parts, delta, *strides(qg), *strides(kg), *strides(vg),
-            *strides(out), *strides(dout), *_statistics_strides(lse), *((0, 0, 0) if dlse is None else dlse.stride()),
+            *strides(out), *strides(dout), *statistics_strides(lse), *((0, 0, 0) if dlse is None else dlse.stride()),
             *parts.stride()[:4], *mask_strides, length, count, heads, heads // kv_heads, scale, CHUNK=CHUNK,
             DLSE_GIVEN=dlse is not None, **flags, **constants,
         )  # fmt: skip
@@ -345,7 +345,7 @@ def global_attention_bwd(
         tile, constants = _call("dkdv", q, v, count)
         _rows_dkdv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
             qg, kg, vg, dout, lse, delta, positions, mask, dkg, dvg, *strides(qg), *strides(kg), *strides(vg),
-            *strides(dout), *_statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
+            *strides(dout), *statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
             kv_heads, heads // kv_heads, scale, ADD_K=not own[1], ADD_V=not own[2], **flags, **constants,
         )  # fmt: skip
     results = [dq, dk.to(k.dtype), dv.to(v.dtype)]

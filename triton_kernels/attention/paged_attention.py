@@ -17,12 +17,10 @@ from ..common.flash import (
     LN2,
     LOG2E,
     aot_arguments,
-    load_rows,
     logits,
     softmax_end,
     softmax_start,
     softmax_step,
-    store_rows,
 )
 from .window_attention import UNBOUNDED, padded, strides
 
@@ -144,7 +142,7 @@ def _merge_kernel(
     if SINK:
         top = tl.load(SINKS + h).to(tl.float32) * LOG2E
         total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for chunk in range(0, chunks):
+    for chunk in range(chunks):
         lse = tl.load(PART_LSE + tl.cast(chunk, tl.int64) * stride_lx + row_lse) * LOG2E
         pointers = PARTS + tl.cast(chunk, tl.int64) * stride_px + row + columns
         part = tl.load(pointers, mask=(columns < DV) & (lse > float("-inf")), other=0.0)
@@ -176,7 +174,7 @@ def config(head_dim: int, element_size: int, rows: int) -> Config:
     block_m = min(max(16, triton.next_power_of_2(rows)), 64 if head_dim <= 128 else 32)
     if element_size > 2:
         return Config(min(block_m, 32), 32 if head_dim <= 128 else 16, 4, 1)
-    return Config(block_m, 64 if head_dim <= 128 else 32, 4, 2)
+    return Config(block_m, 64 if head_dim <= 128 else 32, 8 if block_m == 64 else 4, 2)
 
 
 def paged_attention_fwd(

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.flash import (
-    aot_arguments,
     LOG2E,
+    aot_arguments,
     load_rows,
     logit_gradient,
     logits,
@@ -255,7 +255,8 @@ def _fwd_kernel(
             acc, top, total = softmax_step(acc, top, total, s, v)
     low, edge, middle, high = _query_runs(m0, tl.minimum(m0 + BM, rows), shift, keys, left, right, begin, BN)
     acc, top, total = _fwd_run(
-        acc, top, total, q, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys, left, right,
+        acc, top, total, q, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys, left,
+        right,
         residue, dilation, slope, scale, softcap, D, DV, BD, BDV, BN, True, DILATED, SKIP, ALIBI, SOFTCAP,
     )  # fmt: skip
     acc, top, total = _fwd_run(
@@ -277,7 +278,8 @@ def _fwd_kernel(
 
 @triton.jit
 def _dq_run(
-    dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, start, stop, m, shift, keys, left, right, residue, dilation,
+    dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, start, stop, m, shift, keys, left, right, residue,
+    dilation,
     slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     DILATED: tl.constexpr, SKIP: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -394,7 +396,8 @@ def _dq_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     low, edge, middle, high = _query_runs(m0, tl.minimum(m0 + BM, rows), shift, keys, left, right, begin, BN)
     dq = _dq_run(
-        dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys, left, right,
+        dq, q, do, lse2, delta, K, V, stride_ks, stride_vs, HIDDEN, low, tl.minimum(edge, high), m, shift, keys,
+        left, right,
         residue, dilation, slope, scale, softcap, D, DV, BD, BDV, BN, True, DILATED, SKIP, ALIBI, SOFTCAP,
     )  # fmt: skip
     dq = _dq_run(
@@ -437,7 +440,8 @@ def _transposed_tile(
 
 @triton.jit
 def _dkdv_run(
-    dk, dv, k, v, Q, DOUT, LSE, DELTA, HIDDEN, stride_qs, stride_gs, start, stop, rows, first, n, shift, keys, left, right,
+    dk, dv, k, v, Q, DOUT, LSE, DELTA, HIDDEN, stride_qs, stride_gs, start, stop, rows, first, n, shift, keys, left,
+    right,
     dilation, slope, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, MASK: tl.constexpr,
     DILATED: tl.constexpr, SKIP: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -449,7 +453,8 @@ def _dkdv_run(
         if SKIP:
             live = live & (tl.load(HIDDEN + token, mask=live, other=1) == 0)
         dk, dv = _transposed_tile(
-            k, v, Q, DOUT, LSE, DELTA, stride_qs, stride_gs, m, token, live, shift, keys, n, left, right, slope, dilation,
+            k, v, Q, DOUT, LSE, DELTA, stride_qs, stride_gs, m, token, live, shift, keys, n, left, right, slope,
+            dilation,
             scale, softcap, dk, dv, D, DV, BD, BDV, MASK or SKIP, ALIBI, SOFTCAP,
         )  # fmt: skip
     return dk, dv
@@ -645,31 +650,31 @@ class Config:
     stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, span: int, heavy: bool) -> Config:
-    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``.
+def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int) -> Config:
+    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``: the largest that spills on no architecture.
 
     Args:
         head_dim: the larger padded one of k and v.
         span: keys of a window; a narrow one wastes less of a small tile.
-        heavy: masks, biases or ragged head dims that cost registers. The tiles are the largest that spill nowhere.
+        extras: how many of mask, bias, soft cap, dilation, packing, prefix and ragged head dim cost registers.
     """
     if element_size > 2:
-        return Config(16, 16, 8, 1)
+        return Config(32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
     if kernel == "fwd":
         if head_dim <= 64:
-            return Config(64, 64, 4, 2) if heavy or span <= 256 else Config(128, 64, 4, 3)
+            return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 3)
         if head_dim <= 128:
-            return Config(64 if heavy or span <= 256 else 128, 64, 8, 2)
+            return Config(64 if extras or span <= 256 else 128, 64, 8, 2)
         return Config(64, 32, 8, 2)
     if kernel == "dq":
         if head_dim <= 64:
-            return Config(64, 64, 8 if heavy else 4, 2)
-        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 8, 1)
+            return Config(64, 64, 8 if extras else 4, 2)
+        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 4, 1)
     if kernel == "dkdv":
         if head_dim <= 64:
-            return Config(32, 64, 8, 1) if heavy else Config(32, 64, 4, 2)
+            return Config(32, 64, 8, 1) if extras else Config(32, 64, 4, 2)
         if head_dim <= 128:
-            return Config(32, 32, 8, 1) if heavy else Config(32, 64, 8, 2)
+            return Config(32, 64, 8, 1 if extras else 2) if extras < 3 else Config(32, 32, 8, 1)
         return Config(32, 32, 8, 1)
     return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
@@ -737,11 +742,11 @@ class Problem:
     def config(self, kernel: str) -> Config:
         left, right = self.window
         d, dv = self.q.shape[-1], self.v.shape[-1]
-        heavy = (
-            (d, dv) != (padded(d), padded(dv)) or self.slopes is not None or self.hidden is not None
-            or self.packed or self.dilation > 1 or self.softcap > 0 or self.prefix.kind > 0
+        extras = (
+            (d, dv) != (padded(d), padded(dv)), self.slopes is not None, self.hidden is not None, self.packed,
+            self.dilation > 1, self.softcap > 0, self.prefix.kind > 0,
         )  # fmt: skip
-        return config(kernel, max(padded(d), padded(dv)), self.q.element_size(), left + right + 1, heavy)
+        return config(kernel, max(padded(d), padded(dv)), self.q.element_size(), left + right + 1, sum(extras))
 
     @property
     def dims(self) -> dict[str, int]:
@@ -759,7 +764,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
     return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else x.stride()[:3]
 
 
-def _statistics_strides(x: Tensor) -> tuple[int, int]:
+def statistics_strides(x: Tensor) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 2 else x.stride()[:2]
 
 
@@ -781,9 +786,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     _fwd_kernel[grid](
         q, k, v, out, lse, problem.sinks, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys, prefix.values,
         prefix.positions, problem.hidden,
-        *strides(q), *strides(k), *strides(v), *strides(out), *_statistics_strides(lse), *problem.prefix_strides,
+        *strides(q), *strides(k), *strides(v), *strides(out), *statistics_strides(lse), *problem.prefix_strides,
         seq_q, seq_k, total_q, total_k, n_seq, heads, heads // k.shape[-2], *problem.window, prefix.reach,
-        problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n,
+        problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
+        BN=tile.block_n,
         VARLEN=problem.packed, DILATED=problem.dilation > 1, PREFIX=prefix.kind, SKIP=problem.hidden is not None,
         SINK=problem.sinks is not None, ALIBI=problem.slopes is not None, SOFTCAP=problem.softcap > 0,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -827,7 +833,7 @@ def backward(
             q, k, v, out, dout, lse, dlse, delta, dq, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys,
             prefix.values, prefix.positions, problem.hidden,
             *strides(q), *strides(k), *strides(v), *strides(out), *strides(dout), *strides(dq),
-            *_statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
+            *statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
             *sizes, heads, group, *problem.window, prefix.reach, problem.dilation, prefix.count, problem.scale,
             problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1,
             DLSE_GIVEN=dlse is not None, **flags, num_warps=tile.warps, num_stages=tile.stages,
@@ -837,7 +843,8 @@ def backward(
     if grid[0] > 0 and n_seq > 0:
         _dkdv_kernel[grid](
             q, k, v, dout, lse, delta, dk, dv, problem.slopes, problem.cu_q, problem.cu_k, problem.hidden,
-            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv), *_statistics_strides(lse),
+            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
+            *statistics_strides(lse),
             *sizes, kv_heads, group, *problem.window, problem.dilation, prefix.count, problem.scale, problem.softcap,
             **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1, **flags,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -855,7 +862,8 @@ def backward(
             _prefix_dkdv_kernel[(chunks * kv_heads, columns)](
                 q, keys, values, dout, lse, delta, dk_part, dv_part, problem.slopes, problem.cu_q, problem.cu_k,
                 prefix.positions, problem.hidden,
-                *strides(q), *problem.prefix_strides, *strides(dout), *_statistics_strides(lse), *sizes, kv_heads, group,
+                *strides(q), *problem.prefix_strides, *strides(dout), *statistics_strides(lse), *sizes, kv_heads,
+                group,
                 prefix.reach, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
                 BN=tile.block_n, CHUNK=PREFIX_CHUNK, **flags, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
@@ -905,8 +913,8 @@ def aot_cases():
     def case(name, kernel, fn, head_dims, dtype, span, **flags):
         d, dv = head_dims
         size = 4 if dtype == "fp32" else 2
-        heavy = (d, dv) != (padded(d), padded(dv)) or bool(set(flags) - {"SINK", "DLSE_GIVEN"})
-        tile = config(kernel, max(padded(d), padded(dv)), size, span, heavy)
+        extras = len(set(flags) - {"SINK", "DLSE_GIVEN"}) + ((d, dv) != (padded(d), padded(dv)))
+        tile = config(kernel, max(padded(d), padded(dv)), size, span, extras)
         constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
         constants |= {"CHUNK": PREFIX_CHUNK}
         constants |= {f: False for f in ("VARLEN", "DILATED", "SKIP", "SINK", "ALIBI", "SOFTCAP", "DLSE_GIVEN")}
@@ -933,6 +941,7 @@ def aot_cases():
             ),
             options={"num_warps": tile.warps, "num_stages": tile.stages},
             expect=("MMA",) if size == 2 and fn is not _prefix_reduce_kernel else None,
+            allow_spill="192 runs padded to 256: a few values spill outside of the loops" if d == 192 else None,
         )
 
     kernels = {"fwd": _fwd_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel, "prefix": _prefix_dkdv_kernel}

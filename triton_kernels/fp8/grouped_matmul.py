@@ -6,9 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ..common import fp8
 from ..common.grouped import find_tile, groups_padded, max_tiles
 from ..common.launch import on_device
-from .matmul import Config, accumulate, capability_of, operand, store_tile, upcasts
+from .matmul import (
+    CAPABILITIES,
+    MATRIX_UNIT,
+    Config,
+    accumulate,
+    aot_pointers,
+    capability_of,
+    narrow,
+    operand,
+    store_tile,
+    upcasts,
+)
 
 
 @triton.jit(do_not_specialize=["m", "sa_sk"])
@@ -42,12 +54,11 @@ def config(m: int, groups: int, capability: int) -> Config:
     """The tile for an average group on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     average = m // max(groups, 1)
     if average <= 48:
-        bm = 16 if average <= 16 else 32 if average <= 32 else 64
-        return Config(bm, 64, 4, 3 if capability in (0, 80) else 4, swap=True)
+        return narrow(average, capability)
     if capability < 89:
-        return Config(64, 64, 4, 2 if capability == 0 else 3)
+        return Config(64, 64, 8 if capability else 4, 3 if capability else 2)
     if capability in (89, 120):
-        return Config(64, 128, 4, 3)
+        return Config(64, 128, 8, 3)
     return Config(64, 128, 4, 4) if average <= 96 else Config(128, 128, 8, 3)
 
 
@@ -67,3 +78,23 @@ def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    for target, capability in CAPABILITIES.items():
+        pointers = {**aot_pointers(capability), "offsets_ptr": "*i32"}
+        del pointers["bias_ptr"]
+        for rows, groups in ((256, 256), (32768, 256), (32768, 64)):
+            tile = config(rows, groups, capability)
+            constants = {
+                "GROUPS": groups, "GROUPS_PADDED": groups_padded(groups), "B_ROWS": False, "UPCAST": capability < 89,
+                "SWAP": tile.swap, "EVEN_K": True, "BM": tile.bm, "BN": tile.bn,
+            }  # fmt: skip
+            yield AotCase(
+                f"e{groups}_t{rows}_{target}", grouped_matmul_kernel,
+                fp8.aot_signature(grouped_matmul_kernel, pointers, constants), constants,
+                {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, (target,),
+                {target: MATRIX_UNIT.get(target, ())}, divisible=(*pointers, "a_sm", "b_sn", "b_sg", "n", "k"),
+            )  # fmt: skip

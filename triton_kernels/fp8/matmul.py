@@ -174,17 +174,22 @@ class Config:
     tma: bool = False
 
 
+def narrow(m: int, capability: int) -> Config:
+    """Few rows: the weight takes the matrix unit's wide side. sm_80 widens 64 rows in registers and needs 8 warps."""
+    bm = 16 if m <= 16 else 32 if m <= 32 else 64
+    return Config(bm, 64, 8 if capability == 80 and bm == 64 else 4, 3 if capability in (0, 80) else 4, swap=True)
+
+
 def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132) -> Config:
     """The tile for a shape on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     if m <= 64:
         # decode reads the weight once: narrow column tiles make enough programs to fill the memory system
-        bm = 16 if m <= 16 else 32 if m <= 32 else 64
-        return Config(bm, 64, 4, 3 if capability in (0, 80) else 4, swap=True)
+        return narrow(m, capability)
     if capability < 89:
-        return Config(64, 64, 4, 2 if capability == 0 else 3)
+        return Config(64, 64, 8 if capability else 4, 3 if capability else 2)
     if capability in (89, 120):
-        # 99 KiB of shared memory
-        return Config(64, 128, 4, 3)
+        # 99 KiB of shared memory; 4 warps would spill
+        return Config(64, 128, 8, 3)
     if triton.cdiv(m, 128) * triton.cdiv(n, 128) < num_sms:
         return Config(64, 128, 4, 4)
     # without descriptors 8 warps hold the tile without spilling; with them the compiler makes 12 of 4
@@ -246,3 +251,37 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
                 BM=tile.bm, BN=tile.bn, GROUP_M=8, num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
     return out
+
+
+MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_89": ("QMMA",), "sm_90": ("QGMMA",), "sm_100": ("UTCQMMA",), "sm_120": ("QMMA",)}
+CAPABILITIES = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": 0}
+
+
+def aot_pointers(capability: int) -> dict[str, str]:
+    codes = "*u8" if capability < 89 else "*fp8e4nv"
+    scales = {"sa_ptr": "*fp32", "sb_ptr": "*fp32"}
+    return {"a_ptr": codes, "b_ptr": codes, **scales, "bias_ptr": "*fp32", "out_ptr": "*bf16"}
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    for target, capability in CAPABILITIES.items():
+        pointers = aot_pointers(capability)
+        expect = {target: MATRIX_UNIT.get(target, ())}
+        for m in (1, 64, 128, 4096):
+            for b_rows in (False, True):
+                tile = config(m, 7168, capability, tma=capability in (90, 100))
+                constants = {"B_ROWS": b_rows, "BM": tile.bm, "BN": tile.bn, "GROUP_M": 8}
+                if tile.tma:
+                    kernel, constants = matmul_tma_kernel, constants | {"SPECIALIZE": True}
+                else:
+                    kernel, constants = matmul_kernel, constants | {
+                        "UPCAST": capability < 89, "SWAP": tile.swap, "EVEN_K": True,
+                    }  # fmt: skip
+                yield AotCase(
+                    f"m{m}_{'rows' if b_rows else 'tiles'}_{target}", kernel,
+                    fp8.aot_signature(kernel, pointers, constants), constants,
+                    {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, (target,), expect,
+                    divisible=(*pointers, "a_sm", "b_sn", "n", "k"),
+                )  # fmt: skip

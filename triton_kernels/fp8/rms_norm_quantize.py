@@ -70,3 +70,26 @@ def rms_norm_quantize_fwd(x, weight, residual, norm_eps, pow2, eps):
                 enable_fp_fusion=False, **config(k),
             )  # fmt: skip
     return q, scale, h
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    for native, targets in ((True, ("sm_89", "sm_90", "sm_100", "sm_120")), (False, ("sm_80", "gfx942"))):
+        for k in (2048, 7168):
+            for with_residual in (False, True):
+                tile = config(k)
+                options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
+                constants = {"POW2": False, "NATIVE": native, **tile}
+                pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "q_ptr": "*u8", "scale_ptr": "*fp32", "h_ptr": "*bf16"}
+                if with_residual:
+                    pointers["residual_ptr"] = "*bf16"
+                else:
+                    constants["residual_ptr"] = None
+                signature = fp8.aot_signature(rms_norm_quantize_kernel, pointers, constants)
+                signature["norm_eps"] = "fp32"
+                yield AotCase(
+                    f"k{k}_{'residual' if with_residual else 'plain'}_{'cast' if native else 'bits'}",
+                    rms_norm_quantize_kernel, signature, constants, options, targets,
+                    expect=("LDG.128",), divisible=(*pointers, "x_sm", "residual_sm", "k"),
+                )  # fmt: skip

@@ -48,3 +48,18 @@ def silu_mul_quantize_fwd(gate_up, pow2, eps):
                 enable_fp_fusion=False, **TILE,
             )  # fmt: skip
     return q, scale
+
+
+def aot_cases():
+    from ...testing.aot import AotCase
+
+    pointers = {"scale_ptr": "*fp32", "q_ptr": "*u8"}
+    for native, targets in ((True, ("sm_89", "sm_90", "sm_100", "sm_120")), (False, ("sm_80", "gfx942"))):
+        for dtype in ("bf16", "fp32"):
+            constants = {"POW2": False, "NATIVE": native, "BM": TILE["BM"]}
+            signature = fp8.aot_signature(silu_mul_quantize_kernel, pointers | {"x_ptr": f"*{dtype}"}, constants)
+            yield AotCase(
+                f"{dtype}_{'cast' if native else 'bits'}", silu_mul_quantize_kernel, signature, constants,
+                {"num_warps": TILE["num_warps"], "enable_fp_fusion": False}, targets,
+                expect=("LDG.128",), divisible=("x_ptr", *pointers, "x_sm", "k"),
+            )  # fmt: skip

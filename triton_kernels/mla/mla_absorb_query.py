@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common import aot
 from ..common.launch import on_device
-from .mla_compress_kv import load_pairs, load_tables, position_of, store_pairs
+from .mla_compress_kv import check_positions, load_pairs, load_tables, position_of, store_pairs
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows"])
@@ -126,6 +126,7 @@ def product(
     out = torch.empty(tokens, heads, n + width - k, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    check_positions("mla_absorb_query", cos, positions, tokens)
     half = (width - k) // 2
     config = tile(tokens, n, k, x.element_size())
     with on_device(x):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tilefuse.ops.mla import layout as layouts
 
+from ...reference.mla.mla_append_kv import check_slots
 from ..common import aot, fp8
 from ..common.launch import on_device
 from .mla_compress_kv import dims, load_pairs, load_tables, position_of, rstd_of, store_pairs, tile
@@ -104,6 +105,8 @@ def mla_append_kv_fwd(
         return
     latent, scales, rotated = cache_parts(cache, row)
     rope_vec = rope_vector(rotated)
+    if cache.device.type == "cpu":
+        check_slots(slot_mapping, positions[:tokens], cache, cos.shape[0], row.rope_dim)
     config = tile(row.rank)
     with on_device(kv_a):
         append_kernel[(triton.cdiv(tokens, config["BT"]),)](

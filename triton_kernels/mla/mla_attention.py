@@ -477,17 +477,24 @@ def forward_tile(dim: int, v_dim: int, itemsize: int, capability: int) -> dict[s
     """Wide tiles where the matrix unit reads operands from shared memory (sm_90, sm_100), narrower ones elsewhere."""
     widest = max(dim, v_dim)
     if itemsize > 2:
-        return {"BM": 16, "BN": 32 if widest <= 256 else 16, "num_warps": 4, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
     if widest > 256:
         return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
     return {"BM": 128, "BN": 64 if capability in (90, 100) else 32, "num_warps": 8, "num_stages": 2}
 
 
-def backward_tile(dim: int, v_dim: int, itemsize: int, over: str) -> dict[str, int]:
+def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, capability: int) -> dict[str, int]:
     """The side whose gradient accumulates takes the longer tile. ``over``: ``"q"`` or ``"kv"``."""
     if itemsize > 2 or max(dim, v_dim) > 256:
-        return {"BM": 16, "BN": 16, "num_warps": 4, "num_stages": 1}
-    return {"BM": 64 if over == "q" else 32, "BN": 32 if over == "q" else 64, "num_warps": 8, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+    if capability == 100:
+        return {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1}
+    if capability == 90:
+        if over == "q":
+            return {"BM": 64, "BN": 16, "num_warps": 8, "num_stages": 1}
+        return {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
+    # operands of the matrix unit are registers: anything larger spills
+    return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 2}
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
@@ -570,7 +577,8 @@ def mla_attention_bwd(
     gl_strides = (0, *grad_lse.stride()) if grad_lse.dim() == 2 else grad_lse.stride()
     common = {"HEADS": heads, "CAUSAL": causal, **dims(dim, v_dim)}
     v_pad = common["V_PAD"]
-    config_q, config_kv = (backward_tile(dim, v_dim, q.element_size(), over) for over in ("q", "kv"))
+    capability = arch.capability(arch.of(q.device))
+    config_q, config_kv = (backward_tile(dim, v_dim, q.element_size(), over, capability) for over in ("q", "kv"))
     with on_device(q):
         delta_kernel[(triton.cdiv(lse.numel(), 32),)](
             grad_out,
@@ -618,11 +626,12 @@ def aot_cases():
             for over, fn, outs in (
                 ("q", backward_q_kernel, ("grad_q",)), ("kv", backward_kv_kernel, ("grad_k", "grad_v")),
             ):  # fmt: skip
-                yield aot.case(
-                    f"backward_{over}_{name}", fn, pointers | dict.fromkeys(outs, kind),
-                    {**shape, **packing_of, **backward_tile(192, 128, itemsize, over)},
-                    floats=("softmax_scale",), expect=expect,
-                )  # fmt: skip
+                for targets in (*((t,) for t in wide), tuple(t for t in arch.COMPILE_TARGETS if t not in wide)):
+                    config = backward_tile(192, 128, itemsize, over, arch.capability(targets[0]))
+                    yield aot.case(
+                        f"backward_{over}_{name}_{targets[0]}", fn, pointers | dict.fromkeys(outs, kind),
+                        {**shape, **packing_of, **config}, floats=("softmax_scale",), targets=targets, expect=expect,
+                    )  # fmt: skip
         pointers = {"grad_out": kind, "out": kind, "grad_lse": "fp32", "delta": "fp32"}
         constants = {"HEADS": 128, "V": 128, "V_PAD": 128, "BM": 32, "num_warps": 4}
         yield aot.case(f"delta_{kind}", delta_kernel, pointers, constants, odd=("gl_row",), expect=("LDG.128",))

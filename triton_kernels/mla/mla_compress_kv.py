@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...reference.rope.rope import token_positions
 from ..common import aot
 from ..common.launch import on_device
 
@@ -184,6 +185,12 @@ def dims(rank: int, rope_dim: int, interleaved: bool) -> dict[str, int | bool]:
     }
 
 
+def check_positions(name: str, cos: Tensor, positions: Tensor | None, tokens: int) -> None:
+    """On CPU tensors (the interpreter) a position outside of the tables raises; a GPU clamps it."""
+    if cos.device.type == "cpu" and cos.shape[1]:
+        token_positions(name, (tokens,), cos.shape[0], positions, None, cos.device)
+
+
 def mla_compress_kv_fwd(
     kv_a: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, eps: float, interleaved: bool
 ) -> Tensor:
@@ -192,6 +199,7 @@ def mla_compress_kv_fwd(
     out = torch.empty_like(kv_a, memory_format=torch.contiguous_format)
     if tokens == 0:
         return out
+    check_positions("mla_compress_kv", cos, positions, tokens)
     config = tile(rank)
     with on_device(kv_a):
         compress_kernel[(triton.cdiv(tokens, config["BT"]),)](

@@ -115,21 +115,25 @@ def expand_backward_kernel(
     row_out = grad_latent + token * (RANK + ROPE)
     if tl.program_id(1) * BN < RANK:
         acc = tl.zeros([BM, BN], tl.float32)
-        for head in range(HEADS):
-            from_k = grad_k + token * gk_token + head.to(tl.int64) * gk_head
-            from_v = grad_v + token * gv_token + head.to(tl.int64) * gv_head
-            w_rows = weight + (head * (P + V)).to(tl.int64) * w_stride
+        from_k = grad_k + token * gk_token
+        from_v = grad_v + token * gv_token
+        w_rows = weight
+        for _ in range(HEADS):
             acc = grad_product(acc, from_k, w_rows, w_stride, mask, n, P, RANK, BK)
             acc = grad_product(acc, from_v, w_rows + P * w_stride, w_stride, mask, n, V, RANK, BK)
+            from_k += gk_head
+            from_v += gv_head
+            w_rows += (P + V) * w_stride
         keep = mask[:, None] & (n < RANK)[None, :]
         tl.store(row_out[:, None] + n[None, :], acc.to(grad_latent.dtype.element_ty), mask=keep)
     elif ROPE > 0:
         r = tl.arange(0, ROPE_PAD)
         keep_r = mask[:, None] & (r < ROPE)[None, :]
         total = tl.zeros([BM, ROPE_PAD], tl.float32)
-        for head in range(HEADS):
-            from_k = grad_k + token * gk_token + head.to(tl.int64) * gk_head + P
+        from_k = grad_k + token * gk_token + P
+        for _ in range(HEADS):
             total += tl.load(from_k[:, None] + r[None, :], mask=keep_r, other=0.0).to(tl.float32)
+            from_k += gk_head
         tl.store(row_out[:, None] + RANK + r[None, :], total.to(grad_latent.dtype.element_ty), mask=keep_r)
 
 

@@ -106,6 +106,8 @@ def missing() -> str | None:
         return "the CUDA headers are not installed (cuda_bf16.h)"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "Python's headers are not installed (Python.h)"
     return None
 
 

@@ -32,9 +32,9 @@ _fwd = library.kernel(
 
 
 @library.op(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? sinks=None, "
-    "Tensor? alibi_slopes=None, *, SymInt[2] window=[-1, 0], float? scale=None, float softcap=0.0, float k_scale=1.0, "
-    "float v_scale=1.0) -> (Tensor, Tensor)",
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
+    "Tensor? sinks=None, Tensor? alibi_slopes=None, *, SymInt[2] window=[-1, 0], float? scale=None, float softcap=0.0, "
+    "float k_scale=1.0, float v_scale=1.0) -> (Tensor, Tensor)",
     module=MODULE,
     kernels=("paged_attention_fwd",),
 )
@@ -124,5 +124,6 @@ def paged_attention(
     )
     q, k_cache, v_cache = (errors.check_last_dim_contiguous(x) for x in (q, k_cache, v_cache))
     return _fwd(
-        q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, left, right, scale, softcap, float(k_scale), float(v_scale)
+        q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, left, right, scale, softcap, float(k_scale),
+        float(v_scale)
     )  # fmt: skip

@@ -124,7 +124,8 @@ def mla_decode(
             ``[0, max_pages * page_size]``.
         sinks: ``[H]`` float32 logits that enter the softmax denominator only; +-inf are legal.
         softmax_scale: no default, because guessing it is this family's best-known bug:
-            ``(P + r) ** -0.5 * mscale ** 2`` (192 ** -0.5 * 1.36889 ** 2 = 0.1352338 for DeepSeek-V3), not the latent width's ``576 ** -0.5``.
+            ``(P + r) ** -0.5 * mscale ** 2`` (192 ** -0.5 * 1.36889 ** 2 = 0.1352338 for DeepSeek-V3), not the latent
+            width's ``576 ** -0.5``.
         kv_lora_rank: R.
         causal: query row j sees keys ``< seq_len - (Sq - 1 - j)``: the last row is the newest token.
         window: ``>= 0`` limits each row to that many keys before its own, on the left only.

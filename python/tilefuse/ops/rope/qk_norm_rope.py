@@ -46,11 +46,21 @@ def _fake_bwd(q_grad, k_grad, q, k, q_weight, k_weight, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), q_weight.new_empty(q.shape[-1]), k_weight.new_empty(q.shape[-1])
 
 
-qk_norm_rope_fwd = kernel(f"qk_norm_rope_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake)
+def _cuda_refuses(*args: Any) -> str | None:
+    # the CUDA kernels keep four rows of partial weight gradients for q and k in 48 KiB of shared memory
+    return "takes head dims up to 1024" if args[0].shape[-1] > 1024 else None
+
+
+_BACKENDS = ("reference", "cpu", "triton", "cuda")
+qk_norm_rope_fwd = kernel(
+    f"qk_norm_rope_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake, backends=_BACKENDS
+)
 qk_norm_rope_bwd = kernel(
     f"qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_bwd,
+    backends=_BACKENDS,
+    when={"cuda": _cuda_refuses},
 )
 
 

@@ -67,6 +67,9 @@ def check_rope(
         errors.value_error(
             name, "rotary_offset", f"in [0, D - rotary_dim] with D = {dim}, rotary_dim = {rotary_dim}", rotary_offset
         )
+    if table[0] == 0 and shape[:-2].numel():
+        # a GPU clamps positions to the table's rows, so there must be one
+        errors.value_error(name, "cos", "a table of at least one row", cos)
     if cos.device != device or sin.device != device:
         errors.check_device(name, "cos", cos, x, arg)
         errors.check_device(name, "sin", sin, x, arg)

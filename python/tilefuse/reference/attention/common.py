@@ -106,7 +106,9 @@ def attend_bwd(
     logits, tanh, mask = _logits(q, k, visible, distance, slopes, scale, softcap)
     lse = lse.to(dtype).unflatten(1, (kv_heads, -1))[..., None]
     p = torch.exp(logits - lse.masked_fill(lse == -INFINITE, 0)).masked_fill(~mask, 0)
-    dout, queries = _grouped(dout, kv_heads, dtype), _grouped(q, kv_heads, dtype)
+    # nor does a row without a visible key touch its keys' gradients, whatever it holds
+    alive = mask.any(-1, keepdim=True)
+    dout, queries = (_grouped(x, kv_heads, dtype).masked_fill(~alive, 0) for x in (dout, q))
     dp = (dout @ _seen(_heads(v, dtype), mask).transpose(-1, -2)).masked_fill(~mask, 0)
     ds = p * (dp - delta.to(dtype).unflatten(1, (kv_heads, -1))[..., None])
     if tanh is not None:

@@ -1,4 +1,4 @@
-"""Window attention with global tokens in PyTorch: O(S * (window + G)) for the local rows, O(G * S) for the global ones."""
+"""Window attention with global tokens in PyTorch: O(S * (window + G))."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .window_attention import _blocks
 
 
 def global_positions(global_index: Tensor, key_mask: Tensor | None, length: int) -> Tensor:
-    """Valid global positions [B, G] int64, ascending, each once; -1 in the place of padding, repeats and hidden keys."""
+    """Valid global positions [B, G] int64, ascending, each once; -1 for padding, repeats and hidden keys."""
     index = global_index.long()
     valid = (index >= 0) & (index < length)
     if key_mask is not None and length:

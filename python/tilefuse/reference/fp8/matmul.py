@@ -24,6 +24,7 @@ def fp8_matmul_fwd(
             part = slice(block * 128, min(block * 128 + 128, k))
             # codes and their products are exact in float32
             product = a[:, part].float() @ b[:, part].float().t()
-            # scales one after the other: their product alone may overflow
-            out += product * a_scale[:, block, None] * b_scale[None, :, block]
+            # kept finite: zero codes times an overflown product would be NaN
+            factor = (a_scale[:, block, None] * b_scale[None, :, block]).clamp(max=torch.finfo(torch.float32).max)
+            out += product * factor
     return (out if bias is None else out + bias.to(out.dtype)).to(out_dtype)

@@ -26,7 +26,8 @@ def lists(
             index += [draw.randrange(-1, columns + 1) for _ in range(draw.randrange(0, 4))]
             offsets.append(len(index))
     shape = (batch, heads, rows + 1)
-    return torch.tensor(offsets, dtype=dtype, device=device).view(shape), torch.tensor(index, dtype=dtype, device=device)
+    row_offsets, col_index = (torch.tensor(x, dtype=dtype, device=device) for x in (offsets, index))
+    return row_offsets.view(shape), col_index
 
 
 def cases(

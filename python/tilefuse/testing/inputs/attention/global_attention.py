@@ -41,7 +41,8 @@ def cases(
     yield "last", *make(1, 67, 2, 2, 16, 16, [[66]], window=(5, 0))
     yield "neighbours", *make(1, 80, 2, 1, 16, 16, [[30, 31, 32]], window=(10, 10))
     yield "padded_global", *make(2, 50, 2, 1, 16, 16, [[0, 45], [7, 200]], padded=((0, 40), (1, 33)), window=(6, 6))
-    yield "empty", *make(0, 10, 2, 1, 16, 16, [], window=(6, 6))
+    tensors, index, _, options = make(1, 10, 2, 1, 16, 16, [[3]], window=(6, 6))
+    yield "empty", [x[:0] for x in tensors], index[:0], None, options
 
 
 def _samples(device: torch.device) -> Iterator[Sample]:

@@ -1,0 +1,125 @@
+"""FP8 matmul with block scales: DeepSeek-V3's projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import tilefuse
+from tilefuse import fp8_layout
+
+from ..harness import Case, Peer, compiled, normal
+from ..shapes import DEEPSEEK_V3 as M
+
+
+def expanded(q, scale, dtype):
+    """Values of codes with 1 x 128 or 128 x 128 scales, told apart as the op does."""
+    if scale.shape[-2] != q.shape[-2]:
+        scale = scale.repeat_interleave(128, -2)[..., : q.shape[-2], :]
+    scale = scale.to(dtype if dtype == torch.float64 else torch.float32)
+    return (q.to(scale.dtype).unflatten(-1, (-1, 128)) * scale[..., None]).flatten(-2).to(dtype)
+
+
+def dequantised(dtype):
+    """Both operands widened, then PyTorch's matmul."""
+
+    def run(a, a_scale, b, b_scale):
+        return (expanded(a, a_scale, dtype) @ expanded(b, b_scale, dtype).mT).bfloat16()
+
+    return run
+
+
+def oracle(a, a_scale, b, b_scale):
+    return expanded(a, a_scale, torch.float64) @ expanded(b, b_scale, torch.float64).mT
+
+
+def plain_matmul(dtype) -> Peer:
+    """PyTorch's matmul of the same shape on operands that are wide already."""
+
+    def prepare(a, a_scale, b, b_scale):
+        return expanded(a, a_scale, dtype), expanded(b, b_scale, dtype)
+
+    return Peer(lambda a, b: a @ b.mT, prepare=prepare, yardstick=True)
+
+
+def scaled_mm_operands(a, a_scale, b, b_scale):
+    return (
+        a,
+        fp8_layout.to_scaled_mm(a_scale.contiguous()),
+        b.t(),
+        fp8_layout.to_scaled_mm(b_scale, (128, 128)),
+    )
+
+
+def scaled_mm():
+    from torch.nn.functional import ScalingType, SwizzleType
+    from torch.nn.functional import scaled_mm as torch_scaled_mm
+
+    def run(a, a_scale, b, b_scale):
+        return torch_scaled_mm(
+            a, b, a_scale, ScalingType.BlockWise1x128, b_scale, ScalingType.BlockWise128x128,
+            swizzle_a=SwizzleType.NO_SWIZZLE, swizzle_b=SwizzleType.NO_SWIZZLE, output_dtype=torch.bfloat16,
+        )  # fmt: skip
+
+    return run
+
+
+def deep_gemm_operands(a, a_scale, b, b_scale):
+    out = a.new_empty(a.shape[0], b.shape[0], dtype=torch.bfloat16)
+    left = a, fp8_layout.to_deepgemm(a_scale)
+    return left, (b, fp8_layout.to_deepgemm(b_scale, (128, 128))), out
+
+
+def deep_gemm():
+    from deep_gemm import fp8_gemm_nt
+
+    def run(a, b, out):
+        fp8_gemm_nt(a, b, out)
+        return out
+
+    return run
+
+
+def inputs_of(m: int, n: int, k: int):
+    def inputs(device, generator):
+        a = normal((m, k), torch.bfloat16, device, generator)
+        b = normal((n, k), torch.bfloat16, device, generator, k**-0.5)
+        return *tilefuse.fp8_quantize(a), *tilefuse.fp8_quantize(b, block=(128, 128))
+
+    return inputs
+
+
+def cases() -> Iterator[Case]:
+    shapes = [
+        # CPU, and decode
+        (512, 2048, 7168, "quick", ("cpu", "cuda")),
+        (1, 2048, 7168, "full", ("cpu", "cuda")),
+        (64, 7168, 2048, "full", ("cpu", "cuda")),
+    ]
+    # output of attention, gate and up, down-projection of queries and keys, down
+    gpu = ((7168, 16384), (4096, 7168), (2112, 7168), (7168, 2048))
+    shapes += [(m, n, k, "full", ("cuda",)) for m in (64, 4096) for n, k in gpu if (m, n, k) != (64, 7168, 2048)]
+    for m, n, k, suite, devices in shapes:
+        yield Case(
+            op="fp8_matmul",
+            name=f"{M.name}, {m} x {n} x {k}",
+            dtype="float8_e4m3fn",
+            inputs=inputs_of(m, n, k),
+            oracle_inputs=inputs_of(min(m, 64), 256, 1024),
+            run=tilefuse.fp8_matmul,
+            oracle=oracle,
+            naive=dequantised(torch.bfloat16),
+            peers={
+                "eager": dequantised(torch.bfloat16),
+                "torch.compile": compiled(dequantised(torch.bfloat16)),
+                "float32 matmul": plain_matmul(torch.float32),
+                "bfloat16 matmul": plain_matmul(torch.bfloat16),
+                "scaled_mm": Peer(load=scaled_mm, prepare=scaled_mm_operands, devices=("cuda",)),
+                "DeepGEMM": Peer(load=deep_gemm, prepare=deep_gemm_operands, devices=("cuda",)),
+            },
+            bytes=m * k + n * k + 2 * m * n + m * k // 32,
+            flops=2 * m * n * k,
+            suite=suite,
+            devices=devices,
+        )
