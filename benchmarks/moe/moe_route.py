@@ -45,7 +45,7 @@ def grouped(m: Model):
 def in_order(out):
     """Its choices in the order of ours, largest first: the router leaves them unsorted."""
     weights, ids, choice, *_ = out
-    return weights.gather(1, choice.gather(1, ids).argsort(-1, descending=True, stable=True))
+    return weights.gather(1, choice.gather(1, ids).argsort(dim=-1, descending=True, stable=True))
 
 
 def softmaxed(m: Model):
