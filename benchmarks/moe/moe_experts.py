@@ -50,7 +50,9 @@ def huggingface(implementation: str, m: Model, *, compile: bool = False) -> Peer
     def prepare(x, w_gate_up, w_down, weights, ids):
         return x, w_gate_up, w_down, weights, ids.long()
 
-    return Peer(load=load, prepare=prepare, compile=compile)
+    # compiling it takes too much of the quick suite's time
+    devices = ("cuda",) if compile else ("cpu", "cuda")
+    return Peer(load=load, prepare=prepare, compile=compile, devices=devices)
 
 
 def scaled_copies(experts: int, rows: int, columns: int, device, generator):
