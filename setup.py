@@ -176,9 +176,9 @@ def _ninja_build(build_dir, out, include, nvcc):
     cuda_sources = [s for s in cuda_sources if cuda_archs[s]]
     if cudart and cuda_sources:
         rules.append(
-            f"nvccflags = {common.replace('-fPIC -fvisibility=hidden', '')} -isystem {include} -DUSE_CUDA -lineinfo -Xfatbin -compress-all"
-            f" -ccbin {cxx} -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v -static-global-template-stub=false"
-            " --expt-relaxed-constexpr -diag-suppress 20012"
+            f"nvccflags = {common.replace('-fPIC -fvisibility=hidden', '')} -isystem {include} -DUSE_CUDA"
+            f" -lineinfo -Xfatbin -compress-all -ccbin {cxx} -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+            " -static-global-template-stub=false --expt-relaxed-constexpr -diag-suppress 20012"
         )
         # ptxas -v goes to a log beside the object: the resource gate and a curious reader use it
         rules.append(

@@ -1,4 +1,4 @@
-"""Decoding over pages: bandwidth of the cache's visible part, against gathered SDPA and FlashInfer."""
+"""Decode over a paged key/value cache: Llama-3, and gpt-oss's window with sinks."""
 
 from __future__ import annotations
 
@@ -10,107 +10,145 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, compiled, normal
-from ..shapes import GPT_OSS_20B, LLAMA3_8B
+from ..shapes import GPT_OSS_20B, LLAMA3_8B, Model
 
 PAGE = 16
 
 
-def gathered(left: int):
-    """Gathers every sequence's keys, then attends with a mask, as models without a paged kernel do."""
+def gathered(cache, block_table):
+    """[B, Hkv, length, D]: all pages of a sequence in order."""
+    return cache[block_table.long()].flatten(1, 2).transpose(1, 2)
 
-    def run(q, k_cache, v_cache, table, lengths):
-        k, v = (x[table.long()].flatten(1, 2).transpose(1, 2) for x in (k_cache, v_cache))
-        t = torch.arange(k.shape[2], device=q.device)
-        mask = t[None, :] < lengths[:, None]
-        if left >= 0:
-            mask = mask & (t[None, :] >= lengths[:, None] - 1 - left)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask[:, None, None, :], enable_gqa=True)
-        return out.transpose(1, 2)
+
+def eager(q, k_cache, v_cache, block_table, seq_lens):
+    k, v = gathered(k_cache, block_table), gathered(v_cache, block_table)
+    mask = torch.arange(k.shape[2], device=q.device) < seq_lens[:, None, None, None]
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=True).transpose(1, 2)
+
+
+def eager_sinks(window: int):
+    """The pages of the window only, sinks as one more column of scores."""
+
+    def run(q, k_cache, v_cache, block_table, seq_lens, sinks):
+        # a window reaches at most so many pages
+        count = min(-(-window // PAGE) + 1, block_table.shape[1])
+        last = (seq_lens - 1) // PAGE
+        columns = (last[:, None] - torch.arange(count, device=q.device).flip(0)).long()
+        pages = block_table.long().gather(1, columns.clamp(min=0))
+        position = (columns[..., None] * PAGE + torch.arange(PAGE, device=q.device)).flatten(1)
+        visible = (position >= (seq_lens[:, None] - window).clamp(min=0)) & (position < seq_lens[:, None])
+        groups = q.shape[2] // k_cache.shape[2]
+        k, v = (gathered(cache, pages).repeat_interleave(groups, 1) for cache in (k_cache, v_cache))
+        scores = q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+        column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        probs = torch.cat((scores, column), -1).softmax(-1, dtype=torch.float32)[..., :-1].to(q.dtype)
+        return (probs @ v).transpose(1, 2)
 
     return run
 
 
-def flashinfer(left: int):
-    def load():
-        import flashinfer
+def flash_attn():
+    from flash_attn import flash_attn_with_kvcache
 
-        def run(q, k_cache, v_cache, wrapper):
-            return wrapper.run(q[:, 0], (k_cache, v_cache))[:, None]
-
-        run.plan = flashinfer.BatchDecodeWithPagedKVCacheWrapper
-        return run
-
-    def prepare(q, k_cache, v_cache, table, lengths):
-        import flashinfer
-
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            torch.empty(128 << 20, dtype=torch.uint8, device=q.device), kv_layout="NHD", use_tensor_cores=True
+    def run(q, k_cache, v_cache, block_table, seq_lens):
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=seq_lens, block_table=block_table, causal=True
         )
-        counts = (lengths + PAGE - 1) // PAGE
-        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
-        pages = torch.cat([row[:n] for row, n in zip(table, counts.tolist())]).int()
-        last = (lengths - 1) % PAGE + 1
-        wrapper.plan(
-            starts,
-            pages,
-            last.int(),
-            q.shape[2],
-            k_cache.shape[2],
-            q.shape[3],
-            PAGE,
-            window_left=left,
-            q_data_type=q.dtype,
-        )
-        return q, k_cache, v_cache, wrapper
 
-    return Peer(load=load, prepare=prepare, devices=("cuda",))
+    return run
 
 
-def case(name, batch, length, heads, kv_heads, dim, left, *, suite="full", devices=("cpu", "cuda")):
-    columns = -(-length // PAGE)
+def flashinfer_plan(q, k_cache, v_cache, block_table, seq_lens):
+    """FlashInfer plans on the host, outside of the timing here."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    def make(batch):
-        def inputs(device, generator):
-            q = normal((batch, 1, heads, dim), torch.bfloat16, device, generator)
-            k, v = (normal((batch * columns, PAGE, kv_heads, dim), torch.bfloat16, device, generator) for _ in range(2))
-            order = torch.randperm(batch * columns, device=device, generator=generator)
-            lengths = torch.full((batch,), length, dtype=torch.int32, device=device)
-            return q, k, v, order.view(batch, columns).int(), lengths
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
+    pages = -(-seq_lens // PAGE)
+    indptr = F.pad(pages.cumsum(0), (1, 0)).int()
+    indices = torch.cat([block_table[b, :n] for b, n in enumerate(pages.tolist())]).int()
+    wrapper.plan(
+        indptr, indices, ((seq_lens - 1) % PAGE + 1).int(), q.shape[2], k_cache.shape[2], q.shape[3], PAGE,
+        q_data_type=q.dtype, kv_data_type=k_cache.dtype,
+    )  # fmt: skip
+    return wrapper, q[:, 0], (k_cache, v_cache)
 
-        return inputs
 
-    def run(q, k, v, table, lengths):
-        return tilefuse.paged_attention(q, k, v, table, lengths, window=(left, 0))[0]
+def flashinfer():
+    import flashinfer  # noqa: F401  (missing: the reason is recorded)
 
-    seen = length if left < 0 else min(length, left + 1)
-    return Case(
-        op="paged_attention",
-        name=name,
-        dtype="bfloat16",
-        inputs=make(batch),
-        oracle_inputs=make(1),
-        upcast=(0, 1, 2),
-        run=run,
-        peers={
-            "eager": gathered(left),
-            "torch.compile": compiled(gathered(left)),
-            "FlashInfer": flashinfer(left),
-        },
-        bytes=batch * (2 * seen * kv_heads * dim * 2 + 2 * heads * dim * 2),
-        flops=4 * batch * heads * seen * dim,
-        suite=suite,
-        devices=devices,
-    )
+    return lambda wrapper, q, caches: wrapper.run(q, caches)
+
+
+def cache_inputs(m: Model, batch: int, length: int, dtype: torch.dtype = torch.bfloat16, *, sinks: bool = False):
+    def inputs(device, generator):
+        q = normal((batch, 1, m.heads, m.head_dim), torch.bfloat16, device, generator)
+        per_sequence = -(-length // PAGE)
+        shape = (batch * per_sequence, PAGE, m.kv_heads, m.head_dim)
+        caches = [normal(shape, dtype, device, generator) for _ in range(2)]
+        table = torch.randperm(shape[0], generator=generator, device=device).int().view(batch, per_sequence)
+        # the last page is partly filled
+        lengths = torch.full((batch,), length - PAGE // 2, dtype=torch.int32, device=device)
+        rest = [normal((m.heads,), torch.float32, device, generator)] if sinks else []
+        return q, *caches, table, lengths, *rest
+
+    return inputs
 
 
 def cases() -> Iterator[Case]:
-    m, w = LLAMA3_8B, GPT_OSS_20B
-    yield case(f"{m.name}, 4 sequences of 2048", 4, 2048, m.heads, m.kv_heads, m.head_dim, -1, suite="quick")
-    yield case(
-        f"{w.name}, 4 sequences of 2048, window {w.window}", 4, 2048, w.heads, w.kv_heads, w.head_dim, w.window - 1
-    )
-    for batch, length in ((1, 131072), (64, 8192)):
-        name = f"{m.name}, {batch} sequences of {length}"
-        yield case(name, batch, length, m.heads, m.kv_heads, m.head_dim, -1, devices=("cuda",))
-        name = f"{w.name}, {batch} sequences of {length}, window {w.window}"
-        yield case(name, batch, length, w.heads, w.kv_heads, w.head_dim, w.window - 1, devices=("cuda",))
+    m = LLAMA3_8B
+    for batch, length, fp8, suite, devices in (
+        (4, 4096, False, "quick", ("cpu", "cuda")),
+        (4, 4096, True, "full", ("cpu", "cuda")),
+        (64, 8192, False, "full", ("cuda",)),
+        (64, 8192, True, "full", ("cuda",)),
+    ):
+        scales = {"k_scale": 0.5, "v_scale": 0.25} if fp8 else {}
+
+        def run(*args, scales=scales):
+            return tilefuse.paged_attention(*args, **scales)[0]
+
+        def eager_fp8(q, k_cache, v_cache, *rest, scales=scales):
+            k, v = (c.to(q.dtype) * s for c, s in zip((k_cache, v_cache), scales.values()))
+            return eager(q, k, v, *rest)
+
+        plain = eager_fp8 if fp8 else eager
+        peers = {"eager": plain, "torch.compile": compiled(plain)}
+        if not fp8:
+            peers["FlashAttention"] = Peer(load=flash_attn, devices=("cuda",))
+            peers["FlashInfer"] = Peer(
+                load=flashinfer, prepare=flashinfer_plan, post=lambda out: out[:, None], devices=("cuda",)
+            )
+        dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+        yield Case(
+            op="paged_attention",
+            name=f"{m.name}, batch {batch}, length {length}, {'fp8' if fp8 else 'bf16'} cache",
+            dtype="bfloat16",
+            inputs=cache_inputs(m, batch, length, dtype),
+            oracle_inputs=cache_inputs(m, 2, 256, dtype),
+            run=run,
+            upcast=(0,) if fp8 else (0, 1, 2),
+            peers=peers,
+            bytes=2 * batch * (length - PAGE // 2) * m.kv_heads * m.head_dim * (1 if fp8 else 2),
+            flops=4 * batch * (length - PAGE // 2) * m.heads * m.head_dim,
+            suite=suite,
+            devices=devices,
+        )
+
+    g = GPT_OSS_20B
+    for batch, devices in ((8, ("cpu", "cuda")), (256, ("cuda",))):
+        yield Case(
+            op="paged_attention",
+            name=f"{g.name}, window {g.window}, sinks, batch {batch}, length 4096",
+            dtype="bfloat16",
+            inputs=cache_inputs(g, batch, 4096, sinks=True),
+            oracle_inputs=cache_inputs(g, 2, 256, sinks=True),
+            run=lambda *args: tilefuse.paged_attention(*args, window=(g.window - 1, 0))[0],
+            upcast=(0, 1, 2),
+            peers={"eager": eager_sinks(g.window), "torch.compile": compiled(eager_sinks(g.window))},
+            bytes=2 * 2 * batch * g.window * g.kv_heads * g.head_dim,
+            flops=4 * batch * g.window * g.heads * g.head_dim,
+            call_cost=batch == 8,
+            devices=devices,
+        )

@@ -1,4 +1,4 @@
-"""Sliding-window attention against FlexAttention, masked SDPA and, on a GPU, FlashAttention; growth with the length."""
+"""Sliding-window attention: one window, growing sequences; gpt-oss's sinks and grouped heads; windows on a GPU."""
 
 from __future__ import annotations
 
@@ -10,129 +10,267 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, normal
-from ..shapes import GPT_OSS_20B
+from ..shapes import GPT_OSS_20B, LONGFORMER_BASE
+
+# rows of queries per call of the eager peer, which never holds more than one band of scores
+ROWS = 512
 
 
-def visible_pairs(length: int, left: int) -> int:
-    """Query-key pairs of a causal window."""
-    full = min(left + 1, length)
-    return full * (full + 1) // 2 + (length - full) * full
+def pairs(length: int, left: int, right: int) -> int:
+    """Visible (query, key) pairs of one head."""
+    inner = length * (1 + left + right)
+    return inner - left * (left + 1) // 2 - right * (right + 1) // 2
 
 
-def masked_sdpa(left: int):
-    """Scaled dot-product attention with a dense mask, made outside of the timing."""
-
-    def prepare(q, k, v):
-        i = torch.arange(q.shape[1], device=q.device)
-        offset = i[:, None] - i[None, :]
-        return *(x.transpose(1, 2) for x in (q, k, v)), (offset >= 0) & (offset <= left)
-
-    def run(q, k, v, mask):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-    return Peer(run, prepare=prepare, post=lambda out: out.transpose(1, 2))
+def band(rows: range, keys: range, left: int, right: int, device: torch.device) -> torch.Tensor:
+    """Bool [rows, keys]."""
+    i = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    j = torch.arange(keys.start, keys.stop, device=device)[None]
+    return (j >= i - left) & (j <= i + right)
 
 
-def flex(left: int):
-    """Compiled FlexAttention with its block mask, made outside of the timing."""
-
-    def load():
-        from torch.nn.attention.flex_attention import flex_attention
-
-        compiled = torch.compile(flex_attention, dynamic=False)
-
-        def run(q, k, v, mask):
-            return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-        return run
-
-    def prepare(q, k, v):
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        def rule(b, h, i, j):
-            return (i >= j) & (i - j <= left)
-
-        mask = create_block_mask(rule, None, None, q.shape[1], k.shape[1], device=q.device)
-        return *(x.transpose(1, 2) for x in (q, k, v)), mask
-
-    return Peer(load=load, prepare=prepare, post=lambda out: out.transpose(1, 2))
-
-
-def flash(left: int):
-    def load():
-        from flash_attn import flash_attn_func
-
-        return lambda q, k, v: flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
-
-    return Peer(load=load, devices=("cuda",))
-
-
-def dense(left: int):
-    """The plain computation: scores, mask, softmax, product, in the inputs' dtype."""
+def eager(left: int, right: int):
+    """scaled_dot_product_attention of each block of rows over the keys that it can see."""
 
     def run(q, k, v):
-        group = q.shape[2] // k.shape[2]
+        length, grouped = q.shape[1], q.shape[2] != k.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-        i = torch.arange(q.shape[2], device=q.device)
-        offset = i[:, None] - i[None, :]
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill((offset < 0) | (offset > left), float("-inf"))
-        return (torch.softmax(scores, -1, dtype=torch.float32).to(v.dtype) @ v).transpose(1, 2)
+        out = []
+        for start in range(0, length, ROWS):
+            rows = range(start, min(start + ROWS, length))
+            keys = range(max(start - left, 0), min(rows.stop + right, length))
+            mask = band(rows, keys, left, right, q.device)
+            part = slice(keys.start, keys.stop)
+            out.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, start : rows.stop], k[:, :, part], v[:, :, part], mask, enable_gqa=grouped
+                )
+            )
+        return torch.cat(out, 2).transpose(1, 2)
 
     return run
 
 
-def case(name, batch, length, heads, kv_heads, dim, window, mode, *, suite="full", devices=("cpu", "cuda"), peers=True):
-    left = window - 1
+def heads_first(*tensors):
+    return tuple(t.transpose(1, 2).contiguous() for t in tensors)
 
-    def make(length):
-        def inputs(device, generator):
-            return tuple(
-                normal((batch, length, h, dim), torch.bfloat16, device, generator) for h in (heads, kv_heads, kv_heads)
+
+def heads_last(out):
+    return out.transpose(1, 2)
+
+
+def masked_sdpa(left: int, right: int) -> Peer:
+    """One call with a dense mask, which is built outside of the timing."""
+
+    def prepare(q, k, v):
+        everything = range(q.shape[1])
+        return *heads_first(q, k, v), band(everything, everything, left, right, q.device)
+
+    def run(q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
+    return Peer(run, prepare=prepare, post=heads_last)
+
+
+def flex(left: int, right: int, *, sinks: bool = False, devices: tuple[str, ...] = ("cpu", "cuda")) -> Peer:
+    """Compiled FlexAttention; its block mask is built outside of the timing."""
+
+    def prepare(q, k, v, *rest):
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def visible(b, h, i, j):
+            return (j >= i - left) & (j <= i + right)
+
+        mask = create_block_mask(visible, None, None, q.shape[1], k.shape[1], device=q.device)
+        return *heads_first(q, k, v), *rest, mask
+
+    def load():
+        from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+        if not sinks:
+            return lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+        def with_sinks(q, k, v, sink, mask):
+            out, aux = flex_attention(
+                q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], return_aux=AuxRequest(lse=True)
             )
+            return (out * torch.sigmoid(aux.lse - sink[None, :, None])[..., None]).to(out.dtype)
 
-        return inputs
+        return with_sinks
 
+    return Peer(load=load, prepare=prepare, post=heads_last, compile=True, devices=devices)
+
+
+def flash_attn(left: int, right: int) -> Peer:
+    def load():
+        from flash_attn import flash_attn_func
+
+        return lambda q, k, v: flash_attn_func(q, k, v, window_size=(left, right))
+
+    return Peer(load=load, devices=("cuda",))
+
+
+def plain(left: int, right: int):
+    """Hugging Face's eager attention, gpt-oss's with sinks as one more column of scores; by blocks of rows."""
+
+    def run(q, k, v, sinks=None):
+        length, groups = q.shape[1], q.shape[2] // k.shape[2]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        out = []
+        for start in range(0, length, ROWS):
+            rows = range(start, min(start + ROWS, length))
+            keys = range(max(start - left, 0), min(rows.stop + right, length))
+            scores = q[:, :, start : rows.stop] @ k[:, :, keys.start : keys.stop].mT * q.shape[-1] ** -0.5
+            scores = scores.masked_fill(~band(rows, keys, left, right, q.device), float("-inf"))
+            if sinks is not None:
+                column = sinks.to(q.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+                scores = torch.cat((scores, column), -1)
+            probs = scores.softmax(-1, dtype=torch.float32)[..., : len(keys)].to(q.dtype)
+            out.append(probs @ v[:, :, keys.start : keys.stop])
+        return torch.cat(out, 2).transpose(1, 2)
+
+    return run
+
+
+class Recomputed(torch.autograd.Function):
+    """Attention whose backward recomputes the probabilities and takes ``out`` as the forward stored it, in bfloat16.
+
+    Every flash kernel does so, and rows with few keys show it. In float64 this is the oracle on the backward's own
+    operands, in bfloat16 the plain computation.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = ((q @ k.mT).to(wide) * scale).masked_fill(~mask, float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores - lse).exp().to(q.dtype) @ v
+        ctx.save_for_backward(q, k, v, out.bfloat16(), lse, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        scores = ((q @ k.mT).to(lse.dtype) * ctx.scale).masked_fill(~mask, float("-inf"))
+        probs = (scores - lse).exp()
+        delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1, keepdim=True)
+        inner = (probs * ((grad @ v.mT).to(lse.dtype) - delta) * ctx.scale).to(q.dtype)
+        return inner @ k, inner.mT @ q, probs.to(q.dtype).mT @ grad, None, None
+
+
+def recomputed(q, k, v, mask, scale=None):
+    """[B, S, H, D] in and out; mask is bool and broadcasts to [B, H, Sq, Sk]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return Recomputed.apply(q, k, v, mask, scale or q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def on_operands(left: int, right: int):
     def run(q, k, v):
-        return tilefuse.window_attention(q, k, v, window=(left, 0))[0]
+        everything = range(q.shape[1])
+        return recomputed(q, k, v, band(everything, everything, left, right, q.device))
 
-    of_q, of_k = (2 * batch * length * h * dim for h in (heads, kv_heads))
-    pairs = batch * heads * visible_pairs(length, left)
-    # forward reads q, k, v and writes out; backward reads those and dout, and writes three gradients
-    traffic, products = (2 * of_q + 2 * of_k, 2) if mode == "forward" else (4 * of_q + 4 * of_k, 5)
+    return run
+
+
+def qkv(batch: int, length: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16):
+    def inputs(device, generator):
+        return tuple(normal((batch, length, h, dim), dtype, device, generator) for h in (heads, kv_heads, kv_heads))
+
+    return inputs
+
+
+def case(
+    name: str,
+    batch: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    left: int,
+    right: int,
+    *,
+    mode: str = "forward",
+    small: int = 1024,
+    dense: bool = True,
+    **options,
+) -> Case:
+    products = 2 if mode == "forward" else 5
+    tensors = 2 if mode == "forward" else 4  # of q's and of k's size: q, out | q, out, dout, dq
+    peers = {"eager": eager(left, right)}
+    # its gradients exist on a GPU only
+    peers["FlexAttention"] = flex(left, right, devices=("cpu", "cuda") if mode == "forward" else ("cuda",))
+    if dense:
+        peers["masked SDPA"] = masked_sdpa(left, right)
+    peers["FlashAttention"] = flash_attn(left, right)
     return Case(
         op="window_attention",
         name=name,
         dtype="bfloat16",
         mode=mode,
-        inputs=make(length),
-        oracle_inputs=make(min(length, 1024)),
-        run=run,
-        naive=dense(left),
-        peers={"masked SDPA": masked_sdpa(left), "FlexAttention": flex(left), "FlashAttention": flash(left)}
-        if peers
-        else {},
+        inputs=qkv(batch, length, heads, kv_heads, dim),
+        oracle_inputs=qkv(1, small, 2 * heads // kv_heads, 2, dim) if length > small else None,
+        # lse is the tests' matter: no peer returns the same
+        run=lambda q, k, v: tilefuse.window_attention(q, k, v, window=(left, right))[0],
+        # SDPA is no plain computation: it keeps as much in float32 as we do
+        naive=plain(left, right) if mode == "forward" else on_operands(left, right),
+        oracle=None if mode == "forward" else on_operands(left, right),
+        # a query's gradient holds the error of its row's delta times a sum of keys
+        rows=mode == "forward",
+        peers=peers,
         grads=(0, 1, 2),
-        bytes=traffic,
-        flops=2 * products * pairs * dim,
-        suite=suite,
-        devices=devices,
+        bytes=2 * tensors * batch * length * (heads + kv_heads) * dim,
+        flops=products * 2 * dim * batch * heads * pairs(length, left, right),
+        **options,
     )
 
 
 def cases() -> Iterator[Case]:
-    for mode in ("forward", "backward"):
-        yield case("8 heads of 64, 4096 tokens, window 512", 1, 4096, 8, 8, 64, 512, mode, suite="quick")
-        m = GPT_OSS_20B
-        name = f"{m.name}, 4096 tokens, window {m.window}"
-        yield case(name, 1, 4096, m.heads, m.kv_heads, m.head_dim, m.window, mode, devices=("cuda",))
+    # the size that issues and anchors quote
+    yield case("8 heads, 4096 tokens, window 512", 1, 4096, 8, 8, 64, 511, 0, suite="quick")
+    yield case("8 heads, 1024 tokens, window 256", 1, 1024, 8, 8, 64, 255, 0, mode="backward", suite="quick")
+    # linear growth at a fixed window
+    for length in (8192, 16384, 32768, 65536):
+        yield case(f"8 heads, {length} tokens, window 512", 1, length, 8, 8, 64, 511, 0, dense=length <= 8192)
+
+    m = LONGFORMER_BASE
+    half = m.window // 2
+    yield case(f"{m.name}, bidirectional", 1, 4096, m.heads, m.kv_heads, m.head_dim, half, half)
+
+    for dim in (64, 128):
         for window in (128, 512, 1024, 4096):
-            for dim in (64, 128):
-                name = f"16 heads of {dim}, 16384 tokens, window {window}"
-                yield case(name, 4, 16384, 16, 16, dim, window, mode, devices=("cuda",))
-    # time at a fixed window grows with the length, not with its square
-    for length in (4096, 8192, 16384, 32768, 65536):
-        yield case(
-            f"growth: 2 heads of 64, {length} tokens, window 512", 1, length, 2, 2, 64, 512, "forward", peers=False
+            for mode in ("forward", "backward"):
+                yield case(
+                    f"batch 4, 16 heads, 16384 tokens, D {dim}, window {window}",
+                    4, 16384, 16, 16, dim, window - 1, 0,
+                    mode=mode,
+                    dense=False,
+                    devices=("cuda",),
+                )  # fmt: skip
+
+    g = GPT_OSS_20B
+    for length in (2048, 16384):
+        left = g.window - 1
+
+        def inputs(device, generator, length=length):
+            sinks = normal((g.heads,), torch.float32, device, generator)
+            return *qkv(1, length, g.heads, g.kv_heads, g.head_dim)(device, generator), sinks
+
+        def small(device, generator):
+            sinks = normal((16,), torch.float32, device, generator)
+            return *qkv(1, 512, 16, 2, g.head_dim)(device, generator), sinks
+
+        yield Case(
+            op="window_attention",
+            name=f"{g.name}, sinks, {length} tokens",
+            dtype="bfloat16",
+            inputs=inputs,
+            oracle_inputs=small,
+            run=lambda q, k, v, sinks, left=left: tilefuse.window_attention(q, k, v, sinks, window=(left, 0))[0],
+            peers={"eager": plain(left, 0), "FlexAttention": flex(left, 0, sinks=True)},
+            bytes=2 * 2 * length * (g.heads + g.kv_heads) * g.head_dim,
+            flops=2 * 2 * g.head_dim * g.heads * pairs(length, left, 0),
+            devices=("cpu", "cuda") if length <= 2048 else ("cuda",),
         )

@@ -1,1 +1,0 @@
-"""Benchmarks of the mixture-of-experts ops."""

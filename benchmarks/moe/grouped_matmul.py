@@ -1,61 +1,78 @@
-"""Grouped matmul, against torch's and a loop over experts."""
+"""One matrix per expert for its rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import tilefuse
 
 from ..harness import Case, Peer, normal
-from ..shapes import QWEN3_30B_A3B as M
+from ..shapes import DEEPSEEK_V3, QWEN3_30B_A3B, Model
 
 
-def eager(a, b, offsets):
-    """A loop over experts, which has to know the offsets on the host."""
+def sizes(rows: int, experts: int, device, generator):
+    """Uneven group sizes that add up to rows: offsets [E + 1] int32."""
+    expert = torch.randint(0, experts, (rows,), generator=generator, device=device)
+    counts = torch.zeros(experts, dtype=torch.int64, device=device).index_add_(0, expert, torch.ones_like(expert))
+    return F.pad(counts.cumsum(0), (1, 0)).int()
+
+
+def eager(a, b, offsets, a_index=None):
+    """A matmul per expert; where the rows begin must come to the host."""
+    rows = a if a_index is None else a[a_index.long()]
     bounds = offsets.tolist()
-    return torch.cat([a[s:e] @ w.T for s, e, w in zip(bounds, bounds[1:], b)])
+    return torch.cat([rows[lo:hi] @ w.mT for lo, hi, w in zip(bounds, bounds[1:], b)])
 
 
-def grouped_mm():
-    def run(a, b, offsets):
-        return torch._grouped_mm(a, b.transpose(1, 2), offs=offsets[1:])
+def torch_grouped(a, b, offsets, a_index=None):
+    rows = a if a_index is None else a[a_index.long()]
+    return F.grouped_mm(rows, b.mT, offs=offsets[1:])
 
-    return run
+
+def inputs_of(rows: int, experts: int, n: int, k: int, gather: bool):
+    def inputs(device, generator):
+        tokens = rows // 8 if gather else rows
+        a = normal((tokens, k), torch.bfloat16, device, generator)
+        b = normal((experts, n, k), torch.bfloat16, device, generator, k**-0.5)
+        rest = []
+        if gather:
+            rest = [torch.randperm(rows, generator=generator, device=device).int() // 8]
+        return a, b, sizes(rows, experts, device, generator), *rest
+
+    return inputs
+
+
+def case(m: Model, experts: int, rows: int, mode: str, *, gather: bool = False, **options) -> Case:
+    n, k = 2 * m.moe_intermediate, m.hidden
+    forward = mode == "forward"
+    tokens = rows // 8 if gather else rows
+    activations = 2 * (tokens * k + rows * n)
+    # an expert without rows would not be read; so many rows leave none out but by a very rare draw
+    weights = 2 * min(experts, rows // 16) * n * k
+    return Case(
+        op="grouped_matmul",
+        name=f"{m.name} gate and up, {experts} of {m.experts} experts, {rows} rows{', gathered' if gather else ''}",
+        dtype="bfloat16",
+        mode=mode,
+        inputs=inputs_of(rows, experts, n, k, gather),
+        oracle_inputs=inputs_of(128, 4, 256, 512, gather),
+        run=tilefuse.grouped_matmul,
+        peers={"eager": eager, "grouped_mm": Peer(torch_grouped)},
+        grads=(0, 1),
+        bytes=activations + weights if forward else 2 * tokens * k * 2 + 2 * rows * n + 2 * weights,
+        flops=(2 if forward else 4) * rows * n * k,
+        **options,
+    )
 
 
 def cases() -> Iterator[Case]:
-    for tokens in (16, 512, 4096, 32768):
-
-        def inputs(device, generator, tokens=tokens):
-            a = normal((tokens * M.top_k, M.hidden), torch.bfloat16, device, generator)
-            b = normal((M.experts, 2 * M.moe_intermediate, M.hidden), torch.bfloat16, device, generator, M.hidden**-0.5)
-            cuts = torch.randint(0, a.shape[0] + 1, (M.experts - 1,), device=device, generator=generator).sort().values
-            offsets = torch.cat((cuts.new_zeros(1), cuts, cuts.new_full((1,), a.shape[0]))).int()
-            return a, b, offsets
-
-        rows, n, k = tokens * M.top_k, 2 * M.moe_intermediate, M.hidden
+    # an eighth of the layer, as one of eight devices holds it
+    yield case(QWEN3_30B_A3B, 16, 512, "forward", gather=True, suite="quick")
+    yield case(QWEN3_30B_A3B, 16, 512, "backward")
+    for m, experts, rows in ((QWEN3_30B_A3B, 128, 262144), (DEEPSEEK_V3, 32, 32768)):
         for mode in ("forward", "backward"):
-            times = 1 if mode == "forward" else 2
-            yield Case(
-                op="grouped_matmul",
-                name=f"{M.name} up-projection, {tokens} tokens",
-                dtype="bfloat16",
-                mode=mode,
-                inputs=inputs,
-                run=tilefuse.grouped_matmul,
-                peers={"eager": eager, "torch._grouped_mm": Peer(load=grouped_mm)},
-                oracle_inputs=inputs_small,
-                grads=(0, 1),
-                bytes=2 * rows * (n + k),  # random cuts leave experts empty, whose weights nobody reads
-                flops=2 * rows * n * k * times,
-                suite="quick" if tokens == 512 and mode == "forward" else "full",
-                devices=("cpu", "cuda") if tokens <= 512 else ("cuda",),
-            )
-
-
-def inputs_small(device, generator):
-    a = normal((96, 256), torch.bfloat16, device, generator)
-    b = normal((4, 192, 256), torch.bfloat16, device, generator, 1 / 16)
-    return a, b, torch.tensor([0, 30, 30, 77, 96], dtype=torch.int32, device=device)
+            yield case(m, experts, rows, mode, devices=("cuda",))
+        yield case(m, experts, rows, "forward", gather=True, devices=("cuda",))

@@ -1,4 +1,4 @@
-"""Expert rows back to their tokens, against a gather and against index_add_ (what eager models do)."""
+"""Expert rows back to their tokens, weighted."""
 
 from __future__ import annotations
 
@@ -13,36 +13,49 @@ from ..shapes import QWEN3_30B_A3B as M
 
 
 def eager(y, inverse, weights):
-    rows = y[inverse.long()].view(*weights.shape, -1)
-    return (rows * weights[..., None].to(y.dtype)).sum(1)
+    rows = y[inverse.long()].unflatten(0, weights.shape)
+    return (rows * weights[..., None]).sum(1).to(y.dtype)
 
 
-def index_add(y, inverse, weights):
-    out = torch.zeros(weights.shape[0], y.shape[1], dtype=y.dtype, device=y.device)
-    token = torch.arange(weights.shape[0], device=y.device).repeat_interleave(weights.shape[1])
-    return out.index_add(0, token, y[inverse.long()] * weights.flatten()[:, None].to(y.dtype))
+def copy(y, inverse, weights):
+    return y.clone()
 
 
 def cases() -> Iterator[Case]:
-    for tokens in (16, 512, 32768):
+    for tokens, mode, suite, devices in (
+        (512, "forward", "quick", ("cpu", "cuda")),
+        (512, "backward", "full", ("cpu", "cuda")),
+        (32768, "forward", "full", ("cuda",)),
+        (32768, "backward", "full", ("cuda",)),
+    ):
 
-        def inputs(device, generator, tokens=tokens):
-            slots = tokens * M.top_k
-            y = normal((slots, M.hidden), torch.bfloat16, device, generator)
-            weights = torch.rand(tokens, M.top_k, device=device, generator=generator)
-            return y, torch.randperm(slots, device=device, generator=generator).int(), weights
+        def inputs_of(tokens):
+            def inputs(device, generator):
+                y = normal((tokens * M.top_k, M.hidden), torch.bfloat16, device, generator)
+                inverse = torch.randperm(tokens * M.top_k, generator=generator, device=device).int()
+                logits = normal((tokens, M.top_k), torch.float32, device, generator)
+                return y, inverse, logits.softmax(-1)
 
-        for mode in ("forward", "backward"):
-            rows = 2 * tokens * M.hidden
-            yield Case(
-                op="moe_combine",
-                name=f"{M.name}, {tokens} tokens",
-                dtype="bfloat16",
-                mode=mode,
-                inputs=inputs,
-                run=tilefuse.moe_combine,
-                peers={"eager": eager, "index_add": Peer(index_add), "torch.compile": compiled(eager)},
-                grads=(0, 2),
-                bytes=rows * (1 + M.top_k) if mode == "forward" else rows * (1 + 2 * M.top_k),
-                suite="quick" if tokens == 512 else "full",
-            )
+            return inputs
+
+        rows = 2 * tokens * M.top_k * M.hidden
+        slots = 4 * 2 * tokens * M.top_k
+        out = 2 * tokens * M.hidden
+        yield Case(
+            op="moe_combine",
+            name=f"{M.name}, {tokens} tokens",
+            dtype="bfloat16",
+            mode=mode,
+            inputs=inputs_of(tokens),
+            oracle_inputs=inputs_of(128),
+            run=tilefuse.moe_combine,
+            peers={
+                "eager": eager,
+                "torch.compile": compiled(eager),
+                **({"copy of y": Peer(copy, yardstick=True)} if mode == "forward" else {}),
+            },
+            grads=(0, 2),
+            bytes=(rows if mode == "forward" else 2 * rows) + out + slots,
+            suite=suite,
+            devices=devices,
+        )

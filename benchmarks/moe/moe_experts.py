@@ -1,83 +1,122 @@
-"""The expert layer, against Hugging Face's expert implementations."""
+"""The whole layer after routing, against Hugging Face's experts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import tilefuse
 
-from ..harness import Case, Peer, compiled, normal
-from ..shapes import QWEN3_30B_A3B as M
+from ..harness import Case, Peer, normal
+from ..shapes import QWEN3_30B_A3B, Model
+
+# experts that get random weights of their own; the others are scaled copies, which are made much faster
+DISTINCT = 8
 
 
-def eager(x, w_gate_up, w_down, weights, ids):
-    """The loop over experts that models run eagerly."""
-    out = torch.zeros_like(x)
+def loop(x, w_gate_up, w_down, weights, ids):
+    """A plain computation in x's dtype, every slot's expert in turn."""
+    out = torch.zeros(*ids.shape, w_down.shape[1], dtype=x.dtype, device=x.device)
     for e in range(w_gate_up.shape[0]):
         token, slot = torch.where(ids == e)
-        gate, up = (x[token] @ w_gate_up[e].T).chunk(2, -1)
-        y = (torch.nn.functional.silu(gate) * up) @ w_down[e].T
-        out = out.index_add(0, token, (y * weights[token, slot, None]).to(x.dtype))
-    return out
+        gate, up = F.linear(x[token], w_gate_up[e]).chunk(2, -1)
+        out = out.index_put((token, slot), F.linear(F.silu(gate) * up, w_down[e]))
+    return (out * weights[..., None]).sum(1).to(x.dtype)
 
 
-def hugging_face(implementation: str):
+def huggingface(implementation: str, m: Model, *, compile: bool = False) -> Peer:
+    """Qwen3MoeExperts on the case's own weights."""
+
     def load():
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-        config = Qwen3MoeConfig(hidden_size=M.hidden, num_experts=M.experts, moe_intermediate_size=M.moe_intermediate)
-        config._experts_implementation = implementation
-        with torch.device("meta"):
-            module = Qwen3MoeExperts(config)
+        modules = {}
 
         def run(x, w_gate_up, w_down, weights, ids):
-            module._parameters.update(gate_up_proj=w_gate_up, down_proj=w_down)
-            module.num_experts = w_gate_up.shape[0]
-            return module(x, ids.long(), weights.to(x.dtype))
+            shape = w_gate_up.shape
+            if shape not in modules:
+                config = Qwen3MoeConfig(num_experts=shape[0], hidden_size=shape[2], moe_intermediate_size=shape[1] // 2)
+                config._experts_implementation = implementation
+                with torch.device("meta"):
+                    modules[shape] = Qwen3MoeExperts(config)
+            parameters = {"gate_up_proj": w_gate_up, "down_proj": w_down}
+            return torch.func.functional_call(modules[shape], parameters, (x, ids, weights))
 
         return run
 
-    return Peer(load=load)
+    def prepare(x, w_gate_up, w_down, weights, ids):
+        return x, w_gate_up, w_down, weights, ids.long()
+
+    # compiling it takes too much of the quick suite's time
+    devices = ("cuda",) if compile else ("cpu", "cuda")
+    return Peer(load=load, prepare=prepare, compile=compile, devices=devices)
+
+
+def scaled_copies(experts: int, rows: int, columns: int, device, generator):
+    count = min(experts, DISTINCT)
+    block = normal((count, rows, columns), torch.bfloat16, device, generator, columns**-0.5)
+    out = block.new_empty(experts, rows, columns)
+    for e in range(experts):
+        # no two experts alike
+        torch.mul(block[e % count], 0.5 + (e + 1) / experts, out=out[e])
+    return out
+
+
+def inputs_of(tokens: int, experts: int, hidden: int, intermediate: int, top_k: int):
+    def inputs(device, generator):
+        x = normal((tokens, hidden), torch.bfloat16, device, generator)
+        if tokens * top_k <= experts:
+            # few tokens: every slot another expert, so that it is known how many weights are read
+            ids = torch.randperm(experts, generator=generator, device=device)[: tokens * top_k].view(tokens, top_k)
+        else:
+            ids = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k, -1).indices
+        weights = normal((tokens, top_k), torch.float32, device, generator).softmax(-1)
+        w_gate_up = scaled_copies(experts, 2 * intermediate, hidden, device, generator)
+        w_down = scaled_copies(experts, hidden, intermediate, device, generator)
+        return x, w_gate_up, w_down, weights, ids.int()
+
+    return inputs
+
+
+def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) -> Case:
+    slots = tokens * m.top_k
+    weights = 2 * 3 * m.moe_intermediate * m.hidden * min(slots, experts)
+    forward, both = mode == "forward", mode == "forward+backward"
+    activations = 2 * tokens * m.hidden
+    part = "" if experts == m.experts else f", {experts} of {m.experts} experts"
+    return Case(
+        op="moe_experts",
+        name=f"{m.name}{part}, {tokens} tokens",
+        dtype="bfloat16",
+        mode=mode,
+        inputs=inputs_of(tokens, experts, m.hidden, m.moe_intermediate, m.top_k),
+        oracle_inputs=inputs_of(128, 4, 256, 128, 2),
+        run=tilefuse.moe_experts,
+        naive=loop,
+        # a row of a weight's gradient sums few tokens, one of which may hold most of its error
+        rows=forward,
+        peers={
+            "eager": huggingface("eager", m),
+            "grouped_mm experts": huggingface("grouped_mm", m),
+            "compiled grouped_mm experts": huggingface("grouped_mm", m, compile=True),
+        },
+        grads=(0, 1, 2, 3),
+        bytes=2 * activations + weights if forward else 3 * activations + 2 * weights,
+        flops=(2 if forward else 6 if both else 4) * slots * 3 * m.moe_intermediate * m.hidden,
+        **options,
+    )
 
 
 def cases() -> Iterator[Case]:
-    for tokens in (1, 16, 512, 4096, 32768):
-
-        def inputs(device, generator, tokens=tokens, hidden=M.hidden, inner=M.moe_intermediate, experts=M.experts):
-            x = normal((tokens, hidden), torch.bfloat16, device, generator)
-            w_gate_up = normal((experts, 2 * inner, hidden), torch.bfloat16, device, generator, hidden**-0.5)
-            w_down = normal((experts, hidden, inner), torch.bfloat16, device, generator, inner**-0.5)
-            scores = torch.rand(tokens, experts, device=device, generator=generator)
-            weights, ids = tilefuse.moe_route(scores, top_k=min(M.top_k, experts))
-            return x, w_gate_up, w_down, weights, ids
-
-        def small(device, generator, inputs=inputs):
-            return inputs(device, generator, tokens=48, hidden=256, inner=96, experts=8)
-
-        rows, per_expert = tokens * M.top_k, 3 * M.hidden * M.moe_intermediate
-        for mode in ("forward", "forward+backward") if tokens >= 512 else ("forward",):
-            backward = mode != "forward"
-            # so many experts are sure to be used: each token's k are distinct
-            weight_bytes = 2 * per_expert * M.top_k
-            yield Case(
-                op="moe_experts",
-                name=f"{M.name} layer, {tokens} tokens",
-                dtype="bfloat16",
-                mode=mode,
-                inputs=inputs,
-                run=tilefuse.moe_experts,
-                peers={
-                    "eager": eager,
-                    "torch.compile": compiled(eager),
-                    "Hugging Face eager": hugging_face("eager"),
-                    "Hugging Face grouped_mm": hugging_face("grouped_mm"),
-                },
-                oracle_inputs=small,
-                grads=(0, 1, 2, 3),
-                bytes=weight_bytes + 4 * tokens * M.hidden,
-                flops=2 * rows * per_expert * (3 if backward else 1),
-                suite="quick" if tokens == 512 and not backward else "full",
-                devices=("cpu", "cuda") if tokens <= 512 and not backward else ("cuda",),
-            )
+    m = QWEN3_30B_A3B
+    yield case(m, 512, m.experts, suite="quick")
+    # decode: 8 experts, then each expert once
+    yield case(m, 1, m.experts)
+    yield case(m, 16, m.experts)
+    yield case(m, 128, 16, "backward")
+    yield case(m, 32768, m.experts, devices=("cuda",))
+    yield case(m, 32768, m.experts, "backward", devices=("cuda",))
+    yield case(m, 32768, m.experts, "forward+backward", devices=("cuda",))

@@ -1,54 +1,95 @@
-"""The balance loss, against Hugging Face's."""
+"""Balancing losses and the bias step of balancing without a loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import tilefuse
 
-from ..harness import Case, Peer, normal
-from ..shapes import QWEN3_30B_A3B as M
+from ..harness import Case, Peer, compiled, normal
+from ..shapes import DEEPSEEK_V3, QWEN3_30B_A3B
+
+M = QWEN3_30B_A3B
 
 
-def eager(logits, ids):
-    """Hugging Face's formula: one-hot choices, mean scores."""
-    hot = torch.nn.functional.one_hot(ids.long(), logits.shape[1]).float()
-    share, score = hot.mean(0), logits.softmax(-1, dtype=torch.float32).mean(0)
-    return (share * score).sum() * logits.shape[1]
-
-
-def hugging_face():
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+def switch_loss(dtype):
+    """Hugging Face's load_balancing_loss_func without its factor k."""
 
     def run(logits, ids):
-        return load_balancing_loss_func((logits,), logits.shape[1], ids.shape[1])
+        scores = logits.softmax(-1, dtype=dtype)
+        # [T, k, E] -> share of each expert per choice
+        chosen = F.one_hot(ids.long(), M.experts).to(scores.dtype).mean(0).sum(0)
+        return (chosen * scores.mean(0)).sum() * M.experts / M.top_k
 
     return run
 
 
+def z_loss(dtype):
+    def run(logits):
+        return logits.to(dtype).logsumexp(-1).square().mean()
+
+    return run
+
+
+def bias_step(bias, counts):
+    counts = counts.float()
+    return bias + 1e-3 * torch.sign(counts.mean() - counts)
+
+
 def cases() -> Iterator[Case]:
-    for tokens in (4096, 32768):
+    for tokens, mode, suite, devices in (
+        (4096, "forward", "quick", ("cpu", "cuda")),
+        (4096, "forward+backward", "full", ("cpu", "cuda")),
+        (32768, "forward+backward", "full", ("cuda",)),
+    ):
 
-        def inputs(device, generator, tokens=tokens):
-            logits = normal((tokens, M.experts), torch.float32, device, generator)
-            return logits, logits.topk(M.top_k, dim=-1)[1].int()
+        def logits_of(device, generator, tokens=tokens):
+            return (normal((tokens, M.experts), torch.bfloat16, device, generator),)
 
-        def run(logits, ids):
-            return tilefuse.moe_balance_loss(logits, ids, normalization="topk")
+        def with_ids(device, generator, logits_of=logits_of):
+            (logits,) = logits_of(device, generator)
+            return logits, logits.topk(M.top_k, -1).indices.int()
 
-        for mode in ("forward", "backward"):
+        logits = 2 * tokens * M.experts
+        for op, inputs, run, peer, extra in (
+            ("moe_balance_loss", with_ids, tilefuse.moe_balance_loss, switch_loss, 4 * tokens * M.top_k),
+            ("moe_z_loss", logits_of, tilefuse.moe_z_loss, z_loss, 0),
+        ):
+            eager = peer(torch.float32)
             yield Case(
-                op="moe_balance_loss",
+                op=op,
                 name=f"{M.name}, {tokens} tokens",
-                dtype="float32",
+                dtype="bfloat16",
                 mode=mode,
                 inputs=inputs,
                 run=run,
-                peers={"eager": eager, "Hugging Face": Peer(load=hugging_face)},
-                upcast=(0,),
+                # the losses compute in float32: plain bfloat16 is the lower precision to compare with
+                naive=peer(torch.bfloat16),
+                peers={"eager": eager, "torch.compile": compiled(eager)},
                 grads=(0,),
-                bytes=tokens * M.experts * 4,
-                suite="quick" if tokens == 4096 and mode == "forward" else "full",
+                bytes=logits * (1 if mode == "forward" else 2) + extra,
+                suite=suite,
+                devices=devices,
             )
+
+    d = DEEPSEEK_V3
+
+    def counts(device, generator):
+        bias = normal((d.experts,), torch.float32, device, generator, 0.1)
+        return bias, torch.randint(0, 4096, (d.experts,), generator=generator, device=device, dtype=torch.int32)
+
+    yield Case(
+        op="moe_update_bias",
+        name=f"{d.name}, one layer",
+        dtype="float32",
+        inputs=counts,
+        run=tilefuse.moe_update_bias,
+        exact=True,
+        peers={"eager": bias_step, "torch.compile": Peer(bias_step, compile=True)},
+        bytes=3 * 4 * d.experts,
+        call_cost=True,
+        suite="quick",
+    )

@@ -1,4 +1,4 @@
-"""The dispatch plan, against a stable sort."""
+"""Slots sorted by expert."""
 
 from __future__ import annotations
 
@@ -8,38 +8,37 @@ import torch
 
 import tilefuse
 
-from ..harness import Case, compiled
-from ..shapes import DEEPSEEK_V3 as M
-
-
-def eager(ids, experts):
-    flat = ids.flatten()
-    order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.shape[0], device=ids.device)
-    counts = torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(
-        0, flat.long(), torch.ones_like(flat, dtype=torch.int64)
-    )
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    return order.int(), inverse.int(), offsets.int()
+from ..harness import Case, Peer, normal
+from ..shapes import DEEPSEEK_V3, MIXTRAL_8X7B
+from .moe_route import sort_slots
 
 
 def cases() -> Iterator[Case]:
-    for tokens in (1, 128, 4096, 32768):
+    for m, tokens, suite, devices in (
+        (DEEPSEEK_V3, 4096, "quick", ("cpu", "cuda")),
+        (DEEPSEEK_V3, 1, "full", ("cpu", "cuda")),
+        (MIXTRAL_8X7B, 4096, "full", ("cpu", "cuda")),
+        (DEEPSEEK_V3, 32768, "full", ("cuda",)),
+    ):
 
-        def inputs(device, generator, tokens=tokens):
-            scores = torch.rand(tokens, M.experts, device=device, generator=generator)
-            return scores.topk(M.top_k, dim=-1)[1].int(), M.experts
+        def inputs(device, generator, m=m, tokens=tokens):
+            logits = normal((tokens, m.experts), torch.float32, device, generator)
+            return (logits.topk(m.top_k, -1).indices.int(),)
 
+        def eager(ids, m=m):
+            return sort_slots(ids, m.experts)
+
+        slots = tokens * m.top_k
         yield Case(
             op="moe_plan",
-            name=f"{M.name}, {tokens} tokens",
+            name=f"{m.name}, {tokens} tokens",
             dtype="int32",
             inputs=inputs,
-            run=tilefuse.moe_plan,
-            peers={"eager": eager, "torch.compile": compiled(eager)},
+            run=lambda ids, m=m: tilefuse.moe_plan(ids, m.experts),
             exact=True,
-            bytes=tokens * M.top_k * 12,
+            peers={"eager": eager, "torch.compile": Peer(eager, compile=True)},
+            bytes=4 * (3 * slots + m.experts),
             call_cost=tokens == 1,
-            suite="quick" if tokens == 4096 else "full",
+            suite=suite,
+            devices=devices,
         )

@@ -81,7 +81,7 @@ def to_deepgemm(scale: Tensor, block: Sequence[int] = (1, 128), *, packed: bool 
 
 
 def from_deepgemm(scale: Tensor, block: Sequence[int] = (1, 128), *, k: int | None = None) -> Tensor:
-    """The inverse of ``to_deepgemm``; packed int32 scales are recognised by their dtype and need ``k`` (elements of K)."""
+    """The inverse of ``to_deepgemm``; packed int32 scales need ``k``, the elements of K."""
     name = "fp8_layout.from_deepgemm"
     rows = check_block(name, block)
     if scale.dtype == torch.int32:

@@ -74,7 +74,9 @@ def check(tensors, others, options):
             assert_close(x, y, z, name=name)
             continue
         terms = noise(*tensors) if y.numel() else None
-        assert_close(x, y, z, name=name, tiny=terms, rows=False)
+        # a handful of sums over all rows: how out was rounded decides them, so only the operands' own oracle is fair
+        if name != "sinks":
+            assert_close(x, y, z, name=name, tiny=terms, rows=False)
         assert_close(x, on_operands[name], z, name=f"{name} on the backward's operands", tiny=terms)
     return got
 

@@ -63,7 +63,9 @@ def test_huggingface():
     stored = fp8_layout.to_huggingface(scale)
     assert stored.is_contiguous()
     loaded = fp8_layout.from_huggingface(stored, weight.shape)
-    assert_bit_equal(tilefuse.fp8_dequantize(q, loaded, block=(128, 128)), tilefuse.fp8_dequantize(q, scale, block=(128, 128)))
+    assert_bit_equal(
+        tilefuse.fp8_dequantize(q, loaded, block=(128, 128)), tilefuse.fp8_dequantize(q, scale, block=(128, 128))
+    )
     half = fp8_layout.from_huggingface(stored.bfloat16(), weight.shape)
     assert half.dtype == torch.float32
 

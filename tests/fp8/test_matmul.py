@@ -99,7 +99,9 @@ def test_no_k_is_the_bias_11(device):
     with poisoned():
         assert tilefuse.fp8_matmul(*operands(3, 6, 0, device)).eq(0).all()
         bias = torch.arange(6.0, device=device)
-        assert_bit_equal(tilefuse.fp8_matmul(*operands(70, 6, 0, device), bias, out_dtype=torch.float32), bias.expand(70, 6))
+        assert_bit_equal(
+            tilefuse.fp8_matmul(*operands(70, 6, 0, device), bias, out_dtype=torch.float32), bias.expand(70, 6)
+        )
 
 
 def test_every_code(device):

@@ -664,7 +664,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
         if head_dim <= 64:
             return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 3)
         if head_dim <= 128:
-            return Config(64 if extras or span <= 256 else 128, 64, 8, 2)
+            return Config(64, 32, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 2)
         return Config(64, 32, 8, 2)
     if kernel == "dq":
         if head_dim <= 64:

@@ -50,16 +50,18 @@ def grouped_matmul_kernel(
         store_tile(acc, out_ptr, None, row, row_mask, col, n, SWAP)
 
 
-def config(m: int, groups: int, capability: int) -> Config:
+def config(m: int, groups: int, capability: int, b_rows: bool = False) -> Config:
     """The tile for an average group on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     average = m // max(groups, 1)
     if average <= 48:
-        return narrow(average, capability)
+        return narrow(average, capability, b_rows)
+    if capability == 80 and b_rows:
+        return Config(64, 32, 8, 3)
     if capability < 89:
         return Config(64, 64, 8 if capability else 4, 3 if capability else 2)
     if capability in (89, 120):
         return Config(64, 128, 8, 3)
-    return Config(64, 128, 4, 4) if average <= 96 else Config(128, 128, 8, 3)
+    return Config(64, 128, 4, 4) if average <= 96 or (capability >= 100 and b_rows) else Config(128, 128, 8, 3)
 
 
 def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
@@ -67,13 +69,14 @@ def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
     out = torch.empty((m, n), dtype=out_dtype, device=a.device)
     if out.numel() == 0:
         return out
-    tile = config(m, groups, capability_of(a.device))
+    b_rows = b_scale.shape[1] == n
+    tile = config(m, groups, capability_of(a.device), b_rows)
     grid = (max_tiles(m, groups, tile.bm) * triton.cdiv(n, tile.bn),)
     with on_device(a):
         grouped_matmul_kernel[grid](
             operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), *b.stride()[:2],
             b_scale, *b_scale.stride(), offsets, out, m, n, k,
-            GROUPS=groups, GROUPS_PADDED=groups_padded(groups), B_ROWS=b_scale.shape[1] == n,
+            GROUPS=groups, GROUPS_PADDED=groups_padded(groups), B_ROWS=b_rows,
             UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0, BM=tile.bm, BN=tile.bn,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -3,10 +3,10 @@
 Every kernel starts a fresh accumulator each 128 of K, scales the finished product in float32 and adds it to a float32
 sum: Hopper's FP8 tensor cores keep about 14 bits inside one accumulator, and the scales change there anyway.
 
-* ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded as
-  bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
+* ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded
+  as bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
   weight fills the matrix unit's 64 rows and the activation its narrow side.
-* ``matmul_tma_kernel``: sm_90 and newer; persistent, loads through TMA descriptors made on the device, and
+* ``matmul_tma_kernel``: sm_90; persistent, loads through TMA descriptors made on the device, and
   warp-specialised by the compiler: one warp group loads while two others, out of phase, multiply and add up.
 """
 
@@ -79,7 +79,7 @@ def accumulate(
         sb_ptr += tl.min(col, 0) // 128 * sb_sn
     a_mask = row_mask[:, None]
     b_mask = (col < n)[:, None]
-    for block in range(0, tl.cdiv(k, 128)):
+    for block in range(tl.cdiv(k, 128)):
         if not EVEN_K:
             inside = (inner < k - block * 128)[None, :]
             a_mask = row_mask[:, None] & inside
@@ -149,7 +149,7 @@ def matmul_tma_kernel(
         row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
         col = tile_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
-        for block in range(0, tl.cdiv(k, 128)):
+        for block in range(tl.cdiv(k, 128)):
             a = a_desc.load([tile_m * BM, block * 128])
             b = b_desc.load([tile_n * BN, block * 128])
             product = tl.dot(a, b.T)
@@ -174,31 +174,36 @@ class Config:
     tma: bool = False
 
 
-def narrow(m: int, capability: int) -> Config:
+def narrow(m: int, capability: int, b_rows: bool = False) -> Config:
     """Few rows: the weight takes the matrix unit's wide side. sm_80 widens 64 rows in registers and needs 8 warps."""
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
-    return Config(bm, 64, 8 if capability == 80 and bm == 64 else 4, 3 if capability in (0, 80) else 4, swap=True)
+    bn = 32 if capability == 80 and bm == 64 and b_rows else 64
+    return Config(bm, bn, 8 if capability == 80 and bm == 64 else 4, 3 if capability in (0, 80) else 4, swap=True)
 
 
-def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132) -> Config:
+def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132, b_rows: bool = False) -> Config:
     """The tile for a shape on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     if m <= 64:
         # decode reads the weight once: narrow column tiles make enough programs to fill the memory system
-        return narrow(m, capability)
+        return narrow(m, capability, b_rows)
+    if capability == 80 and b_rows:
+        # a scale for each column: wider tiles spill
+        return Config(64, 32, 8, 3)
     if capability < 89:
         return Config(64, 64, 8 if capability else 4, 3 if capability else 2)
     if capability in (89, 120):
         # 99 KiB of shared memory; 4 warps would spill
         return Config(64, 128, 8, 3)
-    if triton.cdiv(m, 128) * triton.cdiv(n, 128) < num_sms:
+    # sm_100 spills on the larger tile with a scale for each column
+    if triton.cdiv(m, 128) * triton.cdiv(n, 128) < num_sms or (capability >= 100 and b_rows):
         return Config(64, 128, 4, 4)
     # without descriptors 8 warps hold the tile without spilling; with them the compiler makes 12 of 4
     return Config(128, 128, 4, 4, tma=True) if tma else Config(128, 128, 8, 3)
 
 
 def fits_tma(capability: int, *tensors: torch.Tensor) -> bool:
-    """Whether TMA can read these e4m3 tensors: 16-byte aligned base and rows, last dim contiguous."""
-    return 90 <= capability < 120 and all(
+    """Whether the TMA kernel takes these e4m3 tensors: sm_90 (it spills on sm_100), 16-byte aligned base and rows."""
+    return 90 <= capability < 100 and all(
         t.stride(-2) % 16 == 0 and t.stride(-2) > 0 and t.data_ptr() % 16 == 0 and t.shape[-1] > 0 for t in tensors
     )
 
@@ -230,9 +235,9 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
     num_sms = 132
     if a.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
-    tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms)
-    tiles = triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn)
     b_rows = b_scale.shape[0] == n
+    tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms, b_rows=b_rows)
+    tiles = triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn)
     arguments = (
         operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), b.stride(0), b_scale, *b_scale.stride(),
         bias, out, m, n, k,
@@ -271,7 +276,7 @@ def aot_cases():
         expect = {target: MATRIX_UNIT.get(target, ())}
         for m in (1, 64, 128, 4096):
             for b_rows in (False, True):
-                tile = config(m, 7168, capability, tma=capability in (90, 100))
+                tile = config(m, 7168, capability, tma=capability == 90, b_rows=b_rows)
                 constants = {"B_ROWS": b_rows, "BM": tile.bm, "BN": tile.bn, "GROUP_M": 8}
                 if tile.tma:
                     kernel, constants = matmul_tma_kernel, constants | {"SPECIALIZE": True}

@@ -81,7 +81,13 @@ def aot_cases():
                 tile = config(k)
                 options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
                 constants = {"POW2": False, "NATIVE": native, **tile}
-                pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "q_ptr": "*u8", "scale_ptr": "*fp32", "h_ptr": "*bf16"}
+                pointers = {
+                    "x_ptr": "*bf16",
+                    "weight_ptr": "*bf16",
+                    "q_ptr": "*u8",
+                    "scale_ptr": "*fp32",
+                    "h_ptr": "*bf16",
+                }
                 if with_residual:
                     pointers["residual_ptr"] = "*bf16"
                 else:

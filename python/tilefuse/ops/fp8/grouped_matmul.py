@@ -53,14 +53,14 @@ def fp8_grouped_matmul(
         b: ``[E, N, K]`` float8_e4m3fn. E = 0 is legal.
         b_scale: ``[E, ceil(N / 128), ceil(K / 128)]`` or ``[E, N, ceil(K / 128)]`` float32, told apart by its shape.
         offsets: ``[E + 1]`` int32 or int64, ascending, read on the device: nothing waits for the host. Groups may be
-            empty and of any size. Values are clamped to [0, T]; nothing outside of the tensors is touched whatever they are.
+            empty and of any size. Values are clamped to [0, T]; they never lead out of the tensors.
         out_dtype: bfloat16, float16, float32, or float64 (reference backend).
 
     Returns:
         ``[T, N]``, contiguous; rows before ``offsets[0]`` and from ``offsets[E]`` on are zero.
 
-    Arithmetic, strides and errors as in ``fp8_matmul``. Not differentiable. Deterministic; a row's result does not depend
-    on the other rows or on the sizes of the groups.
+    Arithmetic, strides and errors as in ``fp8_matmul``. Not differentiable. Deterministic; a row's result does not
+    depend on the other rows or on the sizes of the groups.
 
     Source: DeepGEMM's m-grouped contiguous GEMM, without its alignment of group sizes.
     """

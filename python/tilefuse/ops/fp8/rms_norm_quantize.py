@@ -61,8 +61,9 @@ def rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Residual add, RMSNorm and quantisation in one pass.
 
-    With ``s = x + residual`` in float32 (``s = x`` without residual), ``h`` is s rounded to x's dtype and ``(q, scale)``
-    quantises ``s / sqrt(mean(s^2) + norm_eps) * weight``, taken of the unrounded s, by the rule of ``fp8_quantize``.
+    With ``s = x + residual`` in float32 (``s = x`` without residual), ``h`` is s rounded to x's dtype and
+    ``(q, scale)`` quantises ``s / sqrt(mean(s^2) + norm_eps) * weight``, taken of the unrounded s, by the rule of
+    ``fp8_quantize``.
     The sum of squares is added up by halving, so all backends give the same bits.
 
     Args:

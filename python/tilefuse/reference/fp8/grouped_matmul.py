@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def fp8_grouped_matmul_fwd(
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=out_dtype)
     # bounds clamped and made ascending: the same reading on every backend
     bounds = offsets.clamp(0, a.shape[0]).cummax(0).values.tolist()
-    for e, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (begin, end) in enumerate(pairwise(bounds)):
         if begin < end:
             out[begin:end] = fp8_matmul_fwd(a[begin:end], a_scale[begin:end], b[e], b_scale[e], None, out_dtype)
     return out

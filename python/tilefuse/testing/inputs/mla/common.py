@@ -37,9 +37,7 @@ def latent_cache(
     kind = torch.uint8 if layout == "fp8" else dtype
     cache = torch.empty(pages, page_size, width, device=device, dtype=kind)
     cache.view(torch.uint8).fill_(0xFF)
-    slots = [
-        int(table[b, i // page_size]) * page_size + i % page_size for b, n in enumerate(lengths) for i in range(n)
-    ]
+    slots = [int(table[b, i // page_size]) * page_size + i % page_size for b, n in enumerate(lengths) for i in range(n)]
     rows = normal(len(slots), rank + rope, device=device, dtype=torch.float32, seed=7)
     if layout == "fp8":
         import tilefuse
