@@ -1,9 +1,12 @@
 """Backends of the op under test: a module names its kernel in KERNEL and, for gradients, BACKWARD."""
 
 import pytest
+import torch
 
 import tilefuse
 from tilefuse import library, native
+from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs.mla.common import normal
 
 CPU_MISSING = native.load("cpu").missing
 
@@ -44,3 +47,35 @@ def where(request):
 def grad_where(request):
     """The same for the backends of BACKWARD."""
     yield from _forced(request)
+
+
+def _on_cpu(args, dtype):
+    return tuple(a if a is None else a.cpu().to(dtype) if a.is_floating_point() else a.cpu() for a in args)
+
+
+def _compare(function, formula, args, options, dtype):
+    """Outputs and the gradients of the first two arguments."""
+
+    def run(f, args):
+        leaves = [a.detach().requires_grad_() for a in args[:2]]
+        out = f(*leaves, *args[2:], **options)
+        out = out if isinstance(out, tuple) else (out,)
+        grads = [normal(*o.shape, device="cpu", dtype=dtype, seed=i).to(o.device, o.dtype) for i, o in enumerate(out)]
+        return [*out, *torch.autograd.grad(out, leaves, grads)]
+
+    with poisoned():
+        got = run(function, args)
+    exact, naive = run(formula, _on_cpu(args, torch.float64)), run(formula, _on_cpu(args, dtype))
+    for g, e, n in zip(got, exact, naive, strict=True):
+        assert g.dtype == dtype and g.is_contiguous()
+        # sums of k terms are rounded at the magnitude of their partial sums
+        tiny = 2**-20 * float(e.detach().abs().max()) if dtype == torch.float32 and e.numel() else None
+        assert_close(g.detach(), e.detach(), n.detach(), tiny=tiny)
+    for g, a in zip(got, run(function, args)):
+        assert_bit_equal(g.detach(), a.detach())
+
+
+@pytest.fixture
+def compare():
+    """Compares a function with a formula: outputs, the gradients of the first two arguments, and a second run."""
+    return _compare

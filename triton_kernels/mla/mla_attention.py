@@ -486,7 +486,7 @@ def forward_tile(dim: int, v_dim: int, itemsize: int, capability: int) -> dict[s
 def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, capability: int) -> dict[str, int]:
     """The side whose gradient accumulates takes the longer tile. ``over``: ``"q"`` or ``"kv"``."""
     if itemsize > 2 or max(dim, v_dim) > 256:
-        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 8 if over == "q" else 4, "num_stages": 1}
     if capability == 100:
         return {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 1}
     if capability == 90:
