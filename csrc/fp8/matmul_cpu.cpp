@@ -264,9 +264,9 @@ void fp8_matmul_panel(const void* unpacked, const float* scales, int64_t rows, i
 
 #include <memory>
 #include <optional>
-#include <vector>
 
 #include "fp8/host.h"
+#include "fp8/segments.h"
 
 namespace tilefuse {
 
@@ -285,12 +285,9 @@ using torch::stable::Tensor;
 // rows unpacked at a time, and rows that share one unpacking of a panel
 constexpr int64_t kUnpackedRows = 2048, kPartRows = 512;
 
-struct Segment {
-  int64_t group, begin, end;
-};
+}  // namespace
 
-// out [M, N] from rows of a [M, K], each segment against its own weight of b [G, N, K] or the only one, [N, K]
-void matmul_segments(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+void fp8::matmul_segments(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                      const float* bias, const std::vector<Segment>& segments, Tensor& out) {
   const int64_t groups = b.dim() - 2, n = b.size(groups), k = b.size(groups + 1), blocks = fp8::blocks_of(k);
   const int64_t scale_rows = b_scale.size(groups) == n ? 1 : 128;
@@ -344,42 +341,14 @@ void matmul_segments(const Tensor& a, const Tensor& a_scale, const Tensor& b, co
   }
 }
 
+namespace {
+
 Tensor matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
               const std::optional<Tensor>& bias, ScalarType out_dtype) {
   const int64_t m = a.size(0), n = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
   const auto* shift = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  if (m > 0) matmul_segments(a, a_scale, b, b_scale, shift, {{0, 0, m}}, out);
-  return out;
-}
-
-Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-                      const Tensor& offsets, ScalarType out_dtype) {
-  const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
-  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
-  const void* bounds = offsets.const_data_ptr();
-  const bool wide = offsets.scalar_type() == ScalarType::Long;
-  // clamped and made ascending: no bound can lead out of memory
-  const auto bound = [&](int64_t i, int64_t least) {
-    const int64_t given = wide ? static_cast<const int64_t*>(bounds)[i] : static_cast<const int32_t*>(bounds)[i];
-    const int64_t value = given < m ? given : m;
-    return value > least ? value : least;
-  };
-  std::vector<Segment> segments;
-  int64_t begin = bound(0, 0);
-  const int64_t first = begin;
-  for (int64_t e = 0; e < groups; ++e) {
-    const int64_t end = bound(e + 1, begin);
-    if (end > begin) segments.push_back({e, begin, end});
-    begin = end;
-  }
-  auto* data = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t row_bytes = n * (dtype_of(out) == Dtype::f32 ? 4 : 2);
-  if (row_bytes > 0) {
-    std::memset(data, 0, static_cast<size_t>(first * row_bytes));
-    std::memset(data + begin * row_bytes, 0, static_cast<size_t>((m - begin) * row_bytes));
-  }
-  matmul_segments(a, a_scale, b, b_scale, nullptr, segments, out);
+  if (m > 0) fp8::matmul_segments(a, a_scale, b, b_scale, shift, {{0, 0, m}}, out);
   return out;
 }
 
@@ -389,14 +358,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
   m.def(
       "fp8_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype)"
       " -> Tensor");
-  m.def(
-      "fp8_grouped_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, ScalarType out_dtype)"
-      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("fp8_matmul_fwd", TORCH_BOX(&matmul));
-  m.impl("fp8_grouped_matmul_fwd", TORCH_BOX(&grouped_matmul));
 }
 
 }  // namespace tilefuse

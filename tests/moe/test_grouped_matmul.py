@@ -186,7 +186,11 @@ def test_12_offsets_are_64_bit():
     products = [
         ast.unparse(node)
         for node in ast.walk(tree)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and "stride" in ast.unparse(node.right)
+        if isinstance(node, ast.BinOp)
+        and isinstance(node.op, ast.Mult)
+        and "stride" in ast.unparse(node.right)
+        # a call is the host asking a tensor: Python's integers have no end
+        and ".stride(" not in ast.unparse(node.right)
     ]
     assert len(products) >= 6
     for product in products:

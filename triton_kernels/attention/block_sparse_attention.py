@@ -216,7 +216,7 @@ def config(kernel: str, head_dim: int, element_size: int, block_size: int) -> Co
         if block_size < 128:
             m, warps = 64, 4 if head_dim <= 64 else 8
     elif kernel == "dq":
-        m, n, warps, stages = (32, 32, 4, 1) if head_dim > 128 else (64, 64, 4 if head_dim <= 64 else 8, 2)
+        m, n, warps, stages = (32, 32, 4, 1) if head_dim > 128 else (64, 64, 4, 2) if head_dim <= 64 else (64, 32, 8, 2)
     else:
         m, n, warps, stages = (32, 64, 4, 2) if head_dim <= 64 else (32, 64 if head_dim <= 128 else 32, 8, 1)
     return Config(min(m, whole), min(n, whole), warps, stages)

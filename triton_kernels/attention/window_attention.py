@@ -668,7 +668,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
         return Config(64, 32, 8, 2)
     if kernel == "dq":
         if head_dim <= 64:
-            return Config(64, 64, 8 if extras else 4, 2)
+            return Config(64, 64, 8, 2)
         return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 4, 1)
     if kernel == "dkdv":
         if head_dim <= 64:

@@ -304,6 +304,12 @@ def aot_cases():
     from ...testing.aot import AotCase
 
     pointers = {"offsets": "i32", "index": "i32", "a_index": "i32", "grad_index": "i32"}
+    yield AotCase(
+        "gather_bf16",
+        gather_rows_kernel,
+        **signature_of(gather_rows_kernel, pointers | {"": "bf16"}, {"GROUPS": 128, "ROWS": 4, "BLOCK": 1024}, ("K",)),
+        options={"num_warps": 4},
+    )
     for dtype in ("bf16", "fp16", "fp32"):
         itemsize = 4 if dtype == "fp32" else 2
         expect = ("MMA",) if itemsize == 2 else None

@@ -117,7 +117,7 @@ def moe_plan_place_kernel(
 def config(slots: int) -> dict[str, int]:
     """Slots per program and per inner step."""
     if slots <= ALL_PAIRS_SLOTS:
-        return {"BLOCK": 128, "INNER": 64, "num_warps": 4}
+        return {"BLOCK": 128, "INNER": 32, "num_warps": 4}
     return {"BLOCK": 512, "INNER": 32, "num_warps": 8}
 
 

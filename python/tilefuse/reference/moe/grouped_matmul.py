@@ -30,6 +30,16 @@ def gather(a: Tensor, index: Tensor | None, index_div: int, here: slice) -> Tens
     return computed(a[at.masked_fill(outside, 0)]).masked_fill(outside[:, None], 0)
 
 
+def matmul_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.T`` in tiles of a fixed number of rows.
+
+    PyTorch's float32 matmul picks its summation by the number of rows: a row's bits would depend on its neighbours.
+    """
+    tile = 32
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[0] % tile))
+    return torch.cat([part @ weight.T for part in padded.split(tile)])[: rows.shape[0]]
+
+
 def grouped_matmul_fwd(
     a: Tensor,
     b: Tensor,
@@ -42,7 +52,7 @@ def grouped_matmul_fwd(
     rows = a.shape[0] if a_index is None else a_index.shape[0]
     out = computed(a).new_zeros(rows, b.shape[1])
     for e, here in groups(offsets, rows):
-        out[here] = gather(a, a_index, index_div, here) @ computed(b[e]).T
+        out[here] = matmul_rows(gather(a, a_index, index_div, here), computed(b[e]))
         if bias is not None:
             out[here] += computed(bias[e])
     return out.to(out_dtype)

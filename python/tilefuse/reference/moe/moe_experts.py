@@ -1,5 +1,7 @@
 """Reference of the expert layer's own kernels: up-projection with activation, and the activation's backward."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,28 @@ def activate(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: flo
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def activate_bwd(
+    gate: Tensor, up: Tensor, dh: Tensor, activation: str, alpha: float, limit: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``activate`` for gate and up."""
+    if activation == "silu":
+        s = torch.sigmoid(gate)
+        return dh * up * s * (1 + gate * (1 - s)), dh * gate * s
+    if activation == "gelu":
+        factor, cubic = math.sqrt(2 / math.pi), 0.044715
+        t = torch.tanh(factor * (gate + cubic * gate**3))
+        slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * factor * (1 + 3 * cubic * gate * gate)
+        return dh * up * slope, dh * 0.5 * gate * (1 + t)
+    g, u = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit > 0 else (gate, up)
+    s = torch.sigmoid(alpha * g)
+    d_gate, d_up = dh * (u + 1) * s * (1 + alpha * g * (1 - s)), dh * g * s
+    if limit > 0:
+        # a clamped value passes no gradient, one at the bound does
+        d_gate = d_gate.masked_fill(gate > limit, 0)
+        d_up = d_up.masked_fill(up.abs() > limit, 0)
+    return d_gate, d_up
 
 
 def _kept(offsets: Tensor, rows: int) -> Tensor:
@@ -52,11 +76,9 @@ def moe_experts_act_bwd(
     slot = order.long()
     w = computed(weights).flatten()[slot][:, None].masked_fill(~kept, 0).to(computed(z[:0]).dtype)
     d = computed(dh).masked_fill(~kept, 0)
-    with torch.enable_grad():
-        leaf = computed(z.detach()).masked_fill(~kept, 0).clone().requires_grad_()
-        h = activate(*leaf.chunk(2, dim=-1), activation, alpha, limit)
-        (dz,) = torch.autograd.grad(h, leaf, d * w)
-    h = h.detach()
+    gate, up = computed(z).masked_fill(~kept, 0).chunk(2, dim=-1)
+    h = activate(gate, up, activation, alpha, limit)
+    dz = torch.cat(activate_bwd(gate, up, d * w, activation, alpha, limit), dim=-1)
     dweights = torch.empty_like(weights, dtype=h.dtype).flatten()
     dweights[slot] = (h * d).sum(-1)
     return dz.to(z.dtype), (h * w).to(z.dtype), dweights.view(weights.shape).to(weights.dtype)

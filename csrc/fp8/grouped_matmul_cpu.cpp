@@ -1,0 +1,56 @@
+// fp8_grouped_matmul on the CPU: the rows of each expert are a segment of the dense matmul.
+#include "common/cpu.h"
+
+#ifdef TILEFUSE_REGISTER
+
+#include "fp8/segments.h"
+
+namespace tilefuse {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                      const Tensor& offsets, ScalarType out_dtype) {
+  const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
+  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  const void* bounds = offsets.const_data_ptr();
+  const bool wide = offsets.scalar_type() == ScalarType::Long;
+  // clamped and made ascending: no bound can lead out of memory
+  const auto bound = [&](int64_t i, int64_t least) {
+    const int64_t given = wide ? static_cast<const int64_t*>(bounds)[i] : static_cast<const int32_t*>(bounds)[i];
+    const int64_t value = given < m ? given : m;
+    return value > least ? value : least;
+  };
+  std::vector<fp8::Segment> segments;
+  int64_t begin = bound(0, 0);
+  const int64_t first = begin;
+  for (int64_t e = 0; e < groups; ++e) {
+    const int64_t end = bound(e + 1, begin);
+    if (end > begin) segments.push_back({e, begin, end});
+    begin = end;
+  }
+  auto* data = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t row_bytes = n * (dtype_of(out) == Dtype::f32 ? 4 : 2);
+  if (row_bytes > 0) {
+    std::memset(data, 0, static_cast<size_t>(first * row_bytes));
+    std::memset(data + begin * row_bytes, 0, static_cast<size_t>((m - begin) * row_bytes));
+  }
+  fp8::matmul_segments(a, a_scale, b, b_scale, nullptr, segments, out);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
+  m.def(
+      "fp8_grouped_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, ScalarType out_dtype)"
+      " -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("fp8_grouped_matmul_fwd", TORCH_BOX(&grouped_matmul)); }
+
+}  // namespace tilefuse
+
+#endif  // TILEFUSE_REGISTER
