@@ -366,9 +366,8 @@ def test_cases_of_every_family_are_well_formed():
     cases = harness.discover("full", "cpu") + harness.discover("full", "cuda")
     assert len({case.id for case in harness.discover("full", "cpu")}) == len(harness.discover("full", "cpu"))
     for case in cases:
-        # never eager alone: a compiled form of it, or a library's own compiled kernel
-        compiled = [name for name, peer in case.peers.items() if getattr(peer, "compile", False)]
-        assert "eager" in case.peers and ("torch.compile" in case.peers or compiled), case.id
+        # never eager alone: its compiled form, or the library op that does the same
+        assert "eager" in case.peers and len(case.peers) > 1, case.id
     quick = {case.id for case in harness.discover("quick", "cpu")}
     assert quick <= {case.id for case in harness.discover("full", "cpu")}
 

@@ -60,9 +60,7 @@ def cases() -> Iterator[Case]:
             return ids.int(), weights
 
         eager = by_position(capacity) if policy == "position" else by_weight(capacity)
-        peers = {"eager": eager}
-        if policy == "position":
-            peers["torch.compile"] = Peer(eager, compile=True)
+        peers = {"eager": eager, "torch.compile": Peer(eager, compile=True)}
         yield Case(
             op="moe_apply_capacity",
             name=f"{tokens} tokens, {EXPERTS} experts, k {TOP_K}, by {policy}",

@@ -672,7 +672,7 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
         return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 4, 1)
     if kernel == "dkdv":
         if head_dim <= 64:
-            return Config(32, 64, 8, 1) if extras else Config(32, 64, 4, 2)
+            return Config(32, 64, 8, 1)
         if head_dim <= 128:
             return Config(32, 64, 8, 1 if extras else 2) if extras < 3 else Config(32, 32, 8, 1)
         return Config(32, 32, 8, 1)
