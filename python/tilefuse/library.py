@@ -60,7 +60,9 @@ class Op:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """Backends that implement every kernel of this op."""
+        """Backends that implement every kernel of this op; an op of plain PyTorch calls has no other."""
+        if not self.kernels:
+            return ("reference",)
         lists = [_kernels[k].backends for k in self.kernels]
         return tuple(b for b in backends.BACKENDS if all(b in names for names in lists))
 
