@@ -23,11 +23,14 @@ def float_bits(value: float) -> int:
 
 
 def native_cast(device: torch.device) -> bool:
-    """Whether ``.to(tl.float8e4nv)`` exists: sm_89 and newer, gfx950 and gfx12, and the repaired interpreter."""
+    """Whether ``.to(tl.float8e4nv)`` exists and rounds once: sm_90 and newer, gfx950, gfx12, the repaired interpreter.
+
+    On sm_89 Triton converts through float16, which rounds twice.
+    """
     if backends.interpreting() and device.type == "cpu":
         return True
     name = arch.of(device)
-    return arch.capability(name) >= 89 or name.startswith(("gfx95", "gfx12"))
+    return arch.capability(name) >= 90 or name.startswith(("gfx95", "gfx12"))
 
 
 @triton.jit
