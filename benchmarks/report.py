@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,18 +158,19 @@ def _drawn(lines: Iterable[Line]) -> list[Line]:
 
 
 def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """One picture per device: percent of the measured roof of each op, and how it compares with its peers.
+    """Pictures per device: an overview of the quick suite, and how times grow where a series of cases was run.
 
-    It shows the cases of the quick suite, which are a choice that fits on one page; `draw` makes pictures of others.
+    The overview has the percent of the measured roof of each op, and how it compares with its peers; the quick suite
+    is a choice that fits on one page, `draw` makes pictures of other cases.
     Returns no path when matplotlib is not installed.
     """
     paths = []
     for device in sorted({line["device"] for line in lines}):
         of_device = [line for line in lines if line["device"] == device]
         quick = [line for line in of_device if line.get("suite", "quick") == "quick"]
-        path = folder / f"{of_device[0]['device_key']}_overview.png"
-        if draw(quick, path):
-            paths.append(path)
+        key = of_device[0]["device_key"]
+        drawn = {"overview": partial(draw, quick), "growth": partial(draw_growth, of_device)}
+        paths += [path for name, at in drawn.items() if at(path := folder / f"{key}_{name}.png")]
     return paths
 
 
@@ -215,6 +217,56 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     # no date in the file: the same lines give the same picture
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
+    plt.close(figure)
+    return True
+
+
+def draw_growth(lines: Sequence[Line], path: Path) -> bool:
+    """A panel per series: time over length on logarithmic axes, with a line of proportional growth through the first.
+
+    Returns False, and writes nothing, without matplotlib or without a series of at least three lengths.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    series: dict[tuple[str, str], list[Line]] = {}
+    for line in sorted(_drawn(lines), key=lambda line: line.get("length", 0)):
+        if "series" in line:
+            series.setdefault((line["op"], line["series"]), []).append(line)
+    series = {key: found for key, found in series.items() if len(found) >= 3}
+    if not series:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, len(series), figsize=(6.4 * len(series), 4.4), layout="constrained", squeeze=False)
+    for axes, ((op, name), found) in zip(grid[0], series.items()):
+        lengths = [line["length"] for line in found]
+        ours = [line["median_us"] / 1e3 for line in found]
+        axes.plot(lengths, ours, "s-", color=COLOURS["tilefuse"], label="tilefuse", zorder=3)
+        linear = [ours[0] * length / lengths[0] for length in lengths]
+        axes.plot(lengths, linear, ":", color="#555555", label="proportional to the length", zorder=2)
+        for peer in dict.fromkeys(peer for line in found for peer in line["peers"]):
+            points = [
+                (line["length"], line["peers"][peer]["median_us"] / 1e3)
+                for line in found
+                if "median_us" in line["peers"].get(peer, {})
+            ]
+            if points:
+                axes.plot(*zip(*points), "o-", markersize=4, linewidth=1, label=peer)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("ms")
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        axes.set_title(f"{op}: {name}", fontsize=10, fontweight="bold", loc="left")
+    figure.suptitle(found[0]["device"], fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
     plt.close(figure)
     return True

@@ -343,6 +343,8 @@ class Runner:
             "flops": case.flops,
             "call_cost": case.call_cost,
         }
+        if case.series:
+            line |= {"series": case.series, "length": case.length}
         before = time.perf_counter()
         try:
             with compile_settings(), torch.no_grad(), torch.cuda.stream(self.stream):

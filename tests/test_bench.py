@@ -394,6 +394,21 @@ def test_plots_are_drawn_from_lines(tmp_path):
     assert not (tmp_path / "nothing.png").exists()
 
 
+def test_growth_is_drawn_for_a_series_of_at_least_three_lengths(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    lines = [line_of(f"toy | {n}", name=str(n), series="window 512", length=1024 * n) for n in (4, 2, 1)]
+    assert [path.name for path in report.plot(lines, tmp_path)] == ["cpu_x_overview.png", "cpu_x_growth.png"]
+    assert not report.draw_growth(lines[:2], tmp_path / "none.png")
+    assert not report.draw_growth([*lines[:2], line_of()], tmp_path / "none.png")
+
+
+def test_a_series_needs_a_length():
+    rest = {"inputs": None, "run": None, "peers": {}, "bytes": 1}
+    for changes in ({"series": "a"}, {"length": 8}):
+        with pytest.raises(ValueError, match="a series needs a length"):
+            harness.Case("toy", "a", "bfloat16", **rest, **changes)
+
+
 def test_readme_parts_are_replaced_between_marks():
     marks = "".join(
         "\n".join(mark.format(name=name) for mark in report.README_MARKS) + "\n" for name in ("plot", "ops", "numbers")
