@@ -134,7 +134,7 @@ def cache_row(layout: str) -> str:
         rows += [
             [
                 f"{row.scale_offset + 4 * g} .. {row.scale_offset + 4 * g + 3}",
-                f"scale of codes {g * GROUP} on",
+                f"scale of codes {g * GROUP} .. {(g + 1) * GROUP - 1}",
                 "float32",
             ]
             for g in range(row.rank // GROUP)
