@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention
+from . import attention, bigbird, fp8_linear, longformer
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
 
 # asked in this order about every module
-PARTS = [attention.swap]
+PARTS = [attention.swap, longformer.swap, bigbird.swap, fp8_linear.swap]
 
 
 def register() -> None:
     attention.register()
+    fp8_linear.register()
 
 
 def patch(model: nn.Module) -> Report:

@@ -14,14 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import output_capturing
 
 from ...ops.attention.block_sparse_attention import block_sparse_attention
-from .report import Left, Swap
+from .swap import Left, Swap
 
 _STOCK = "transformers.models.big_bird.modeling_big_bird"
+_ATTENTION = ("BigBirdBlockSparseAttention", "BigBirdSelfAttention")
 
 # module -> {(length, device): (row_offsets, col_index, state of NumPy's generator afterwards)}
 _drawn: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+    stock = next((c for c in type(module).__mro__ if c.__module__ == _STOCK and c.__name__ in _ATTENTION), None)
+    if stock is None:
+        return None
+    if type(module).forward is not stock.forward:
+        return Left(f"{type(module).__name__} has a forward of its own")
+    if stock.__name__ == _ATTENTION[1]:
+        return Left("attention_type original_full is dense attention outside of Hugging Face's attention registry")
+    if module.num_random_blocks < 1:
+        return Left("num_random_blocks is 0, which the stock module cannot run either")
+    return Swap(forward, "attention: block_sparse_attention", "output_attentions")
 
 
 def forward(
@@ -35,7 +50,7 @@ def forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``BigBirdBlockSparseAttention.forward``, without the dense matrix of attention weights."""
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _recorded():
         return type(self).forward(
             self, hidden_states, band_mask, from_mask, to_mask, from_blocked_mask, to_blocked_mask, **kwargs
         )
@@ -56,6 +71,12 @@ def forward(
     )  # fmt: skip
     # rows of padding are zero
     return out.flatten(2) * from_mask[:, 0], None
+
+
+def _recorded() -> bool:
+    """Whether the model collects attention weights: ``config.output_attentions`` reaches no module's arguments."""
+    collector = getattr(output_capturing, "_active_collector", None)
+    return collector is not None and "attentions" in (collector.get() or ())
 
 
 @functools.lru_cache(maxsize=64)

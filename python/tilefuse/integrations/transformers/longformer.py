@@ -12,9 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.attention.global_attention import global_attention
-from .report import Left, Swap
+from .swap import Left, Swap
 
-_STOCK = "transformers.models.longformer.modeling_longformer", "LongformerSelfAttention"
+_STOCK = "transformers.models.longformer.modeling_longformer"
+_NAME = "LongformerSelfAttention"
+
+
+def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+    stock = next((c for c in type(module).__mro__ if (c.__module__, c.__name__) == (_STOCK, _NAME)), None)
+    if stock is None:
+        return None
+    if type(module).forward is not stock.forward:
+        return Left(f"{type(module).__name__} has a forward of its own")
+    left = ["output_attentions"]
+    if module.dropout > 0:
+        left.append(f"training (attention dropout {module.dropout:g})")
+    return Swap(forward, "attention: global_attention", " and ".join(left))
 
 
 def forward(
@@ -36,13 +49,12 @@ def forward(
             self, hidden_states, attention_mask, is_index_masked, is_index_global_attn, is_global_attn,
             output_attentions,
         )  # fmt: skip
-    batch, length, _ = hidden_states.shape
     heads = (self.num_heads, self.head_dim)
     q, k, v = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
     if is_global_attn:
         index, *projections = _of_globals(self, hidden_states, is_index_global_attn)
     else:
-        index, projections = is_index_masked.new_empty((batch, 0), dtype=torch.int64), (None, None, None)
+        index, projections = is_index_masked.new_empty((len(hidden_states), 0), dtype=torch.int64), (None, None, None)
     half = self.one_sided_attn_window_size
     out, _ = global_attention(
         q, k, v, index, *projections, ~is_index_masked, window=(half, half), scale=self.head_dim**-0.5
