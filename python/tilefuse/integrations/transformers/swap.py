@@ -105,8 +105,8 @@ class _State:
     forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     # module, its own config, the copy it got
     configs: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-    # id of a copy -> its values when it was made
-    made: dict[int, dict[str, Any]] = field(default_factory=dict)
+    # a copy, its values when it was made (no ids: a deep copy of the model has copies of these)
+    made: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def _slot(module: nn.Module) -> str:
@@ -131,7 +131,7 @@ def own_configs(state: _State, model: nn.Module) -> None:
             for key in getattr(config, "sub_configs", ()):
                 if (sub := getattr(config, key, None)) is not None and not isinstance(sub, dict):
                     object.__setattr__(made, key, own(sub))
-            state.made[id(made)] = dict(vars(made))
+            state.made.append((made, dict(vars(made))))
         return copies[id(config)]
 
     from transformers import PreTrainedConfig
@@ -162,6 +162,7 @@ def undo(model: nn.Module) -> None:
                     # a hook was added since: what it wraps is the class's forward again
                     changed._old_forward = types.MethodType(type(changed).forward, changed)
         returned = set()
+        values = {id(made): before for made, before in state.made}
         for owner, config, made in state.configs:
             if owner.__dict__.get("config") is made:
                 owner.config = config
@@ -169,7 +170,7 @@ def undo(model: nn.Module) -> None:
                 continue
             returned.add(id(made))
             # settings that the user changed meanwhile stay
-            before = state.made[id(made)]
+            before = values[id(made)]
             for name, value in vars(made).items():
                 if (name not in before or before[name] is not value) and name != "_attn_implementation_internal":
                     object.__setattr__(config, name, value)
