@@ -27,7 +27,7 @@ def patch(model: nn.Module) -> Report:
     if state is None:
         # a part of it may be patched on its own
         undo(model)
-        state = apply(model, PARTS)
+        state = apply(model, PARTS, attention.adopt)
     return state.report
 
 

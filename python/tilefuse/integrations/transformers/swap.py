@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-# where the state of a patched model lives: an attribute survives copy.deepcopy, a dictionary keyed by the model does not
+# where the state of a patched model lives: an attribute goes along with copy.deepcopy
 STATE = "_tilefuse_patch"
 
 
@@ -176,8 +176,15 @@ def undo(model: nn.Module) -> None:
                     object.__setattr__(config, name, value)
 
 
-def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left | None]]) -> _State:
-    """Walks the model and asks the parts, in order, about each module; the first that knows it decides."""
+def apply(
+    model: nn.Module,
+    parts: list[Callable[[nn.Module, Any], Swap | Left | None]],
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+) -> _State:
+    """Walks the model and asks the parts, in order, about each module; the first that knows it decides.
+
+    ``prepare`` runs first, when the model has configs of its own.
+    """
     state = _State(Report({}))
     own_configs(state, model)
     setattr(model, STATE, state)
@@ -185,6 +192,7 @@ def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left |
     # path -> config of the closest module above that has one
     configs: dict[str, Any] = {}
     try:
+        prepare(model)
         for path, module in model.named_modules():
             parent = path.rpartition(".")[0]
             config = configs[path] = module.__dict__.get("config") or (configs.get(parent) if path else None)
