@@ -1,0 +1,36 @@
+"""tilefuse under Hugging Face transformers: ``register()``, ``patch(model)``, ``unpatch(model)``.
+
+Needs ``pip install tilefuse[transformers]``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from . import attention, bigbird, fp8_linear, longformer
+from .swap import STATE, Change, Left, Report, Swap, apply, undo
+
+__all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
+
+# asked in this order about every module
+PARTS = [attention.swap, longformer.swap, bigbird.swap, fp8_linear.swap]
+
+
+def register() -> None:
+    attention.register()
+    fp8_linear.register()
+
+
+def patch(model: nn.Module) -> Report:
+    register()
+    state = model.__dict__.get(STATE)
+    if state is None:
+        # a part of it may be patched on its own
+        undo(model)
+        state = apply(model, PARTS, attention.adopt)
+    return state.report
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    undo(model)
+    return model
