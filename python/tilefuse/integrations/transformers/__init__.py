@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention
+from . import attention, experts, router
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
 
 # asked in this order about every module
-PARTS = [attention.swap]
+PARTS = [attention.swap, router.swap, experts.swap]
 
 
 def register() -> None:
     attention.register()
+    experts.register()
 
 
 def patch(model: nn.Module) -> Report:
