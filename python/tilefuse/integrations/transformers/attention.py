@@ -63,6 +63,9 @@ _SLIDING = sliding_window_overlay(1).__code__
 _PACKED = packed_sequence_mask_function(torch.zeros(1, 1)).__code__
 _REMAPPED = remap_positions_for_packed_sequence(causal_mask_function, torch.zeros(1, 1)).__code__
 
+# text models that hand these mask functions nothing but padding and packed sequences
+_TEXT_MODELS = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
+
 
 def register() -> None:
     for name, function in ((NAME, attention), (EAGER, attention_over_eager)):
@@ -146,7 +149,7 @@ def mask(
     """The mask function of the registry: None, a code or a dense bool mask ``[B, 1, Sq, Sk]``."""
     code, found = _find(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-        allow_is_causal_skip, device, config,
+        allow_is_causal_skip, use_vmap, device, config,
     )  # fmt: skip
     if found:
         return code
@@ -179,6 +182,7 @@ def _find(
     attention_mask: Tensor | None,
     local_size: int | None,
     plain: bool,
+    custom: bool,
     device: torch.device | str,
     config: Any,
 ) -> tuple[Tensor | None, bool]:
@@ -194,12 +198,21 @@ def _find(
         return _bidirectional(padding, batch, q_length, kv_length, device), True
 
     window = local_size if local_size is not None and local_size < kv_length else None
-    if not plain:
-        if tracing:
+    if not plain and tracing:
+        # closures cannot be looked at either, but in these models a mask that is not plain is one of packed sequences
+        packed = not custom and attention_mask is None and getattr(config, "model_type", None) in _TEXT_MODELS
+        if not packed or not (isinstance(q_offset, int) and q_offset == 0 and 1 < q_length == kv_length):
             return _DENSE
+        if local_size is not None and (local_size != getattr(config, "sliding_window", None) or local_size < 2):
+            return _DENSE
+        return _packed(_starts_of(mask_function, batch, q_length, device), window), True
+    if not plain:
         ids = _packed_ids(mask_function, local_size) if padding is None else None
         if ids is not None:
-            return _packed(ids, window, device), True
+            new = torch.ones_like(ids, dtype=torch.bool)
+            new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+            starts = new.flatten().nonzero().flatten()
+            return _packed(torch.nn.functional.pad(starts, (0, 1), value=ids.numel()), window), True
         # a cache that may be compiled asks for a mask in every step of decoding
         if q_length > 1 or not _is_causal(mask_function, local_size):
             return _DENSE
@@ -287,12 +300,21 @@ def _segments(
     return _code(rows)
 
 
-def _packed(ids: Tensor, window: int | None, device: torch.device | str) -> Tensor:
+def _starts_of(mask_function: Callable[..., Any], batch: int, length: int, device: torch.device | str) -> Tensor:
+    """``cu_seqlens`` of a packed causal mask without a wait for the device: unused segments at the end are empty."""
+    rows = torch.arange(batch, device=device)[:, None]
+    later = torch.arange(1, length, device=device)[None]
+    # a token that does not see the one before it begins a sequence
+    sees = mask_function(rows, torch.zeros_like(rows), later, later - 1).expand(batch, length - 1)
+    new = torch.nn.functional.pad(~sees, (1, 0), value=True).flatten()
+    index = torch.arange(batch * length, device=device)
+    starts = torch.where(new, index, batch * length).sort().values
+    return torch.nn.functional.pad(starts, (0, 1), value=batch * length)
+
+
+def _packed(cu_seqlens: Tensor, window: int | None) -> Tensor:
     """Positions restart at each sequence, so a window counts inside of it as it does in the whole."""
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    starts = torch.nn.functional.pad(new.flatten().nonzero().flatten(), (0, 1), value=ids.numel())
-    return _code([starts, starts] if window is None else [starts, starts, torch.full_like(starts, window)])
+    return _code([cu_seqlens] * 2 + ([] if window is None else [torch.full_like(cu_seqlens, window)]))
 
 
 def _bidirectional(
