@@ -48,6 +48,18 @@ def _ratio(value: float) -> str:
     return f"{value:.2g}x" if value < 1 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
+def _memory(line: Line) -> str:
+    """Peak bytes of one call beyond its inputs, and what eager needs."""
+
+    def megabytes(value: int | None) -> str:
+        return "?" if value is None else f"{value / 1e6:.3g} MB"
+
+    if "peak_bytes" not in line:
+        return ""
+    eager = line["peers"].get("eager", {}).get("peak_bytes")
+    return f"{megabytes(line['peak_bytes'])} ({megabytes(eager)})"
+
+
 def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of cases."""
     peers = []
@@ -59,6 +71,8 @@ def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     header += ["vs best library"] if peers else []
     bounds = list(dict.fromkeys(name for line in lines for name in speedups(line, yardsticks=True)))
     header += [f"vs {name}" for name in bounds]
+    memory = any("peak_bytes" in line for line in lines)
+    header += ["extra memory (eager's)"] if memory else []
     table = []
     for line in lines:
         if line["status"] != "ok":
@@ -84,6 +98,7 @@ def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
             cells.append(f"{_ratio(others[best])} {best}" if best else "-")
         own = speedups(line, yardsticks=True)
         cells += [_ratio(own[name]) if name in own else "-" for name in bounds]
+        cells += [_memory(line)] if memory else []
         table.append(cells)
     return header, table
 
