@@ -152,6 +152,7 @@ class Case:
     exact: bool = False
     rows: bool = True
     call_cost: bool = False
+    memory: bool = False  # report the peak memory of one call beyond its inputs
     suite: Literal["quick", "full"] = "full"  # quick cases run in both suites
     devices: tuple[str, ...] = ("cpu", "cuda")
     series: str = ""

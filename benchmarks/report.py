@@ -16,6 +16,7 @@ COLOURS = {"tilefuse": "#1b6ca8", "eager": "#9a9a9a", "torch.compile": "#e08e45"
 SLOWER = "#b03a2e"
 MODES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 HEADER = ["op", "case", "dtype", "mode", "time", "% of roof", "compared with"]
+MEMORY = "extra memory (eager's)"
 # a reason longer than this is cut: a table is no log
 REASON_LENGTH = 110
 
@@ -70,6 +71,18 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}x" if value < 0.995 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
+def _memory(line: Line) -> str:
+    """Peak bytes of one call beyond its inputs, and what eager needs."""
+
+    def megabytes(value: int | None) -> str:
+        return "?" if value is None else f"{value / 1e6:.3g} MB"
+
+    if "peak_bytes" not in line:
+        return ""
+    eager = line["peers"].get("eager", {}).get("peak_bytes")
+    return f"{megabytes(line['peak_bytes'])} ({megabytes(eager)})"
+
+
 def compared(line: Line, bold: str = "") -> str:
     """Peers with how many times longer they took, the fastest first (and ``bold``), then the bounds."""
     ranked = sorted(speedups(line).items(), key=lambda item: item[1])
@@ -81,18 +94,21 @@ def compared(line: Line, bold: str = "") -> str:
 
 
 def rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of cases."""
+    """Header and cells of the table of cases; a column for memory where a case measured it."""
+    memory = any("peak_bytes" in line for line in lines)
+    header = HEADER + ([MEMORY] if memory else [])
     table = []
     for line in lines:
         cells = [line["op"], line["name"], line["dtype"], line["mode"]]
         if line["status"] != "ok":
-            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", ""])
+            cells += [f"{line['status']}: {_short_reason(line['reason'])}", "", ""]
         elif line.get("call_cost"):
-            table.append([*cells, _time(line["call_us"]) + " per call", "", compared(line, bold)])
+            cells += [_time(line["call_us"]) + " per call", "", compared(line, bold)]
         else:
             roof = f"{line['roof_percent']:.0f}% {line['bound']}"
-            table.append([*cells, _time(line["median_us"]), roof, compared(line, bold)])
-    return list(HEADER), table
+            cells += [_time(line["median_us"]), roof, compared(line, bold)]
+        table.append(cells + ([_memory(line)] if memory else []))
+    return header, table
 
 
 def by_family(lines: Iterable[Line]) -> dict[str, list[Line]]:
@@ -212,9 +228,9 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
         plt.Line2D([], [], linestyle="", marker=mark, color=COLOURS[name], label=words.get(name, name))
         for name, mark in marks.items()
     ]
-    note = "right: speed against the fastest of these peers (red: slower)"
-    handles.append(plt.Line2D([], [], linestyle="", label=note))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    note = "On the right: speed against the fastest of these peers; red where tilefuse is slower."
+    options = {"ncols": len(handles), "frameon": False, "fontsize": 9, "title": note, "title_fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower center", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # no date in the file: the same lines give the same picture
     figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})

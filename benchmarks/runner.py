@@ -492,6 +492,13 @@ class Runner:
         for name in bound.keys() - free.keys():
             with contestants[name]._forced():
                 timings |= measure({name: bound[name]}, self.settings.seconds / 4)
+        for name, calls in bound.items() if case.memory else ():
+            with contestants[name]._forced():
+                peak = timing.peak_memory(calls[0], self.device)
+            if name == "tilefuse":
+                self._own_peak_bytes = peak
+            else:
+                peers.setdefault(name, {})["peak_bytes"] = peak
         return timings, state
 
     def _judge(
@@ -535,6 +542,8 @@ class Runner:
         if hasattr(self, "_own_call_us"):
             result["call_us"] = self._own_call_us
             del self._own_call_us
+        if case.memory:
+            result["peak_bytes"] = self._own_peak_bytes
         for name, measured in timings.items():
             if name != "tilefuse":
                 peers[name] |= _numbers(measured, case)

@@ -1,0 +1,1 @@
+"""tilefuse inside other libraries. Nothing here is imported by ``import tilefuse``."""

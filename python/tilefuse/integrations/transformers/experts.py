@@ -1,0 +1,76 @@
+"""Experts: Hugging Face's expert layers with stacked weights, through its registry or instance by instance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from ...ops.moe.grouped_matmul import grouped_matmul
+from ...ops.moe.moe_combine import moe_combine
+from ...ops.moe.moe_experts import moe_experts
+from ...ops.moe.moe_plan import moe_plan
+from .swap import Left, Swap
+
+NAME = "tilefuse"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def register() -> None:
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
+
+
+def fused_activation(module: nn.Module) -> str | None:
+    """``"silu"`` or ``"gelu"`` if ``act(gate) * up`` of this module is one that the fused kernel computes."""
+    plain = module.has_gate and module.is_concatenated and not module.has_post_expert_norm
+    if not plain or type(module)._apply_gate is not _default_apply_gate:
+        return None
+    return {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}.get(
+        type(module.act_fn).__name__
+    )
+
+
+def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts function of the registry: ``[T, H]``, ids and weights ``[T, k]`` to ``[T, H]``.
+
+    An id of ``num_experts`` (another rank's expert) is dropped. An activation that the fused kernel does not know
+    runs as the module computes it, between two grouped products; so do interleaved gate and up rows (gpt-oss), whose
+    weights are only ever read as views.
+    """
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    down = self.down_proj
+    up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
+    down_bias = self.down_proj_bias if self.has_bias else None
+    if self.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    x = hidden_states.to(up.dtype)
+    if top_k_weights.dtype not in (torch.float32, x.dtype):
+        top_k_weights = top_k_weights.float()
+    activation = fused_activation(self)
+    if activation is not None:
+        out = moe_experts(x, up, down, top_k_weights, top_k_index, up_bias, down_bias, activation=activation)
+        return out.to(hidden_states.dtype)
+    order, inverse, offsets = moe_plan(top_k_index, up.shape[0])
+    rows = grouped_matmul(x, up, offsets, order // top_k_index.shape[1], up_bias)
+    rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+    rows = grouped_matmul(rows, down, offsets, None, down_bias)
+    if self.has_post_expert_norm:
+        rows = self.post_expert_norm(rows)
+    return moe_combine(rows, inverse, top_k_weights).to(hidden_states.dtype)
+
+
+def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+    """Modules of classes that Hugging Face marks with ``use_experts_implementation``."""
+    if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj")):
+        return None
+    weights = [module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj]
+    if not all(isinstance(w, Tensor) and w.dim() == 3 for w in weights):
+        return Left("its weights are not stacked")
+    if any(w.dtype not in _FLOATS for w in weights):
+        return None
+    if any(type(w) not in (Tensor, nn.Parameter) for w in weights):
+        return Left("its weights are sharded tensors")
+    fused = fused_activation(module)
+    return Swap(experts, "experts" if fused else "experts (activation as in the model)")
