@@ -32,21 +32,22 @@ static inline void load_block(const T* x, int64_t count, float* values) {
 
 // bits of the largest magnitude, NaN and infinities included: below 0x7f800000 the block is finite
 static inline uint32_t largest_magnitude(const float* values) {
-  uint32_t largest = 0;
+  // signed: gcc 12 makes slow code of an unsigned maximum
+  int32_t largest = 0;
   for (int64_t i = 0; i < kBlock; ++i) {
-    const uint32_t magnitude = fp8::bits_of(values[i]) & 0x7fffffffu;
+    const int32_t magnitude = static_cast<int32_t>(fp8::bits_of(values[i]) & 0x7fffffffu);
     largest = magnitude > largest ? magnitude : largest;
   }
-  return largest;
+  return static_cast<uint32_t>(largest);
 }
 
 static inline uint32_t finite_amax(const float* values) {
-  uint32_t amax = 0;
+  int32_t amax = 0;
   for (int64_t i = 0; i < kBlock; ++i) {
-    const uint32_t magnitude = fp8::finite_magnitude(values[i]);
+    const int32_t magnitude = static_cast<int32_t>(fp8::finite_magnitude(values[i]));
     amax = magnitude > amax ? magnitude : amax;
   }
-  return amax;
+  return static_cast<uint32_t>(amax);
 }
 
 #ifdef TILEFUSE_FP8_AVX512
@@ -87,6 +88,20 @@ static inline void encode_block(const float* values, float scale, bool finite, i
 #endif
   (void)finite;
   for (int64_t i = 0; i < count; ++i) q[i] = fp8::quantize(values[i], scale);
+}
+
+// the same for a scale that is a power of two: the product with its inverse, which is exact, equals the quotient
+static inline void encode_block_pow2(const float* values, float scale, bool finite, uint8_t* q) {
+  const float inverse = fp8::float_of(0x7f000000u - fp8::bits_of(scale));
+#ifdef TILEFUSE_FP8_AVX512
+  for (int64_t i = 0; i < kBlock; i += 16) {
+    const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), finite ? encode16<true>(y) : encode16<false>(y));
+  }
+#else
+  (void)finite;
+  for (int64_t i = 0; i < kBlock; ++i) q[i] = fp8::encode(values[i] * inverse);
+#endif
 }
 
 // codes of one row of values under a scale for each column
