@@ -1,11 +1,12 @@
-"""A module of tilefuse.nn against the Hugging Face module that it replaces, by the rule of tilefuse.testing."""
+"""A module of tilefuse.nn against the Hugging Face module that it replaces, by the rule of tilefuse.testing.numeric."""
 
 import copy
 
 import pytest
 import torch
 
-from tilefuse.testing import assert_bit_equal, assert_close
+from tilefuse.testing import assert_bit_equal
+from tilefuse.testing.numeric import error_report
 
 
 def randomize(module, scale=0.3):
@@ -42,12 +43,20 @@ def compare_with_hf(ours, theirs, x, run_theirs, *, dtype, run_ours=None):
     exact = _run(copy.deepcopy(theirs).double(), run_theirs, x.double(), grad)
     naive = _run(theirs, run_theirs, x, grad)
     assert got.keys() == exact.keys() == naive.keys()
+    largest = max(float(g.abs().max()) for g in exact.values())
     for name in got:
         assert got[name].dtype == dtype, name
+        if float(exact[name].abs().max()) < 1e-12 * largest:
+            # a key's bias shifts all scores of a row alike: what there is of a gradient is rounding
+            assert got[name].abs().max() < 8 * torch.finfo(dtype).eps * largest, name
+            continue
         # sums of many terms are rounded at the magnitude of their partial sums
         tiny = 2**-20 * float(exact[name].abs().max()) if dtype == torch.float32 else None
-        # a row of a weight's gradient may come from a single token, where naive's one rounding is luck
-        assert_close(got[name], exact[name].double(), naive[name], tiny=tiny, rows=name in ("out", "x"), name=name)
+        report = error_report(got[name], exact[name].double(), naive[name], tiny=tiny)
+        # not the single rows: a chain of layers makes a row's error from few roundings (of scores, of one token's
+        # gradient), where naive may be lucky; 64x64 tiles average over enough of them
+        ratios = (report.max_ratio, report.rms_ratio, report.tile_ratio)
+        assert max(ratios) <= 2, f"{name}: {report.message}"
 
 
 def check_initialisation(make):
