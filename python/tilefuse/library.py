@@ -218,7 +218,8 @@ def kernel(
         return fake(*args)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    run = _bumping_versions(entry, mutated_arguments(schema)) if "!" in schema else entry
+    # the bound method: calling an instance goes through a slot that costs 0.2 us
+    run = _bumping_versions(entry, mutated_arguments(schema)) if "!" in schema else entry.__call__
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"tilefuse::{name}", traced_fake, lib=LIBRARY)

@@ -6,13 +6,14 @@ each key once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import tuned
 from ..common.flash import (
     LN2,
     LOG2E,
@@ -177,6 +178,16 @@ def config(head_dim: int, element_size: int, rows: int) -> Config:
     return Config(block_m, 64 if head_dim <= 128 else 32, 8 if block_m == 64 else 4, 2)
 
 
+# what `python -m tilefuse tune` tries
+CONFIGS = {
+    "paged_attention": tuple(
+        asdict(Config(block_m, block_n, warps, stages))
+        for block_m in (16, 32, 64)
+        for block_n, warps, stages in ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
+    )
+}
+
+
 def paged_attention_fwd(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, sinks: Tensor | None,
     alibi_slopes: Tensor | None, left: int, right: int, scale: float, softcap: float, k_scale: float, v_scale: float,
@@ -192,7 +203,9 @@ def paged_attention_fwd(
     if fp8:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     left, right = (UNBOUNDED.value if w < 0 else min(w, UNBOUNDED.value) for w in (left, right))
-    tile = config(max(padded(dim), padded(dim_v)), q.element_size(), sq * group)
+    padded_dim, rows = max(padded(dim), padded(dim_v)), sq * group
+    key = f"d={padded_dim},bytes={k_cache.element_size()},rows<={min(64, triton.next_power_of_2(rows))}"
+    tile = tuned.choose("paged_attention", key, q.device, config(padded_dim, q.element_size(), rows))
     max_keys = block_table.shape[1] * page_size
     span = min(max_keys, left + right + 1 + tile.block_m // group + 1)
     chunks = max(1, triton.cdiv(span, CHUNK))

@@ -9,13 +9,14 @@ and a byte per token that takes it out of the band.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common import tuned
 from ..common.flash import (
     LOG2E,
     aot_arguments,
@@ -679,6 +680,18 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
     return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
 
+# what `python -m tilefuse tune` tries
+TILES = {
+    "fwd": ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3),
+            (128, 128, 8, 2)),
+    "dq": ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)),
+    "dkdv": ((32, 64, 4, 2), (32, 64, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)),
+}  # fmt: skip
+CONFIGS = {
+    f"window_attention_{kernel}": tuple(asdict(Config(*tile)) for tile in tiles) for kernel, tiles in TILES.items()
+}
+
+
 def padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
@@ -746,7 +759,10 @@ class Problem:
             (d, dv) != (padded(d), padded(dv)), self.slopes is not None, self.hidden is not None, self.packed,
             self.dilation > 1, self.softcap > 0, self.prefix.kind > 0,
         )  # fmt: skip
-        return config(kernel, max(padded(d), padded(dv)), self.q.element_size(), left + right + 1, sum(extras))
+        dim, size, span = max(padded(d), padded(dv)), self.q.element_size(), left + right + 1
+        tile = config(kernel, dim, size, span, sum(extras))
+        key = f"d={dim},bytes={size},span<={min(4096, triton.next_power_of_2(span))},extras={sum(extras)}"
+        return tuned.choose(f"window_attention_{kernel}", key, self.q.device, tile)
 
     @property
     def dims(self) -> dict[str, int]:

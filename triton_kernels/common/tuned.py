@@ -1,38 +1,50 @@
 """Measured tile configurations: ``tuned/<gpu>.json``, written by ``python -m tilefuse tune`` and by nothing else.
 
-A kernel's configuration function asks `find` first and computes its heuristic where nothing was measured::
+A launcher passes its heuristic's configuration through `choose`, under a key that names the class of shapes::
 
-    def config(m, n, k, device):
-        measured = tuned.find("fp8_matmul", f"n={n},k={k},m<={bucket(m)}", device)
-        return Config(**measured) if measured else heuristic(m, n, k)
+    tile = tuned.choose("fp8_matmul", f"n={n},k={k},m<={bucket(m)}", a.device, config(m, n, k))
 
-A Triton module that wants to be tuned defines ``tunable()``, which yields a `Tunable` per kernel and key.
+and its module lists in ``CONFIGS`` what is worth trying: kernel -> fields to replace in the heuristic's configuration.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "tuned"
+Config = TypeVar("Config")
+Key = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class Tunable:
-    """One kernel at one class of shapes, and what to try."""
+@dataclass
+class Session:
+    """While one is open, launchers note what they ask for, and take what is forced."""
 
-    kernel: str
-    key: str  # the shape class, as the kernel's own configuration function spells it
-    default: Mapping[str, Any]  # what the heuristic takes
-    configs: tuple[Mapping[str, Any], ...]
-    # allocates random inputs on a device and returns run(config) -> output; a configuration may raise
-    build: Callable[[torch.device], Callable[[Mapping[str, Any]], Any]]
+    asked: dict[Key, Any] = field(default_factory=dict)  # (kernel, key) -> the heuristic's configuration
+    forced: dict[Key, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_session: Session | None = None
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    """Opens a tuning session: measured configurations are out of force, only ``forced`` ones count."""
+    global _session
+    previous, _session = _session, Session()
+    try:
+        yield _session
+    finally:
+        _session = previous
 
 
 @functools.cache
@@ -49,11 +61,20 @@ def _device_key(device: torch.device) -> str:
     return device_key(device)
 
 
-def find(kernel: str, key: str, device: torch.device) -> Mapping[str, Any] | None:
-    """The measured configuration, or None."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return table(_device_key(device)).get(kernel, {}).get(key)
+def replaced(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A configuration, dataclass or dict, with some of its fields replaced."""
+    return config | changes if isinstance(config, dict) else dataclasses.replace(config, **changes)
+
+
+def choose(kernel: str, key: str, device: torch.device, heuristic: Config) -> Config:
+    """The configuration that was measured on this kind of GPU, else the heuristic's."""
+    if _session is not None:
+        _session.asked.setdefault((kernel, key), heuristic)
+        return replaced(heuristic, _session.forced.get((kernel, key), {}))
+    if device.type != "cuda":
+        return heuristic
+    measured = table(_device_key(device)).get(kernel, {}).get(key)
+    return replaced(heuristic, measured) if measured else heuristic
 
 
 def write(device_key: str, measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Path:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ... import arch, backends
-from ..common import fp8
+from ..common import fp8, tuned
 from ..common.launch import on_device
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
@@ -201,6 +201,17 @@ def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132, b_
     return Config(128, 128, 4, 4, tma=True) if tma else Config(128, 128, 8, 3)
 
 
+# what `python -m tilefuse tune` tries; all columns of a tile share one scale, so none is wider than 128
+CONFIGS = {
+    "fp8_matmul": tuple(
+        {"bm": bm, "bn": bn, "num_warps": warps, "num_stages": stages}
+        for bm, bn, warps in ((16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4),
+                              (128, 64, 4), (128, 128, 4), (128, 128, 8))
+        for stages in (3, 4, 5)
+    )
+}  # fmt: skip
+
+
 def fits_tma(capability: int, *tensors: torch.Tensor) -> bool:
     """Whether the TMA kernel takes these e4m3 tensors: sm_90 (it spills on sm_100), 16-byte aligned base and rows."""
     return 90 <= capability < 100 and all(
@@ -237,6 +248,8 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
         num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
     b_rows = b_scale.shape[0] == n
     tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms, b_rows=b_rows)
+    key = f"n={n},k={k},m<={min(8192, max(16, triton.next_power_of_2(m)))},b_rows={b_rows}"
+    tile = tuned.choose("fp8_matmul", key, a.device, tile)
     tiles = triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn)
     arguments = (
         operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), b.stride(0), b_scale, *b_scale.stride(),

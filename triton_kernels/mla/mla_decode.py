@@ -15,7 +15,7 @@ from torch import Tensor
 from tilefuse import arch
 from tilefuse.ops.mla import layout as layouts
 
-from ..common import aot, fp8
+from ..common import aot, fp8, tuned
 from ..common.launch import on_device
 from .mla_gather_kv import cache_parts, dequantize, load_scales, rope_vector
 
@@ -299,6 +299,16 @@ def tile(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, capabi
     return {"BM": block_m, "BN": 32, "num_warps": warps, "num_stages": 3}
 
 
+# what `python -m tilefuse tune` tries
+CONFIGS = {
+    "mla_decode": tuple(
+        {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
+        for bm, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8))
+        for bn, stages in ((16, 4), (32, 2), (32, 3), (64, 2))
+    )
+}
+
+
 def plan(batch: int, tiles: int, capacity: int, num_splits: int, block_n: int, processors: int) -> tuple[int, int, int]:
     """``(num_splits, max_splits, target)`` for the kernels.
 
@@ -356,6 +366,8 @@ def attend(
     rows = heads if sparse else queries * heads
     sequences = batch * queries if sparse else batch
     config = tile(rows, row.rank, q.element_size(), row.is_fp8, sparse, arch.capability(arch.of(q.device)))
+    key = f"rows<={min(64, triton.next_power_of_2(rows))},rank={row.rank},layout={layout},sparse={sparse}"
+    config = tuned.choose("mla_decode", key, q.device, config)
     tiles = triton.cdiv(rows, config["BM"])
     if sparse:
         # from the length of the lists alone, so that a result does not depend on the batch

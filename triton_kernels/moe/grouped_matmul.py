@@ -198,15 +198,24 @@ def fitted(tile: Config, matrices: int, itemsize: int, budget: int) -> Config:
     return replace(tile, num_stages=max(1, min(tile.num_stages, budget // stage(tile))))
 
 
-def measured(kernel: str, rows: int, groups: int, n: int, k: int, device: torch.device) -> Config | None:
-    found = tuned.find(kernel, f"n={n},k={k},m<={bucket(rows / max(1, groups))}", device)
-    return Config(**found) if found else None
+def shape_key(rows: int, groups: int, n: int, k: int, dtype: torch.dtype) -> str:
+    return f"n={n},k={k},m<={bucket(rows / max(1, groups))},bytes={dtype.itemsize}"
+
+
+# what `python -m tilefuse tune` tries: (BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, warps, stages)
+TILES = (
+    (16, 128, 128, 1, 4, 4), (16, 64, 256, 1, 4, 4), (32, 128, 128, 1, 4, 4), (32, 256, 64, 1, 8, 4),
+    (64, 128, 64, 2, 4, 4), (64, 256, 64, 2, 8, 4), (128, 128, 64, 4, 8, 3), (128, 128, 64, 8, 4, 4),
+    (128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 4), (256, 128, 64, 8, 8, 3),
+)  # fmt: skip
+TRIED = tuple({**asdict(Config(*tile)), "gather_first": first} for tile in TILES for first in (False, True))
+CONFIGS = {"grouped_matmul_fwd": TRIED}
 
 
 def config(rows: int, groups: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The measured tile, else the heuristic's."""
-    found = measured("grouped_matmul_fwd", rows, groups, n, k, device)
-    return found or fitted(heuristic(rows, groups, n, k, dtype.itemsize), 1, dtype.itemsize, budget_of(device))
+    tile = fitted(heuristic(rows, groups, n, k, dtype.itemsize), 1, dtype.itemsize, budget_of(device))
+    return tuned.choose("grouped_matmul_fwd", shape_key(rows, groups, n, k, dtype), device, tile)
 
 
 def wgrad_config(n: int, k: int, itemsize: int) -> dict[str, int]:

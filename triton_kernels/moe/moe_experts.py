@@ -7,18 +7,20 @@ from dataclasses import replace
 import triton
 import triton.language as tl
 
+from ..common import tuned
 from ..common.grouped import find_tile, groups_padded, max_tiles, tile_order
 from ..common.launch import on_device
 from ..common.signature import signature_of
 from .grouped_matmul import (
     BUDGETS,
+    TRIED,
     Config,
     budget_of,
     fitted,
     gathered,
     heuristic,
-    measured,
     programs_of,
+    shape_key,
     source_rows,
 )
 
@@ -142,11 +144,14 @@ def narrowed(tile: Config) -> Config:
     return replace(tile, BLOCK_N=min(tile.BLOCK_N, 64), num_warps=8)
 
 
+CONFIGS = {"moe_experts_up": TRIED}
+
+
 def config(rows, groups, inner, k, dtype, device) -> Config:
     """The measured tile, else the heuristic's."""
-    found = measured("moe_experts_up", rows, groups, inner, k, device)
     tile = narrowed(heuristic(rows, groups, inner, k, dtype.itemsize))
-    return found or fitted(tile, 2, dtype.itemsize, budget_of(device))
+    tile = fitted(tile, 2, dtype.itemsize, budget_of(device))
+    return tuned.choose("moe_experts_up", shape_key(rows, groups, inner, k, dtype), device, tile)
 
 
 def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):

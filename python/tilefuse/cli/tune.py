@@ -1,13 +1,15 @@
 """Measure the tile configurations of Triton kernels on this GPU and store the best.
 
-Writes triton_kernels/tuned/<gpu>.json, which the kernels read before their heuristics. Every Triton module that
-defines tunable() takes part. A configuration counts only if its output is as right as the heuristic's. Without a GPU
-there is nothing to measure: exit code 1.
+Runs the benchmark's cases, and for each kernel in them every configuration that its module lists. Writes
+triton_kernels/tuned/<gpu>.json, which launchers read before their heuristics. A configuration counts only if the
+case's result is as right as with the heuristic's. Without a GPU there is nothing to measure: exit code 1.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +22,39 @@ from ._console import Console
 
 # a gain below this is noise, and the heuristic stays
 THRESHOLD = 0.03
+Calls = Mapping[str, Sequence[Callable[[], Any]]]
+
+
+@dataclass(frozen=True)
+class Winner:
+    """The best configuration of one kernel for one class of shapes; empty where the heuristic stays."""
+
+    changes: Mapping[str, Any]
+    seconds: float  # of the case with it
+    heuristic_seconds: float
+
+    @property
+    def gain(self) -> float:
+        return self.heuristic_seconds / self.seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", action="append", default=[], metavar="NAME", help="only this family (repeatable)")
     parser.add_argument("--kernel", action="append", default=[], metavar="NAME", help="only this kernel (repeatable)")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only benchmark cases whose id contains this")
     parser.add_argument("--list", action="store_true", help="print what can be tuned and stop")
     parser.add_argument("--dry-run", action="store_true", help="measure, but write nothing")
 
 
-def _tunables(args: argparse.Namespace) -> list[Any]:
+def candidates(families: Sequence[str] = (), kernels: Sequence[str] = ()) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """kernel -> what its module lists as worth trying."""
     from ..testing import aot
 
-    found = []
+    found: dict[str, tuple[Mapping[str, Any], ...]] = {}
     for family, _, module in aot.modules():
-        if args.family and family not in args.family:
-            continue
-        for tunable in getattr(module, "tunable", tuple)():
-            if not args.kernel or tunable.kernel in args.kernel:
-                found.append(tunable)
-    return found
+        if not families or family in families:
+            found |= getattr(module, "CONFIGS", {})
+    return {kernel: configs for kernel, configs in found.items() if not kernels or kernel in kernels}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,78 +65,114 @@ def run(args: argparse.Namespace) -> int:
         console.say(f"Nothing to tune: {missing}.")
         console.result({"error": missing})
         return FAILED
-    tunables = _tunables(args)
-    if args.kernel and not tunables:
-        raise UsageError(f"no tunable kernel called {', '.join(args.kernel)}")
+    configs = candidates(args.family, args.kernel)
+    if unknown := [k for k in args.kernel if k not in configs]:
+        raise UsageError(f"no tunable kernel called {', '.join(unknown)}")
     if args.list:
-        rows = [(t.kernel, t.key, len(t.configs), dict(t.default)) for t in tunables]
-        console.table("Tunable kernels", ["kernel", "key", "configurations", "heuristic"], rows)
-        console.result([{"kernel": t.kernel, "key": t.key, "configs": len(t.configs)} for t in tunables])
+        rows = [(kernel, len(tried)) for kernel, tried in configs.items()]
+        console.table("Tunable kernels", ["kernel", "configurations"], rows)
+        console.result({kernel: [dict(c) for c in tried] for kernel, tried in configs.items()})
         return OK
     if not torch.cuda.is_available():
         console.say("Tuning measures a GPU, and torch sees none here. The heuristics of the kernels are in force.")
         console.result({"error": "no GPU"})
         return FAILED
-    return _measure(console, tunables, dry_run=args.dry_run)
+    return _measure(console, configs, args)
 
 
-def _measure(console: Console, tunables: list[Any], *, dry_run: bool) -> int:
+def _measure(console: Console, configs: Mapping[str, Sequence[Mapping[str, Any]]], args: argparse.Namespace) -> int:
+    from ..benchmarks import harness, timing
     from ..triton_kernels.common import tuned
 
     device = torch.device("cuda", torch.cuda.current_device())
-    best: dict[str, dict[str, Any]] = {}
-    rows: list[list[Any]] = []
-    failed = 0
-    with console.progress(len(tunables), "tune") as progress:
-        for tunable in tunables:
-            progress.start(f"{tunable.kernel} {tunable.key}")
+    cases = harness.discover("full", "cuda", families=args.family, match=args.case)
+    winners: dict[tuple[str, str], Winner] = {}
+    failures = []
+    with console.progress(len(cases), "tune") as progress:
+        for case in cases:
+            progress.start(case.id)
             try:
-                config, seconds, baseline = _best_config(tunable, device)
+                # graphs are captured from the current stream, which must not be the default one
+                with torch.cuda.stream(torch.cuda.Stream(device)):
+                    winners |= tune_case(case, device, configs, winners, timing.measure_cuda)
             except Exception as error:
-                failed += 1
-                rows.append([tunable.kernel, tunable.key, f"failed: {type(error).__name__}: {error}", "", ""])
-            else:
-                gain = baseline / seconds
-                if gain > 1 + THRESHOLD:
-                    best.setdefault(tunable.kernel, {})[tunable.key] = dict(config)
-                    rows.append([tunable.kernel, tunable.key, dict(config), f"{seconds * 1e6:.1f} us", f"{gain:.2f}x"])
-                else:
-                    rows.append([tunable.kernel, tunable.key, "heuristic", f"{baseline * 1e6:.1f} us", "1.00x"])
+                failures.append(f"{case.id}: {type(error).__name__}: {error}")
             progress.done()
+    rows = [
+        (*key, dict(w.changes) or "heuristic", f"{w.seconds * 1e6:.1f} us", f"{w.gain:.2f}x")
+        for key, w in winners.items()
+    ]
     console.table(
-        f"Configurations on {torch.cuda.get_device_name(device)}", ["kernel", "key", "best", "time", "gain"], rows
+        f"Configurations on {torch.cuda.get_device_name(device)}", ["kernel", "key", "best", "case", "gain"], rows
     )
+    for failure in failures:
+        console.say(f"failed: {failure}")
+    best: dict[str, dict[str, Any]] = {}
+    for (kernel, key), winner in winners.items():
+        if winner.changes:
+            best.setdefault(kernel, {})[key] = dict(winner.changes)
     path = None
-    if best and not dry_run:
+    if best and not args.dry_run:
         path = tuned.write(arch.device_key(device), best)
         console.say(f"wrote {path}")
-    console.result({"best": best, "path": str(path) if path else None, "failed": failed})
-    return FAILED if failed else OK
+    console.result({"best": best, "path": str(path) if path else None, "failed": failures})
+    return FAILED if failures else OK
 
 
-def _best_config(tunable: Any, device: torch.device) -> tuple[Any, float, float]:
-    """(best configuration, its seconds, the heuristic's seconds)."""
-    from ..benchmarks import timing
+def tune_case(
+    case: Any,
+    device: torch.device,
+    configs: Mapping[str, Sequence[Mapping[str, Any]]],
+    known: Mapping[tuple[str, str], Winner],
+    measure: Callable[..., Mapping[str, Any]],
+) -> dict[tuple[str, str], Winner]:
+    """Tries the configurations of each kernel that a benchmark case launches, one kernel after the other.
 
-    # measure_cuda captures the current stream, which must not be the default one
-    with tilefuse.backend("triton"), torch.cuda.stream(torch.cuda.Stream(device)):
-        run = tunable.build(device)
-        expected = run(tunable.default)
-        calls, configs = {}, {}
-        for i, config in enumerate([tunable.default, *tunable.configs]):
-            try:
-                out = run(config)
-                torch.cuda.synchronize()
-            except Exception:
-                # too much shared memory, an unsupported layout: not a choice on this GPU
+    Args:
+        case: a case of the benchmark.
+        device: where it runs.
+        configs: kernel -> fields to replace in the heuristic's configuration.
+        known: winners of earlier cases; they are in force, and not measured again.
+        measure: ``timing.measure_cuda`` or a stand-in: (calls, budget=seconds) -> name -> object with ``median``.
+    """
+    from ..benchmarks import runner
+    from ..triton_kernels.common import tuned
+
+    generator = torch.Generator(device).manual_seed(0)
+    found: dict[tuple[str, str], Winner] = {}
+    with tilefuse.backend("triton"), tuned.session() as session, torch.no_grad():
+        session.forced.update({key: winner.changes for key, winner in known.items()})
+        call = runner.Contestant(case, runner.Peer(case.run)).bind(case.inputs(device, generator), generator)
+        session.asked.clear()
+        expected = call()
+        for key, heuristic in list(session.asked.items()):
+            if key in known or key[0] not in configs:
                 continue
-            if i and not _agree(out, expected):
-                continue
-            calls[str(i)] = [lambda config=config: run(config)]
-            configs[str(i)] = config
-        timings = timing.measure_cuda(calls, budget=0.05 * len(calls))
-    best = min(timings, key=lambda name: timings[name].median)
-    return configs[best], timings[best].median, timings["0"].median
+
+            def forced(changes: Mapping[str, Any], key: tuple[str, str] = key) -> Any:
+                session.forced[key] = changes
+                return call()
+
+            tried: list[Mapping[str, Any]] = [{}]
+            for changes in configs[key[0]]:
+                if tuned.replaced(heuristic, changes) == heuristic:
+                    continue
+                try:
+                    right = _agree(forced(changes), expected)
+                except Exception:
+                    # too much shared memory, an unsupported layout: not a choice on this GPU
+                    continue
+                if right:
+                    tried.append(changes)
+            calls: Calls = {str(i): [lambda changes=changes: forced(changes)] for i, changes in enumerate(tried)}
+            timings = measure(calls, budget=0.05 * len(calls))
+            seconds = {i: timings[str(i)].median for i in range(len(tried))}
+            best = min(seconds, key=seconds.__getitem__)
+            if seconds[0] / seconds[best] <= 1 + THRESHOLD:
+                best = 0
+            session.forced[key] = tried[best]
+            found[key] = Winner(tried[best], seconds[best], seconds[0])
+    return found
 
 
 def _agree(out: Any, expected: Any) -> bool:
@@ -131,8 +182,12 @@ def _agree(out: Any, expected: Any) -> bool:
     for a, b in zip(tree_leaves(out), tree_leaves(expected)):
         if not isinstance(a, torch.Tensor) or not a.is_floating_point() or a.dtype.itemsize == 1:
             continue
-        a, b = a.double(), b.double()
+        # infinities, such as the lse of a row without keys, must be the same ones
+        finite = b.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            return False
+        a, b = a[finite].double(), b[finite].double()
         scale = b.square().mean().sqrt()
-        if not bool((a - b).square().mean().sqrt() <= 0.02 * scale + 1e-30):
+        if a.numel() and not bool((a - b).square().mean().sqrt() <= 0.02 * scale + 1e-30):
             return False
     return True

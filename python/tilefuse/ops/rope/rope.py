@@ -78,11 +78,14 @@ def check_rope(
     if positions is not None:
         if cu_seqlens is not None:
             errors.value_error(name, "cu_seqlens", "None when positions is given", cu_seqlens)
-        expected = (3, *shape[:-2]) if mrope_section else tuple(shape[:-2])
-        if tuple(positions.shape) != expected:
-            errors.value_error(name, "positions", f"{[*expected]} int32 or int64", positions)
-        if positions.dtype not in errors.INDEX_DTYPES:
-            errors.type_error(name, "positions", f"{[*expected]} int32 or int64", positions)
+        where = positions.shape
+        if mrope_section:
+            same = where == (3, *shape[:-2])
+        else:
+            same = len(where) == rank - 2 and where[0] == shape[0] and (rank == 3 or where[1] == shape[1])
+        if not same or positions.dtype not in errors.INDEX_DTYPES:
+            expected = f"{[3, *shape[:-2]] if mrope_section else [*shape[:-2]]} int32 or int64"
+            (errors.type_error if same else errors.value_error)(name, "positions", expected, positions)
         if positions.device != device:
             errors.check_device(name, "positions", positions, x, arg)
     elif cu_seqlens is not None:
@@ -115,7 +118,8 @@ def check_in_place(name: str, **tensors: Tensor) -> None:
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
     """Kernels take any strides but a contiguous last dim: elsewhere this costs a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    # is_contiguous costs a third of stride
+    return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def contiguous_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
@@ -173,7 +177,7 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _apply(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 9
+        return _apply(grad, (*ctx.saved_tensors, *ctx.options)), *(None,) * 9
 
 
 class _RopeQK(torch.autograd.Function):
@@ -195,25 +199,23 @@ class _RopeQK(torch.autograd.Function):
     def backward(ctx, q_grad, k_grad):
         rest = (*ctx.saved_tensors, *ctx.options)
         if q_grad is not None and k_grad is not None:
-            q_grad, k_grad = _apply_qk(q_grad, k_grad, *rest)
+            q_grad, k_grad = _apply_qk(q_grad, k_grad, rest)
         elif q_grad is not None:
-            q_grad = _apply(q_grad, *rest)
+            q_grad = _apply(q_grad, rest)
         elif k_grad is not None:
-            k_grad = _apply(k_grad, *rest)
+            k_grad = _apply(k_grad, rest)
         return q_grad, k_grad, *(None,) * 9
 
 
-def _apply(x: Tensor, *rest: Any) -> Tensor:
-    if x.stride(-1) != 1:
-        x = contiguous_rows(x)
+def _apply(x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    x = contiguous_rows(x)
     if x.requires_grad and torch.is_grad_enabled():
         return _Rope.apply(x, *rest)
     return rope_fwd(x, *rest)
 
 
-def _apply_qk(q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if q.stride(-1) != 1 or k.stride(-1) != 1:
-        q, k = contiguous_rows(q), contiguous_rows(k)
+def _apply_qk(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    q, k = contiguous_rows(q), contiguous_rows(k)
     if (q.requires_grad or k.requires_grad) and torch.is_grad_enabled():
         return _RopeQK.apply(q, k, *rest)
     return rope_qk_fwd(q, k, *rest)
@@ -276,10 +278,11 @@ def rope(
     Source: Su et al., RoFormer (arXiv 2104.09864); mRoPE: Wang et al., Qwen2-VL (arXiv 2409.12191).
     """
     check_rope("rope", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
-    return _apply(
-        x, contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
+    rest = (
+        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
+    return _apply(x, rest)
 
 
 @op(
@@ -312,10 +315,11 @@ def rope_qk(
         ``(q', k')``, contiguous.
     """
     check_rope("rope_qk", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
-    return _apply_qk(
-        q, k, contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
+    rest = (
+        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
         interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
     )  # fmt: skip
+    return _apply_qk(q, k, rest)
 
 
 @op(
