@@ -79,6 +79,7 @@ class BlockPattern:
         ax.set_yticks([y - 0.5 for y in range(self.rows + 1)], minor=True)
         ax.grid(which="minor", color="white", linewidth=0.5)
         ax.tick_params(which="minor", length=0)
+        ax.locator_params(integer=True)
         ax.set_xlabel(f"blocks of {self.block_size} keys")
         ax.set_ylabel(f"blocks of {self.block_size} queries")
         ax.set_title(f"{self.density:.1%} of all blocks")
