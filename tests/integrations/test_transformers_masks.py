@@ -142,6 +142,7 @@ def test_codes_say_what_hugging_face_says(size, window):
         ((3, 7, None), "full", 4, 0),
         ((1, 8, None), "full", None, None),
         ((1, 8, 6), "none", None, 1),
+        ((1, 8, 6), "full", None, 1),
         ((9, 0, 6), "none", None, None),
         ((3, 7, 6), "none", None, 2),
         ((9, 0, None), "left", None, 2),
@@ -221,5 +222,6 @@ def test_bidirectional(kind):
     }
     found = attention.mask(**arguments)
     expected = wanted(arguments | {"allow_is_bidirectional_skip": False})
-    assert (found is None) == (kind == "none")
+    assert (found is None) == (kind in ("none", "full"))
+    assert found is None or attention.is_code(found) == (kind != "hole")
     check_attention(found, expected, 5, 9, is_causal=False)

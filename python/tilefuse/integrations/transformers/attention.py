@@ -236,8 +236,7 @@ def _find(
         if q_length == 1 and padding is None and window is None:
             written = (q_offset - kv_offset + 1).to(torch.int32)
             return written.expand(batch).clone().view(1, 1, 1, batch), True
-        # one query per sequence: a dense mask is small, and Hugging Face's function reads the cache where it lies
-        if tracing or q_length == 1:
+        if tracing:
             return _DENSE
         q_offset = int(q_offset)
     # query i stands at key i + delta
@@ -252,7 +251,10 @@ def _find(
         if everything:
             start = end = None
             after = False
-        elif not one_run or q_length == 1 or (after and window is not None):
+        elif not one_run or (after and window is not None):
+            return _DENSE
+        elif q_length == 1:
+            # one row per sequence is small, and Hugging Face's function reads the cache where it lies
             return _DENSE
     at_end = delta + q_length == kv_length
     if start is None:
@@ -261,6 +263,10 @@ def _find(
         if at_end:
             width = kv_length if window is None else window
             return torch.empty(1, 1, _BOTTOM_RIGHT, width, dtype=torch.int32, device=device), True
+        if q_length == 1:
+            if window is not None:
+                return _DENSE
+            return torch.full((1, 1, _DECODE, batch), delta + 1, dtype=torch.int32, device=device), True
         start = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         end = start + delta + q_length
     return _segments(start, end, delta, after, window, batch, q_length, kv_length, device), True
