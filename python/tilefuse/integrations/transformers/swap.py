@@ -12,6 +12,8 @@ stay as they are, because hooks that record router logits or offload weights sit
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -105,8 +107,8 @@ class _State:
     forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     # module, its own config, the copy it got
     configs: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-    # a copy, its values when it was made (no ids: a deep copy of the model has copies of these)
-    made: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    # config, its copy, the copy's values when it was made
+    copies: list[tuple[Any, Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def _slot(module: nn.Module) -> str:
@@ -121,6 +123,31 @@ def set_forward(state: _State, module: nn.Module, forward: Callable[..., Any]) -
     setattr(module, slot, bound)
 
 
+def _code_key(function: Any) -> tuple[Any, ...] | None:
+    code = getattr(function, "__code__", None)
+    # where in its file a function stands does not matter
+    return code and (code.co_code, code.co_names, code.co_varnames, code.co_consts)
+
+
+@functools.cache
+def _known(classes: tuple[tuple[str, str, Any], ...]) -> dict[tuple[Any, ...], Any]:
+    found = {}
+    for model, name, value in classes:
+        file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        key = _code_key(getattr(file, name, nn.Module).forward)
+        if key is not None:
+            found[key] = value
+    return found
+
+
+def same_code(module: nn.Module, classes: tuple[tuple[str, str, Any], ...]) -> Any:
+    """The value of the first of ``(model, class, value)`` whose forward is, instruction by instruction, the module's.
+
+    Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
+    """
+    return _known(classes).get(_code_key(type(module).forward))
+
+
 def own_configs(state: _State, model: nn.Module) -> None:
     """Gives the model configs of its own: ``from_config`` shares one object among models that must not change."""
     copies: dict[int, Any] = {}
@@ -131,7 +158,7 @@ def own_configs(state: _State, model: nn.Module) -> None:
             for key in getattr(config, "sub_configs", ()):
                 if (sub := getattr(config, key, None)) is not None and not isinstance(sub, dict):
                     object.__setattr__(made, key, own(sub))
-            state.made.append((made, dict(vars(made))))
+            state.copies.append((config, made, dict(vars(made))))
         return copies[id(config)]
 
     from transformers import PreTrainedConfig
@@ -161,16 +188,11 @@ def undo(model: nn.Module) -> None:
                 else:
                     # a hook was added since: what it wraps is the class's forward again
                     changed._old_forward = types.MethodType(type(changed).forward, changed)
-        returned = set()
-        values = {id(made): before for made, before in state.made}
         for owner, config, made in state.configs:
             if owner.__dict__.get("config") is made:
                 owner.config = config
-            if id(made) in returned:
-                continue
-            returned.add(id(made))
+        for config, made, before in state.copies:
             # settings that the user changed meanwhile stay
-            before = values[id(made)]
             for name, value in vars(made).items():
                 if (name not in before or before[name] is not value) and name != "_attn_implementation_internal":
                     object.__setattr__(config, name, value)
