@@ -90,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
 def _finish(console: Console, lines: list, stored: list, path: Path, folder: Path, report) -> int:
     """Table of this run's lines; plots of all that are stored for this device."""
     if lines:
-        console.table(f"{lines[0]['device']}: tilefuse and its speed-up over each peer", *report.rows(lines))
+        console.table(f"{lines[0]['device']}: tilefuse, and its speed against each peer", *report.rows(lines))
     for name, reason in sorted(report.missing(lines).items()):
-        console.say(f"peer {name} did not run in some case: {reason}")
+        console.say(f"peer {name} did not run: {reason}")
     plots = report.plot(stored, folder)
     for written in (path, *plots):
         console.say(f"wrote {written}")
@@ -114,8 +114,8 @@ def _readme(console: Console, folder: Path) -> int:
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in runner.read_lines(file)]
     plots = [p.relative_to(path.parent) if p.is_relative_to(path.parent) else p for p in report.plot(lines, folder)]
     # one picture on the first screen: a GPU's before a CPU's
-    roofs = sorted((p for p in map(str, plots) if p.endswith("_roof.png")), key=lambda p: "nvidia" not in p)
-    path.write_text(report.readme(path.read_text(), tilefuse.ops(), lines, roofs[:1]))
+    first = sorted(map(str, plots), key=lambda p: "nvidia" not in p)[:1]
+    path.write_text(report.readme(path.read_text(), tilefuse.ops(), lines, first))
     console.say(f"wrote {path}")
     console.result({"readme": str(path), "lines": len(lines)})
     return OK
