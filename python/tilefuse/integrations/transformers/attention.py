@@ -48,7 +48,7 @@ from transformers.utils.import_utils import is_tracing
 from ... import errors
 from ...ops.attention.paged_attention import paged_attention
 from ...ops.attention.window_attention import window_attention
-from . import rope
+from . import qk_norm, rope
 from .swap import Left, Swap
 
 # the first falls back to Hugging Face's sdpa function, the second to the eager function of the model's own file
@@ -98,7 +98,10 @@ def swap(module: nn.Module, config: Any) -> Swap | Left | None:
     dropout = getattr(module, "attention_dropout", 0.0)
     if isinstance(dropout, float) and dropout > 0:
         left.append(f"attention dropout {dropout} in training runs on {stock}")
-    return Swap(forward, "attention" if forward is None else "attention, rope", "; ".join(left))
+    what = "attention" if forward is None else "attention, rope"
+    if forward is not None and (offset := qk_norm.weight_offset(module)) is not None:
+        forward, what = qk_norm.fuse(forward, offset, eager_function(module)), "attention, q and k norm with rope"
+    return Swap(forward, what, "; ".join(left))
 
 
 def _closure(function: Callable[..., Any], code: Any) -> dict[str, Any] | None:

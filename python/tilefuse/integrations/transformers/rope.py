@@ -17,19 +17,31 @@ from ...ops.rope.rope import rope_qk
 Apply = Callable[..., tuple[Tensor, Tensor]]
 
 
+def by_token(
+    op: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *more: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Calls an op with tables that hold one row per token: q, k ``[B, S, H, D]``, tables ``[B or 1, S, R / 2]``."""
+    batch, length = q.shape[:2]
+    half = cos.shape[-1]
+    # positions None counts the rows
+    tables = cos.reshape(-1, half).float(), sin.reshape(-1, half).float()
+    if cos.shape[0] == 1:
+        return op(q, k, *more, *tables, **options)
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k))
+    out = op(*flat, *more, *tables, **options)
+    return out[0].view(batch, length, *out[0].shape[1:]), out[1].view(batch, length, *out[1].shape[1:])
+
+
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """q, k ``[B, H, S, D]`` and tables ``[B or 1, S, R / 2]`` to the rotated pair, ``[B, S, H, D]`` in memory."""
-    q, k = q.transpose(1, 2), k.transpose(1, 2)
-    batch, length = q.shape[:2]
-    # a row of the table per token: positions None counts them
-    cos, sin = (table.reshape(-1, table.shape[-1]).float() for table in (cos, sin))
-    if cos.shape[0] == length:
-        q_out, k_out = rope_qk(q, k, cos, sin, interleaved=interleaved)
-    else:
-        flat_q, flat_k = (x.reshape(-1, *x.shape[2:]) for x in (q, k))
-        q_out, k_out = rope_qk(flat_q, flat_k, cos, sin, interleaved=interleaved)
-        q_out, k_out = (x.view(batch, length, *x.shape[1:]) for x in (q_out, k_out))
-    return q_out.transpose(1, 2), k_out.transpose(1, 2)
+    q, k = by_token(rope_qk, q.transpose(1, 2), k.transpose(1, 2), cos, sin, interleaved=interleaved)
+    return q.transpose(1, 2), k.transpose(1, 2)
 
 
 def _refuses(q: Tensor, k: Tensor, table: Tensor) -> bool:

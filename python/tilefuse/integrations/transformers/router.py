@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...ops.moe.moe_route import moe_route
-from .swap import Left, Swap
+from .swap import Left, Swap, same_code
 
 Routed = tuple[Tensor, Tensor, Tensor]
 
@@ -71,28 +69,11 @@ _KNOWN: tuple[tuple[str, str, Callable[..., Routed]], ...] = (
 )
 
 
-def _code_key(function: Any) -> tuple[Any, ...] | None:
-    code = getattr(function, "__code__", None)
-    # positions in the file and the docstring do not matter
-    return code and (code.co_code, code.co_names, code.co_varnames, tuple(c for c in code.co_consts if c is not None))
-
-
-@functools.cache
-def _forwards() -> dict[tuple[Any, ...], Callable[..., Routed]]:
-    found = {}
-    for model, name, forward in _KNOWN:
-        file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        key = _code_key(getattr(file, name, nn.Module).forward)
-        if key is not None:
-            found[key] = forward
-    return found
-
-
 def swap(module: nn.Module, config: Any) -> Swap | Left | None:
     """Routers whose class computes exactly what one of the known models' does."""
     if not type(module).__name__.lower().endswith("topkrouter"):
         return None
-    forward = _forwards().get(_code_key(type(module).forward))
+    forward = same_code(module, _KNOWN)
     if forward is None:
         return Left("its routing rule is of another form")
     experts, top_k = module.num_experts, module.top_k

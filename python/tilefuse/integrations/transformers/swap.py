@@ -12,6 +12,8 @@ stay as they are, because hooks that record router logits or offload weights sit
 from __future__ import annotations
 
 import copy
+import functools
+import importlib
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -119,6 +121,31 @@ def set_forward(state: _State, module: nn.Module, forward: Callable[..., Any]) -
     bound = types.MethodType(forward, module)
     state.forwards.append((module, bound, module.__dict__.get(slot)))
     setattr(module, slot, bound)
+
+
+def _code_key(function: Any) -> tuple[Any, ...] | None:
+    code = getattr(function, "__code__", None)
+    # where in its file a function stands does not matter
+    return code and (code.co_code, code.co_names, code.co_varnames, code.co_consts)
+
+
+@functools.cache
+def _known(classes: tuple[tuple[str, str, Any], ...]) -> dict[tuple[Any, ...], Any]:
+    found = {}
+    for model, name, value in classes:
+        file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+        key = _code_key(getattr(file, name, nn.Module).forward)
+        if key is not None:
+            found[key] = value
+    return found
+
+
+def same_code(module: nn.Module, classes: tuple[tuple[str, str, Any], ...]) -> Any:
+    """The value of the first of ``(model, class, value)`` whose forward is, instruction by instruction, the module's.
+
+    Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
+    """
+    return _known(classes).get(_code_key(type(module).forward))
 
 
 def own_configs(state: _State, model: nn.Module) -> None:
