@@ -249,9 +249,9 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
         plt.Line2D([], [], linestyle="", marker=mark, color=COLOURS[name], label=words.get(name, name))
         for name, mark in marks.items()
     ]
-    note = "right: speed against the fastest of these peers (red: slower)"
-    handles.append(plt.Line2D([], [], linestyle="", label=note))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    note = "On the right: speed against the fastest of these peers; red where tilefuse is slower."
+    options = {"ncols": len(handles), "frameon": False, "fontsize": 9, "title": note, "title_fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower center", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # no date in the file: the same lines give the same picture
     figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})

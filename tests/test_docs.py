@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tilefuse.benchmarks import runner
+from tilefuse.benchmarks import report, runner
 
 import tilefuse
 
@@ -36,10 +36,25 @@ def blocks(page):
     return list(BLOCK.finditer(page.read_text()))
 
 
+def small_model(name):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert name == "Qwen/Qwen3-30B-A3B"
+    small = {
+        "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16,
+        "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **small))
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
 def test_code_of_a_page_runs(page, monkeypatch, tmp_path):
     """Blocks of a page share their names, as a reader who types them in has it; the text after one is what it says."""
     monkeypatch.chdir(tmp_path)
+    if "transformers" in page.read_text():
+        transformers = pytest.importorskip("transformers", reason="the page uses transformers")
+        # README loads a checkpoint: here a small model of that kind, without network
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", small_model)
     torch.manual_seed(0)
     names = {"__name__": page.stem}
     ran = 0
@@ -165,3 +180,18 @@ def test_unknown_tables_and_pictures_fail_the_build(tmp_path):
         hooks.on_files(Files([file]), None)
     formula = hooks.on_page_content('<span class="arithmatex">\\(a &lt; b^2\\)</span>', page, None, None)
     assert formula.startswith("<math") and "<msup>" in formula
+
+
+def test_readme_holds_what_is_stored():
+    """Op table and numbers of README are those of the registry and the result files."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for file in sorted(runner.results_folder().glob("*.jsonl")) for line in runner.read_lines(file)]
+    (plot,) = re.findall(r"\]\((benchmarks/results/\w+\.png)\)", text)
+    assert (ROOT / plot).exists()
+    renewed = report.readme(text, tilefuse.ops(), lines, [plot])
+    assert renewed == text, "python -m tilefuse bench --readme"
+
+
+def test_links_of_readme_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert target.startswith("http") or (ROOT / target).exists(), target

@@ -38,10 +38,10 @@ def _grid(axes: Any, mask: Tensor, title: str, cmap: Any = SEEN, vmax: float = 1
     rows, columns = mask.shape
     axes.set_xticks(range(0, columns, 4))
     axes.set_yticks(range(0, rows, 4))
-    axes.set_xticks([x - 0.5 for x in range(columns + 1)], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(rows + 1)], minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.6)
-    axes.tick_params(which="both", length=0, labelsize=7)
+    # two collections: minor ticks as a grid take ten times as long
+    axes.vlines([x + 0.5 for x in range(columns - 1)], -0.5, rows - 0.5, color="white", linewidth=0.6)
+    axes.hlines([y + 0.5 for y in range(rows - 1)], -0.5, columns - 0.5, color="white", linewidth=0.6)
+    axes.tick_params(length=0, labelsize=7)
     axes.set_title(title, fontsize=9)
 
 

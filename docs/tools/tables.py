@@ -5,6 +5,7 @@ A function ``name(*words)`` fills the comment ``<!-- table: name words -->`` of 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 from pathlib import Path
@@ -191,3 +192,63 @@ def commands() -> str:
             cli.main([name, "--help"])
         out.append(f"## {name}\n\n```text\n{text.getvalue().rstrip()}\n```")
     return "\n\n".join(out)
+
+
+# small models of the kinds that `patch` knows
+_SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+_DEEPSEEK = {
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32,
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "first_k_dense_replace": 1, "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("llama", {}),
+    "Mistral": ("mistral", {"sliding_window": 32}),
+    "Gemma 3": ("gemma3_text", {"sliding_window": 32}),
+    "Mixtral": ("mixtral", {"num_local_experts": 4}),
+    "Qwen3": ("qwen3", {}),
+    "Qwen3-MoE": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "gpt-oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32, "max_position_embeddings": 131072},
+    ),
+    "DeepSeek-V2": ("deepseek_v2", _DEEPSEEK),
+    "DeepSeek-V3": ("deepseek_v3", _DEEPSEEK),
+    "Longformer": ("longformer", {"attention_window": 32, "max_position_embeddings": 260}),
+    "BigBird": ("big_bird", {"attention_type": "block_sparse", "block_size": 8, "num_random_blocks": 2}),
+}
+
+
+def models() -> str:
+    """What `patch` reports for a small model of each kind."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from tilefuse.integrations.transformers import patch
+
+    rows = []
+    for name, (kind, options) in MODELS.items():
+        config = AutoConfig.for_model(kind, **(_SMALL | options))
+        head = AutoModel if kind in ("longformer", "big_bird") else AutoModelForCausalLM
+        report_ = patch(head.from_config(config))
+        changed = {_module(path, what) for path, what in report_.changed.items()}
+        left = {_module(path, why) for path, why in report_.left.items()}
+        rows.append([name, "<br>".join(sorted(changed)), "<br>".join(sorted(left)) or "-"])
+    return report.markdown_table(["model", "runs on tilefuse", "left to Hugging Face"], rows)
+
+
+def _module(path: str, words: str) -> str:
+    return f"`{path.rpartition('.')[2]}`: {words}"
+
+
+def examples() -> str:
+    """Each program of the folder: what it shows, how it is run, its text."""
+    out = []
+    for file in sorted((runner.HERE.parent / "examples").glob("*.py")):
+        text = file.read_text()
+        words = ast.get_docstring(ast.parse(text)) or ""
+        code = text.rstrip().replace("\n", "\n    ")
+        out.append(f'## {file.stem}\n\n{words}\n\n??? example "examples/{file.name}"\n\n    ```py\n    {code}\n    ```')
+    return "\n\n".join(out) or "None yet."
