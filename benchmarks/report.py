@@ -15,6 +15,8 @@ README_MARKS = ("<!-- {name}: written by `python -m tilefuse bench --readme` -->
 COLOURS = {"tilefuse": "#1b6ca8", "eager": "#9a9a9a", "torch.compile": "#e08e45", "library": "#3d9970"}
 SLOWER = "#b03a2e"
 MODES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
+MODELS = "models"
+MODEL_HEADER = ["model", "case", "dtype", "mode", "tokens/s", "speed", "peak memory of the call"]
 HEADER = ["op", "case", "dtype", "mode", "time", "% of roof", "compared with"]
 MEMORY = "extra memory (eager's)"
 # a reason longer than this is cut: a table is no log
@@ -111,6 +113,37 @@ def rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[st
     return header, table
 
 
+def apart(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """Lines of ops, and lines of whole models."""
+    kinds: tuple[list[Line], list[Line]] = [], []
+    for line in lines:
+        kinds[line["family"] == MODELS].append(line)
+    return kinds
+
+
+def model_rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of whole models: each number of the stock model, then of the patched one."""
+    table = []
+    for line in lines:
+        cells = [line["op"], line["name"], line["dtype"], line["mode"]]
+        if line["status"] != "ok":
+            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", ""])
+            continue
+        stock = line["peers"]["stock"]
+        rates = f"{_rate(stock['tokens_per_second'])} -> {_rate(line['tokens_per_second'])}"
+        memory = f"{_mebibytes(stock['peak_bytes'])} -> {_mebibytes(line['peak_bytes'])} MiB"
+        table.append([*cells, rates, f"{bold}{_ratio(stock['speedup'])}{bold}", memory])
+    return list(MODEL_HEADER), table
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:.0f}" if value >= 100 * 2**20 else f"{value / 2**20:.2g}"
+
+
 def by_family(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """The lines of each family, families in their own order."""
     found: dict[str, list[Line]] = {}
@@ -137,11 +170,17 @@ def measured_on(lines: Sequence[Line]) -> str:
 
 
 def markdown(lines: Sequence[Line], folded: bool = False) -> str:
-    """What one device measured: a table per family, and which peers did not run. ``folded``: tables to click open."""
+    """What one device measured: whole models, a table per family of ops, and which peers did not run.
+
+    ``folded``: tables of ops to click open.
+    """
     if not lines:
         return "No results yet.\n"
     out = [measured_on(lines)]
-    for family, of_family in by_family(lines).items():
+    ops, models = apart(lines)
+    if models:
+        out += ["### Whole models: stock Hugging Face -> patched", markdown_table(*model_rows(models, bold="**"))]
+    for family, of_family in by_family(ops).items():
         table = markdown_table(*rows(of_family, bold="**"))
         if folded:
             count = f"{len(of_family)} case{'s' if len(of_family) > 1 else ''}"
@@ -170,7 +209,7 @@ def markdown_table(header: Sequence[str], table: Iterable[Sequence[str]]) -> str
 
 
 def _drawn(lines: Iterable[Line]) -> list[Line]:
-    return [line for line in lines if line["status"] == "ok" and not line.get("call_cost")]
+    return [line for line in apart(lines)[0] if line["status"] == "ok" and not line.get("call_cost")]
 
 
 def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
