@@ -322,10 +322,11 @@ def test_requantising_pow2_is_exact_20(device, block):
     assert_bit_equal(third, again)
 
 
-def test_square_blocks_transpose_20(device):
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_square_blocks_transpose_20(device, scale_format):
     x = magnitudes((200, 300), torch.bfloat16).to(device)
-    q, scale = tilefuse.fp8_quantize(x, block=(128, 128))
-    q_t, scale_t = tilefuse.fp8_quantize(x.t(), block=(128, 128))
+    q, scale = tilefuse.fp8_quantize(x, block=(128, 128), scale_format=scale_format)
+    q_t, scale_t = tilefuse.fp8_quantize(x.t(), block=(128, 128), scale_format=scale_format)
     assert_bit_equal(q.t().contiguous(), q_t, nan_bits=True)
     assert_bit_equal(scale.t().contiguous(), scale_t)
 
@@ -342,6 +343,16 @@ def test_dequantize(device, out_dtype, block, reference):
     full = scale.repeat_interleave(128, 1)[:, :300]
     full = full if block[0] == 1 else full.repeat_interleave(128, 0)[:130]
     assert_bit_equal(out.cpu(), (codes.float() * full).to(out_dtype))
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_dequantize_random_scales(device, out_dtype, block, reference):
+    """Scales of any bits: NaN payloads, infinities, subnormals, negative ones."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(130, 2)[:, :300]
+    scale = random_bits((-(-130 // block[0]), 3), torch.float32)
+    out = tilefuse.fp8_dequantize(codes.to(device), scale.to(device), block=block, out_dtype=out_dtype)
+    assert_bit_equal(out.cpu(), reference(tilefuse.fp8_dequantize, codes, scale, block=block, out_dtype=out_dtype))
 
 
 def test_dequantize_strides_13(device):
@@ -418,6 +429,7 @@ def test_dequantize_errors():
         ((q, scale.to("meta")), {}, ValueError, "scale must be on the device of q"),
         ((q, scale), {"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
         ((q[0], scale), {"block": (128, 128)}, ValueError, r"q must be \[\.\.\., M, K\]"),
+        ((q[0, 0], scale), {}, ValueError, r"q must be \[\.\.\., K\]"),
     ):
         with pytest.raises(error, match=f"tilefuse.fp8_dequantize: {message}"):
             tilefuse.fp8_dequantize(*args, **kwargs)

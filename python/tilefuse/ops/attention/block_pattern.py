@@ -134,8 +134,12 @@ def block_pattern(
         causal: drops the blocks that lie after all tokens of their row, bottom-right aligned.
         device: where the lists live; that of mask by default.
 
+    The lists of a row are in ascending order, the same in every run.
+
     Raises:
         ValueError: an unknown kind, or arguments that do not fit it.
+
+    Sources: Longformer (arXiv:2004.05150), BigBird (arXiv:2007.14062), Sparse Transformer (arXiv:1904.10509).
     """
     name = "block_pattern"
     if kind not in KINDS:
