@@ -25,11 +25,7 @@ constexpr float kQuantizeEps = 1e-12f;
 
 static inline void store_fp8_row(const AppendCall& call, const float* row, uint8_t* to) {
   for (int64_t group = 0; group < call.latent.rank / kBlock; ++group) {
-    const float* values = row + group * kBlock;
-    const uint32_t largest = largest_magnitude(values);
-    const bool finite = largest < 0x7f800000u;
-    const float scale = fp8::block_scale(finite ? largest : finite_amax(values), kQuantizeEps, true);
-    encode_block_pow2(values, scale, finite, to + group * kBlock);
+    const float scale = quantize_block(row + group * kBlock, kBlock, true, kQuantizeEps, to + group * kBlock);
     std::memcpy(to + call.scale_offset + 4 * group, &scale, 4);
   }
   bf16* rotated = reinterpret_cast<bf16*>(to + call.rope_offset);

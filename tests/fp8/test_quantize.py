@@ -98,6 +98,32 @@ def test_dual_random_bits_15(device, dtype, scale_format, reference):
             assert [t.stride() for t in got] == [t.stride() for t in expected]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("eps", [1e-12, 1.0, 5.3e-36], ids=str)
+def test_next_to_midpoints(device, dtype, scale_format, eps):
+    """Values whose quotient lies within a few ulp of the middle of two codes: a division that is not exact shows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 96
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = torch.cat([(codes[1:] + codes[:-1]) / 2, torch.tensor([448.0])])
+    tiny = {torch.float32: -110, torch.bfloat16: -110, torch.float16: -20}[dtype]
+    exponent = torch.randint(tiny, 16, (rows, 1), generator=generator)
+    amax = torch.ldexp(1 + torch.rand((rows, 1), generator=generator), exponent).to(dtype)
+    scale = tilefuse.fp8_quantize(amax.expand(rows, 128).contiguous(), scale_format=scale_format, eps=eps)[1]
+    parts = []
+    for steps in range(-2, 3):
+        x = (middles * scale).to(dtype)
+        for _ in range(abs(steps)):
+            x = torch.nextafter(x, torch.full_like(x, math.copysign(math.inf, steps)))
+        sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+        # the first element makes the block's scale that of its row
+        parts += [amax, (x * sign.to(dtype)).clamp(-amax, amax)]
+    x = torch.cat(parts, -1)
+    assert x.shape == (rows, 640)
+    same(tilefuse.fp8_quantize(x.to(device), scale_format=scale_format, eps=eps), rule(x, (1, 128), scale_format, eps))
+
+
 @hypothesis.given(
     st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=200),
     st.sampled_from(FORMATS),

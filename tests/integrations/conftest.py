@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+
 from tilefuse.testing import assert_bit_equal, assert_close
 
 # the test machines have no network, and a look-up would wait for it
