@@ -1,12 +1,13 @@
 # make bench: verify every op and benchmark it against its peers on this machine
 # make test:  the test suite
-# both set everything up on a fresh machine: .venv, pinned packages, native libraries
+# make docs:  the documentation in site/, strictly: any warning, broken link or anchor fails
+# all set everything up on a fresh machine: .venv, pinned packages, native libraries
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 BENCH ?= quick
 
-.PHONY: bench test test-full lint native setup clean
+.PHONY: bench test test-full lint docs native setup clean
 
 bench: native
 	$(PY) -m tilefuse verify --quick
@@ -22,6 +23,11 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# site/ needs no network to read; search works where it is served: $(PY) -m http.server -d site
+docs: native
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "open site/index.html"
+
 # the native libraries build into python/tilefuse when g++ (and nvcc) are on PATH, else one line says why not
 native: setup
 	$(PY) setup.py -q build_ext --inplace
@@ -35,4 +41,4 @@ $(VENV)/.installed: requirements-dev.txt setup.py pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build $(VENV) python/tilefuse/_*.so
+	rm -rf build site $(VENV) python/tilefuse/_*.so

@@ -195,10 +195,25 @@ def modules() -> Iterator[tuple[str, str, Any]]:
                 yield package.name, info.name, importlib.import_module(f"{folder.__name__}.{info.name}")
 
 
-def discover(suite: str = "quick", device: str = "cpu", *, families: Sequence[str] = (), match: str = "") -> list[Case]:
-    """The cases of a suite for one kind of device, in the order of their files. Case ids are unique."""
-    found: dict[str, Case] = {}
-    for family, _, module in modules():
+def discover(
+    suite: str = "quick",
+    device: str = "cpu",
+    *,
+    families: Sequence[str] = (),
+    match: str = "",
+    whole_models: bool = False,
+) -> list[Any]:
+    """The cases of a suite for one kind of device, in the order of their files. Case ids are unique.
+
+    ``whole_models`` appends those of ``models.py``, which are a family of their own and measure themselves.
+    """
+    found: dict[str, Any] = {}
+    sources = [(family, module) for family, _, module in modules()]
+    if whole_models:
+        from . import models
+
+        sources.append((models.FAMILY, models))
+    for family, module in sources:
         if families and family not in families:
             continue
         for case in module.cases():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,14 @@ from typing import Any
 
 Line = Mapping[str, Any]
 README_MARKS = ("<!-- {name}: written by `python -m tilefuse bench --readme` -->", "<!-- end of {name} -->")
-# tilefuse, then peers in the order in which a reader asks for them
-COLOURS = {"tilefuse": "#1b6ca8", "eager": "#b8b8b8", "torch.compile": "#e08e45"}
+COLOURS = {"tilefuse": "#1b6ca8", "eager": "#9a9a9a", "torch.compile": "#e08e45", "library": "#3d9970"}
+SLOWER = "#b03a2e"
+MODES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
+MODELS = "models"
+MODEL_HEADER = ["model", "case", "dtype", "mode", "tokens/s", "speed", "peak memory of the call"]
+HEADER = ["op", "case", "dtype", "mode", "time", "% of roof", "compared with"]
+# a reason longer than this is cut: a table is no log
+REASON_LENGTH = 110
 
 
 def speedups(line: Line, yardsticks: bool = False) -> dict[str, float]:
@@ -34,10 +41,26 @@ def best_peer(line: Line) -> tuple[str, float] | None:
 
 
 def missing(lines: Iterable[Line]) -> dict[str, str]:
-    """Peer -> why it did not run, one reason each."""
+    """Peer -> why it did not run, in a few words and one reason each; a peer that ran elsewhere says in how many."""
+    reasons: dict[str, list[str]] = {}
+    asked: dict[str, int] = {}
+    for line in lines:
+        for name, peer in line.get("peers", {}).items():
+            asked[name] = asked.get(name, 0) + 1
+            if "missing" in peer:
+                reasons.setdefault(name, []).append(_short_reason(peer["missing"]))
     return {
-        name: peer["missing"] for line in lines for name, peer in line.get("peers", {}).items() if "missing" in peer
+        name: found[-1] + (f" (in {len(found)} of {asked[name]} cases)" if len(found) < asked[name] else "")
+        for name, found in reasons.items()
     }
+
+
+def _short_reason(reason: str) -> str:
+    absent = re.search(r"No module named '([^'.]+)", reason)
+    if absent:
+        return f"{absent[1]} is not installed"
+    words = reason.strip().splitlines()[0] if reason.strip() else "no reason given"
+    return words if len(words) <= REASON_LENGTH else words[: REASON_LENGTH - 1].rstrip() + "…"
 
 
 def _time(us: float) -> str:
@@ -45,53 +68,75 @@ def _time(us: float) -> str:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:.2g}x" if value < 1 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+    return f"{value:.2f}x" if value < 0.995 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
-def rows(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def compared(line: Line, bold: str = "") -> str:
+    """Peers with how many times longer they took, the fastest first (and ``bold``), then the bounds."""
+    ranked = sorted(speedups(line).items(), key=lambda item: item[1])
+    words = [f"{_ratio(ratio)} {name}" for name, ratio in ranked]
+    if words:
+        words[0] = f"{bold}{words[0]}{bold}"
+    bounds = [f"{_ratio(ratio)} {name}" for name, ratio in speedups(line, yardsticks=True).items()]
+    return " · ".join(words) + (f" (bound: {' · '.join(bounds)})" if bounds else "") or "-"
+
+
+def rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of cases."""
-    peers = []
-    for line in lines:
-        for name in speedups(line):
-            if name not in peers and name not in ("eager", "torch.compile"):
-                peers.append(name)
-    header = ["op", "case", "dtype", "mode", "time", "GB/s", "TFLOP/s", "% of roof", "vs eager", "vs torch.compile"]
-    header += ["vs best library"] if peers else []
-    bounds = list(dict.fromkeys(name for line in lines for name in speedups(line, yardsticks=True)))
-    header += [f"vs {name}" for name in bounds]
     table = []
     for line in lines:
+        cells = [line["op"], line["name"], line["dtype"], line["mode"]]
         if line["status"] != "ok":
-            cells = [line["op"], line["name"], line["dtype"], line["mode"], f"{line['status']}: {line['reason']}"]
-            table.append(cells + [""] * (len(header) - len(cells)))
+            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", ""])
+        elif line.get("call_cost"):
+            table.append([*cells, _time(line["call_us"]) + " per call", "", compared(line, bold)])
+        else:
+            roof = f"{line['roof_percent']:.0f}% {line['bound']}"
+            table.append([*cells, _time(line["median_us"]), roof, compared(line, bold)])
+    return list(HEADER), table
+
+
+def apart(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
+    """Lines of ops, and lines of whole models."""
+    kinds: tuple[list[Line], list[Line]] = [], []
+    for line in lines:
+        kinds[line["family"] == MODELS].append(line)
+    return kinds
+
+
+def model_rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[str]]]:
+    """Header and cells of the table of whole models: each number of the stock model, then of the patched one."""
+    table = []
+    for line in lines:
+        cells = [line["op"], line["name"], line["dtype"], line["mode"]]
+        if line["status"] != "ok":
+            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", ""])
             continue
-        ratios = speedups(line)
-        cost = line.get("call_cost")
-        cells = [
-            line["op"],
-            line["name"],
-            line["dtype"],
-            line["mode"],
-            _time(line["call_us"]) + " per call" if cost else _time(line["median_us"]),
-            "" if cost else f"{line['gbps']:.1f}",
-            f"{line['tflops']:.3g}" if line["flops"] and not cost else "",
-            "" if cost else f"{line['roof_percent']:.0f}% {line['bound']}",
-        ]
-        cells += [_ratio(ratios[name]) if name in ratios else "-" for name in ("eager", "torch.compile")]
-        if peers:
-            others = {name: ratio for name, ratio in ratios.items() if name in peers}
-            best = min(others, key=others.get, default=None)
-            cells.append(f"{_ratio(others[best])} {best}" if best else "-")
-        own = speedups(line, yardsticks=True)
-        cells += [_ratio(own[name]) if name in own else "-" for name in bounds]
-        table.append(cells)
-    return header, table
+        stock = line["peers"]["stock"]
+        rates = f"{_rate(stock['tokens_per_second'])} -> {_rate(line['tokens_per_second'])}"
+        memory = f"{_mebibytes(stock['peak_bytes'])} -> {_mebibytes(line['peak_bytes'])} MiB"
+        table.append([*cells, rates, f"{bold}{_ratio(stock['speedup'])}{bold}", memory])
+    return list(MODEL_HEADER), table
 
 
-def markdown(lines: Sequence[Line]) -> str:
-    """The table of one device, with what it was measured on and which peers did not run."""
-    if not lines:
-        return "No results yet.\n"
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _mebibytes(value: float) -> str:
+    return f"{value / 2**20:.0f}" if value >= 100 * 2**20 else f"{value / 2**20:.2g}"
+
+
+def by_family(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """The lines of each family, families in their own order."""
+    found: dict[str, list[Line]] = {}
+    for line in lines:
+        found.setdefault(line["family"], []).append(line)
+    return found
+
+
+def measured_on(lines: Sequence[Line]) -> str:
+    """Two sentences: device, period, versions, commit; and the measured roof."""
     latest = max(lines, key=lambda line: line["date"])
     versions = ", ".join(f"{name} {value}" for name, value in latest["versions"].items() if value)
     commits = {
@@ -101,154 +146,205 @@ def markdown(lines: Sequence[Line]) -> str:
     period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     roof = latest["roof"]
     tflops = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in roof["tflops"].items())
-    out = [
-        f"**{latest['device']}**, {period}; {versions}; commit {', '.join(sorted(commits))}.",
-        f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}.",
-        "",
-        _markdown_table(*rows(lines)),
-    ]
+    return (
+        f"**{latest['device']}**, {period}; {versions}; commit {', '.join(sorted(commits))}.\n"
+        f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}."
+    )
+
+
+def markdown(lines: Sequence[Line], folded: bool = False) -> str:
+    """What one device measured: whole models, a table per family of ops, and which peers did not run.
+
+    ``folded``: tables of ops to click open.
+    """
+    if not lines:
+        return "No results yet.\n"
+    out = [measured_on(lines)]
+    ops, models = apart(lines)
+    if models:
+        out += ["### Whole models: stock Hugging Face -> patched", markdown_table(*model_rows(models, bold="**"))]
+    for family, of_family in by_family(ops).items():
+        table = markdown_table(*rows(of_family, bold="**"))
+        if folded:
+            count = f"{len(of_family)} case{'s' if len(of_family) > 1 else ''}"
+            out += [f"<details><summary><b>{family}</b>: {count}</summary>", table, "</details>"]
+        else:
+            out += [f"### {family}", table]
     absent = missing(lines)
     if absent:
-        out += ["", "Peers that did not run in some case:", ""]
-        out += [f"- {name}: {reason}" for name, reason in sorted(absent.items())]
-    return "\n".join(out) + "\n"
+        reasons: dict[str, list[str]] = {}
+        for name, reason in sorted(absent.items()):
+            # a bare reason is shared, one that counts cases belongs to its peer
+            shared, _, counted = reason.partition(" (in ")
+            reasons.setdefault(shared, []).append(name + (f" (in {counted}" if counted else ""))
+        out.append(
+            "Peers that did not run:\n\n"
+            + "\n".join(f"- {reason}: {', '.join(names)}" for reason, names in sorted(reasons.items()))
+        )
+    return "\n\n".join(out) + "\n"
 
 
-def _markdown_table(header: Sequence[str], table: Iterable[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], table: Iterable[Sequence[str]]) -> str:
     def row(cells: Iterable[str]) -> str:
         return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
 
     return "\n".join([row(header), row("---" for _ in header), *(row(cells) for cells in table)])
 
 
-def _summarised(lines: Sequence[Line]) -> list[Line]:
-    return [line for line in lines if line["status"] == "ok" and not line.get("call_cost")]
+def _drawn(lines: Iterable[Line]) -> list[Line]:
+    return [line for line in apart(lines)[0] if line["status"] == "ok" and not line.get("call_cost")]
 
 
 def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """Two pictures per device: percent of the measured roof, and speed-up over the best peer.
+    """One picture per device: percent of the measured roof of each op, and how it compares with its peers.
 
+    It shows the cases of the quick suite, which are a choice that fits on one page; `draw` makes pictures of others.
     Returns no path when matplotlib is not installed.
+    """
+    paths = []
+    for device in sorted({line["device"] for line in lines}):
+        of_device = [line for line in lines if line["device"] == device]
+        quick = [line for line in of_device if line.get("suite", "quick") == "quick"]
+        path = folder / f"{of_device[0]['device_key']}_overview.png"
+        if draw(quick, path):
+            paths.append(path)
+    return paths
+
+
+def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
+    """A panel per family with one bar per line; ``cases`` writes the whole case beside the op.
+
+    Returns False, and writes nothing, without matplotlib or without a line to draw.
     """
     try:
         import matplotlib
     except ImportError:
-        return []
+        return False
+    usable = _drawn(lines)
+    if not usable:
+        return False
     matplotlib.use("Agg")
-    paths = []
-    for device in sorted({line["device"] for line in lines}):
-        of_device = [line for line in lines if line["device"] == device]
-        usable = _summarised(of_device)
-        if not usable:
-            continue
-        stem = of_device[0]["device_key"]
-        title = f"{device}, {max(line['date'] for line in usable)[:10]}"
-        paths.append(_plot_roof(usable, title, folder / f"{stem}_roof.png"))
-        with_peer = [line for line in usable if best_peer(line)]
-        if with_peer:
-            paths.append(_plot_speedup(with_peer, title, folder / f"{stem}_speedup.png"))
-    return paths
-
-
-def _label(line: Line) -> str:
-    mode = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}[line["mode"]]
-    return f"{line['op']} {mode} · {line['name']} · {line['dtype']}"
-
-
-def _figure(count: int) -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.28 * count), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
+    families = by_family(usable)
+    columns = _columns({name: len(found) for name, found in families.items()}, 1 if len(families) == 1 else 2)
+    # rows of text: bars, and two for the title of each panel
+    height = max(sum(len(families[name]) + 2 for name in column) for column in columns)
+    size = (6.4 * len(columns) + (2.6 if cases else 0), 0.9 + 0.235 * height)
+    figure = plt.figure(figsize=size, layout="constrained")
+    grid = figure.add_gridspec(1, len(columns))
+    for i, column in enumerate(columns):
+        counts = [len(families[name]) + 1 for name in column]
+        # a column that is shorter than the other keeps the same bar height
+        rest = height - sum(count + 1 for count in counts)
+        ratios = counts + ([rest] if rest > 0 else [])
+        cells = grid[i].subgridspec(len(ratios), 1, height_ratios=ratios)
+        for j, name in enumerate(column):
+            _panel(figure.add_subplot(cells[j]), name, families[name], cases, last=j == len(column) - 1)
+    device, date = usable[0]["device"], max(line["date"] for line in usable)[:10]
+    figure.suptitle(f"% of what this machine can do, by op: {device}, {date}", fontsize=12, fontweight="bold")
+    marks = {"tilefuse": "s", "eager": "o", "torch.compile": "D", "library": "^"}
+    words = {"tilefuse": "tilefuse (bar)", "eager": "PyTorch eager", "library": "best library"}
+    handles = [
+        plt.Line2D([], [], linestyle="", marker=mark, color=COLOURS[name], label=words.get(name, name))
+        for name, mark in marks.items()
+    ]
+    note = "On the right: speed against the fastest of these peers; red where tilefuse is slower."
+    options = {"ncols": len(handles), "frameon": False, "fontsize": 9, "title": note, "title_fontsize": 9}
+    figure.legend(handles=handles, loc="outside lower center", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # no date in the file: the same lines give the same picture
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
     plt.close(figure)
-    return path
+    return True
 
 
-def _plot_roof(lines: Sequence[Line], title: str, path: Path) -> Path:
-    figure, axes = _figure(len(lines))
-    position = range(len(lines))
-    axes.barh(position, [line["roof_percent"] for line in lines], color=COLOURS["tilefuse"], height=0.7)
+def _columns(counts: Mapping[str, int], number: int) -> list[list[str]]:
+    """Families over columns of nearly the same height: each family whole, in the given order."""
+    names = list(counts)
+
+    def tallest(places: Sequence[int]) -> int:
+        return max(sum(counts[n] + 2 for n, at in zip(names, places) if at == column) for column in range(number))
+
+    best = min(itertools.product(range(number), repeat=len(names)), key=tallest)
+    columns = [[n for n, at in zip(names, best) if at == column] for column in range(number)]
+    return [column for column in columns if column]
+
+
+def _panel(axes: Any, family: str, lines: Sequence[Line], cases: bool, last: bool) -> None:
+    right = 112
     for i, line in enumerate(lines):
-        for name in ("eager", "torch.compile"):
-            peer = line["peers"].get(name, {})
-            if "median_us" in peer:
-                percent = line["roof_percent"] * line["median_us"] / peer["median_us"]
-                axes.plot(percent, i, "|", color=COLOURS[name], markersize=9, markeredgewidth=2.5)
-    for name in ("eager", "torch.compile"):
-        axes.plot([], [], "|", color=COLOURS[name], markersize=9, markeredgewidth=2.5, label=name)
-    axes.barh([0], [0], color=COLOURS["tilefuse"], label="tilefuse")
-    axes.set_yticks(position, [_label(line) for line in lines])
-    axes.axvline(100, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("% of this machine's measured roof (copy or matmul)")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _save(figure, path)
+        percent = line["roof_percent"]
+        axes.barh(i, min(percent, right), color=COLOURS["tilefuse"], height=0.62, zorder=2)
+        best = best_peer(line)
+        others = {n: r for n, r in speedups(line).items() if n not in ("eager", "torch.compile")}
+        library = min(others, key=others.get, default=None)
+        for name, colour, mark in (
+            ("eager", "eager", "o"),
+            ("torch.compile", "torch.compile", "D"),
+            (library, "library", "^"),
+        ):
+            peer = line["peers"].get(name, {}) if name else {}
+            if "speedup" in peer:
+                at = min(percent / peer["speedup"], right)
+                axes.plot(at, i, mark, color=COLOURS[colour], markersize=5, zorder=3, markeredgecolor="white")
+        if best:
+            text = f"{_ratio(best[1])} {best[0]}"
+            colour = "#222222" if best[1] >= 0.995 else SLOWER
+            axes.text(right + 3, i, text, va="center", fontsize=8, color=colour)
+    axes.set_yticks(range(len(lines)), labels(lines, cases), fontsize=8.5)
+    axes.set_xlim(0, right + 55)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100%"] if last else [""] * 5, fontsize=8)
+    axes.vlines([25, 50, 75, 100], -0.6, len(lines) - 0.4, color="#dddddd", linewidth=0.7, zorder=0)
+    axes.tick_params(length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.set_title(family, fontsize=10, fontweight="bold", loc="left", pad=3)
 
 
-def _plot_speedup(lines: Sequence[Line], title: str, path: Path) -> Path:
-    figure, axes = _figure(len(lines))
-    position = range(len(lines))
-    best = [best_peer(line) for line in lines]
-    colours = [COLOURS["tilefuse"] if ratio >= 1 else "#b03a2e" for _, ratio in best]
-    axes.barh(position, [ratio for _, ratio in best], color=colours, height=0.7)
-    for i, (name, ratio) in enumerate(best):
-        axes.text(ratio, i, f" {_ratio(ratio)} {name}", va="center", fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlim(right=max(ratio for _, ratio in best) * 3)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(position, [_label(line) for line in lines])
-    axes.set_xlabel("speed-up over the fastest peer (median of paired rounds)")
-    axes.set_title(title, fontsize=10)
-    return _save(figure, path)
+def labels(lines: Sequence[Line], cases: bool = False) -> list[str]:
+    """The op, and of the case only what tells it from the op's other cases (or all of it)."""
+    found = []
+    for line in lines:
+        others = [o for o in lines if o["op"] == line["op"] and o is not line]
+        label = line["op"]
+        if line["mode"] != "forward" or any(o["mode"] != line["mode"] for o in others):
+            label += f" {MODES[line['mode']]}"
+        parts = line["name"].split(", ")
+        alike = [o for o in others if o["mode"] == line["mode"]]
+        own = [part for part in parts if any(part not in o["name"].split(", ") for o in alike)]
+        dtype = [line["dtype"]] if any(o["dtype"] != line["dtype"] for o in alike) else []
+        shown = parts if cases else own
+        found.append(": ".join([label, ", ".join([*shown, *dtype])]) if [*shown, *dtype] else label)
+    return found
 
 
 def op_table(ops: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The README's table of ops: what the registry says, and what the result lines hold."""
     table = []
     for name, op in sorted(ops.items(), key=lambda item: (item[1].module.split("/")[0], item[0])):
-        gpus = {backend: archs for backend, archs in op.architectures.items() if archs}
-        on = "; ".join(f"{backend}: {', '.join(archs)}" for backend, archs in gpus.items())
-        dtypes = ", ".join(_short(dtype) for dtype in op.dtypes)
-        table.append(
-            [
-                f"`{name}`",
-                op.family,
-                "forward + backward" if op.differentiable else "forward",
-                dtypes,
-                ", ".join(op.backends),
-                on or "not run on any GPU yet",
-                _best_of_op(name, lines),
-            ]
-        )
-    header = ["op", "family", "gradients", "dtypes", "backends", "verified GPUs", "fastest peer, measured"]
-    return _markdown_table(header, table) + "\n"
-
-
-def _short(dtype: Any) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return name.replace("bfloat", "bf").replace("float", "fp")
+        cells = [f"`{name}`", op.family, "yes" if op.differentiable else "-"]
+        for backend in ("cpu", "triton", "cuda"):
+            verified = ", ".join(op.architectures.get(backend, ()))
+            cells.append((f"yes ({verified})" if verified else "yes") if backend in op.backends else "-")
+        table.append([*cells, _best_of_op(name, lines)])
+    header = ["op", "family", "backward", "C++ CPU", "Triton", "CUDA C++", "speed against the fastest peer"]
+    return markdown_table(header, table) + "\n"
 
 
 def _best_of_op(name: str, lines: Sequence[Line]) -> str:
-    """Range of speed-ups over the best peer, by device."""
+    """Range of speed-ups over the best peer and which peers these are, by device."""
     parts = []
     usable = [line for line in lines if line["op"] == name and line["status"] == "ok" and best_peer(line)]
-    for device in sorted({line["device"] for line in usable}):
-        ratios = [best_peer(line)[1] for line in usable if line["device"] == device]
+    devices = sorted({line["device"] for line in usable})
+    several = len({line["device"] for line in lines}) > 1
+    for device in devices:
+        best = [best_peer(line) for line in usable if line["device"] == device]
+        ratios = [ratio for _, ratio in best]
         low, high = min(ratios), max(ratios)
         span = _ratio(low) if math.isclose(low, high, rel_tol=0.05) else f"{_ratio(low)} to {_ratio(high)}"
-        parts.append(f"{span} ({device}, {len(ratios)} case{'s' if len(ratios) > 1 else ''})")
+        peers = " and ".join(dict.fromkeys(peer for peer, _ in best))
+        parts.append(f"{span} {peers}" + (f" ({device})" if several else ""))
     return "; ".join(parts) or "not measured"
 
 
@@ -268,11 +364,15 @@ def replace_between_marks(text: str, name: str, content: str) -> str:
 def readme(text: str, ops: Mapping[str, Any], lines: Sequence[Line], plots: Sequence[str]) -> str:
     """README text with its generated parts renewed: picture, op table, numbers."""
     if plots:
-        picture = "\n".join(f"![speed]({path})" for path in plots)
+        picture = "\n".join(
+            f"![Bars: how close each op comes to the speed of the machine; marks: its peers]({path})" for path in plots
+        )
     else:
         picture = "No results yet: `make bench` measures this machine and draws them."
     devices = sorted({line["device"] for line in lines})
-    numbers = "\n".join(markdown([line for line in lines if line["device"] == device]) for device in devices)
+    numbers = "\n".join(
+        markdown([line for line in lines if line["device"] == device], folded=True) for device in devices
+    )
     if not any("NVIDIA" in device for device in devices):
         numbers += "\nGPU: not run on any GPU yet.\n"
     text = replace_between_marks(text, "plot", picture)

@@ -29,6 +29,7 @@ from tilefuse.testing import assert_bit_equal, error_report
 
 from . import roofline, timing
 from .harness import Case, Peer
+from .models import ModelCase
 from .roofline import Roof
 
 FORMAT = 1
@@ -325,7 +326,7 @@ class Runner:
     def generator(self, stream: int) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(stream)
 
-    def run(self, case: Case) -> dict[str, Any]:
+    def run(self, case: Case | ModelCase) -> dict[str, Any]:
         """One result line. Never raises for what a case does: ``status`` says how it went."""
         line: dict[str, Any] = {
             "format": FORMAT,
@@ -346,7 +347,7 @@ class Runner:
         before = time.perf_counter()
         try:
             with compile_settings(), torch.no_grad(), torch.cuda.stream(self.stream):
-                line |= self._run(case)
+                line |= case.measure(self) if isinstance(case, ModelCase) else self._run(case)
             line["status"] = "ok"
         except Failure as reason:
             line |= {"status": "failed", "reason": str(reason)}

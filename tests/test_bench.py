@@ -153,7 +153,7 @@ def test_yardstick_is_timed_but_is_no_peer(engine):
     line = engine.run(make(peers={"eager": eager, "copy": Peer(torch.clone, yardstick=True)}))
     assert line["peers"]["copy"]["yardstick"] and line["peers"]["copy"]["speedup"] > 0
     assert report.best_peer(line)[0] == "eager"
-    assert "vs copy" in report.rows([line])[0]
+    assert "(bound: " in report.compared(line) and report.compared(line).endswith("x copy)")
 
 
 def test_yardstick_below_the_floor_is_recorded_as_missing(engine):
@@ -333,21 +333,80 @@ def test_report_holds_what_the_lines_hold():
         line_of(),
         line_of("toy | b", name="b", status="failed", reason="wrong"),
         line_of("toy | c", name="c", call_cost=True, call_us=1.5),
+        line_of("other | d", op="other", family="second", name="d"),
     ]
     text = report.markdown(lines)
-    assert "4.0x" in text and "1.5x" in text and "50% memory" in text
     assert "failed: wrong" in text
     assert "1.50 us per call" in text
-    assert "No module named 'lib'" in text
+    # one table per family, and no column that is empty for most of its rows
+    assert text.count("| op | case |") == 2
+    assert "### toy" in text and "### second" in text
+    assert "| toy | a | bfloat16 | forward | 2.00 us | 50% memory | **1.5x torch.compile** · 4.0x eager |" in text
+    assert "- lib is not installed: lib" in text
     assert report.best_peer(lines[0]) == ("torch.compile", 1.5)
+    folded = report.markdown(lines, folded=True)
+    assert folded.count("<details>") == folded.count("</details>") == 2
+    assert "### toy" not in folded
+
+
+def test_peers_that_did_not_run_take_one_line_per_reason():
+    long = "RuntimeError: " + "x" * 500 + "\nsecond line"
+    peers = {"flex": {"missing": "not on cpu"}, "flash": {"missing": "not on cpu"}, "broken": {"missing": long}}
+    lines = [line_of(peers=peers), line_of("toy | b", peers={"flex": {"speedup": 2.0}})]
+    assert report.missing(lines)["flex"] == "not on cpu (in 1 of 2 cases)"
+    text = report.markdown(lines)
+    assert "- not on cpu: flash, flex (in 1 of 2 cases)" in text
+    assert "second line" not in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("- ")) < 150
+
+
+def test_whole_models_have_a_table_of_their_own(tmp_path):
+    stock = {"tokens_per_second": 80.25, "peak_bytes": 300 * 2**20, "speedup": 2.0}
+    model = line_of(
+        "Llama | x", op="Llama", name="x", mode="train", family="models", peers={"stock": stock},
+        tokens_per_second=160.5, peak_bytes=2.5 * 2**20,
+    )  # fmt: skip
+    failed = model | {"status": "failed", "reason": "wrong", "case": "other"}
+    text = report.markdown([line_of(), model, failed], folded=True)
+    assert "| Llama | x | bfloat16 | train | 80.2 -> 160 | **2.0x** | 300 -> 2.5 MiB |" in text
+    assert "failed: wrong" in text
+    assert text.count("<details>") == 1
+    assert text.index("Whole models") < text.index("<details>")
+    assert report.plot([model], tmp_path) == []
+
+
+def test_labels_tell_cases_of_one_op_apart():
+    lines = [
+        line_of(name="DeepSeek-V3, bf16 cache"),
+        line_of(name="DeepSeek-V3, fp8 cache"),
+        line_of(op="rope", name="one"),
+        line_of(op="rope", name="one", mode="backward"),
+    ]
+    assert report.labels(lines) == ["toy: bf16 cache", "toy: fp8 cache", "rope fwd", "rope bwd"]
+    assert report.labels(lines, cases=True)[0] == "toy: DeepSeek-V3, bf16 cache"
+
+
+def test_op_table_says_which_peer(monkeypatch):
+    import tilefuse
+
+    name = "rope_qk"
+    lines = [line_of(op=name), line_of(op=name, peers={"eager": {"speedup": 3.0}})]
+    (row,) = [row for row in report.op_table(tilefuse.ops(), lines).splitlines() if f"`{name}`" in row]
+    assert "1.5x to 3.0x torch.compile and eager" in row
+    assert report.op_table(tilefuse.ops(), []).count("not measured") == len(tilefuse.ops())
 
 
 def test_plots_are_drawn_from_lines(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    paths = report.plot([line_of(), line_of("toy | b", name="b")], tmp_path)
-    assert [p.name for p in paths] == ["cpu_x_roof.png", "cpu_x_speedup.png"]
-    assert all(p.stat().st_size > 1000 for p in paths)
+    lines = [line_of(), line_of("toy | b", name="b"), line_of("slow | c", op="slow", family="second", suite="full")]
+    (path,) = report.plot(lines, tmp_path)
+    assert path.name == "cpu_x_overview.png" and path.stat().st_size > 1000
+    assert report.draw(lines, tmp_path / "cases.svg", cases=True)
+    drawn = path.read_bytes()
+    assert report.plot(lines, tmp_path) == [path] and path.read_bytes() == drawn
     assert report.plot([line_of(status="failed", reason="x")], tmp_path) == []
+    assert not report.draw([line_of(call_cost=True)], tmp_path / "nothing.png")
+    assert not (tmp_path / "nothing.png").exists()
 
 
 def test_readme_parts_are_replaced_between_marks():

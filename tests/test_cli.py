@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -91,9 +92,102 @@ def test_doctor_json(capsys):
 
 def test_doctor_in_words(capsys):
     _code, out, _ = run(capsys, "doctor")
-    assert "Devices" in out and "Backends" in out
-    if not torch.cuda.is_available():
-        assert "What is missing for full speed" in out
+    # the verdict is the first line, the tables come after it
+    assert out.splitlines()[0].startswith(("This machine runs tilefuse on ", "tilefuse works here, on "))
+    assert out.index("Details") < out.index("Devices") < out.index("Backends")
+
+
+def here(**changes):
+    """A machine without fault or GPU, changed."""
+    everything = dict.fromkeys(doctor.LIBRARIES, "99.0")
+    fine = doctor.Machine(
+        torch="2.13.0+cpu", torch_build="cpu", gpus=(), hardware=None, cpu_missing=None, cuda_missing="not built",
+        unloadable=frozenset(), cuda_archs=(), triton_missing=None, tools=frozenset({"g++", "ninja"}),
+        packages=everything, verified=frozenset(),
+    )  # fmt: skip
+    return replace(fine, **changes)
+
+
+H100 = {
+    "torch": "2.13.0+cu130", "torch_build": "cuda", "gpus": (("NVIDIA H100, 80 GiB", "sm_90"),),
+    "hardware": "NVIDIA", "cuda_missing": None, "cuda_archs": ("sm_80", "sm_90a"), "verified": frozenset({"sm_90"}),
+}  # fmt: skip
+
+
+def test_doctor_says_full_speed_and_means_it():
+    for m, where in ((here(), "the CPU"), (here(**H100), "NVIDIA H100, 80 GiB")):
+        found = doctor.findings(m)
+        assert all(f.note for f in found), found
+        assert doctor.verdict(m, found) == f"This machine runs tilefuse on {where} at full speed."
+
+
+@pytest.mark.parametrize(
+    ("changes", "says", "fix"),
+    [
+        ({"torch": "2.10.1"}, "torch 2.10.1 is too old", "pip install -U 'torch>=2.11'"),
+        ({"hardware": "NVIDIA"}, "build for CPUs only", "pip install --force-reinstall torch"),
+        ({"hardware": "AMD"}, "build for CPUs only", "install a ROCm build of torch"),
+        ({"hardware": "NVIDIA", "torch_build": "cuda"}, "torch cannot use it", "nvidia-smi"),
+        ({"backend": "reference"}, "'reference' is forced", "unset TILEFUSE_BACKEND"),
+        ({"cpu_missing": "x"}, "C++ kernels for the CPU were not built", "make native"),
+        ({"cpu_missing": "x", "tools": frozenset()}, "not built", "apt-get install g++ && pip install ninja && make"),
+        ({"cpu_missing": "x", "in_checkout": False}, "not built", "pip install --no-build-isolation ."),
+        ({"cpu_missing": "bad magic", "unloadable": frozenset({"cpu"})}, "do not load: bad magic", "make native"),
+        (H100 | {"triton_missing": "Triton 3.5.0 is older than 3.6"}, "3.5.0", "pip install -U 'triton>=3.6'"),
+        (H100 | {"interpreting": True}, "interpreter", "unset TRITON_INTERPRET"),
+        (H100 | {"cuda_missing": "x"}, "CUDA kernels were not built", "install the CUDA toolkit"),
+        (H100 | {"cuda_missing": "x", "tools": frozenset({"nvcc"})}, "not built", "make native"),
+        (H100 | {"cuda_archs": ("sm_80",)}, "built for sm_80, this GPU is sm_90", "TORCH_CUDA_ARCH_LIST='9.0'"),
+        (
+            H100 | {"verified": frozenset()},
+            "ever verified on a GPU of this kind (sm_90)",
+            "python -m tilefuse verify --record",
+        ),
+    ],
+)
+def test_doctor_says_one_thing_in_plain_words(changes, says, fix):
+    m = here(**changes)
+    (finding,) = [f for f in doctor.findings(m) if not f.note]
+    assert says in finding.what
+    assert finding.costs
+    assert fix in finding.fix
+    sentence = doctor.verdict(m, [finding])
+    assert "1 thing" in sentence
+    assert ("broken" in sentence) == finding.broken
+
+
+def test_doctor_counts():
+    m = here(hardware="NVIDIA", cpu_missing="x")
+    assert "2 things keep it from full speed" in doctor.verdict(m, doctor.findings(m))
+    m = here(torch="2.9", cpu_missing="x", backend="cpu")
+    assert doctor.verdict(m, doctor.findings(m)) == (
+        "1 thing is broken on this machine, and 2 more keep it from full speed:"
+    )
+
+
+def test_doctor_notes_cost_no_speed():
+    m = here(packages=dict.fromkeys(doctor.LIBRARIES), triton_missing="no Triton")
+    found = doctor.findings(m)
+    assert all(f.note for f in found)
+    text = " ".join(f.what for f in found)
+    for name in ("There is no GPU", "transformers is not installed", "matplotlib", "rich", "no Triton"):
+        assert name in text
+    assert any("older than 5.23" in f.what for f in doctor.findings(here(packages={"transformers": "5.2"})))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "built", "runs"),
+    [
+        ("sm_90", ("sm_90a",), True),
+        ("sm_89", ("sm_80", "sm_90a"), True),
+        ("sm_80", ("sm_89",), False),
+        ("sm_103", ("sm_100a",), False),
+        ("sm_120", ("sm_80", "sm_90a", "sm_100a"), False),
+        ("sm_90", (), False),
+    ],
+)
+def test_which_gpus_a_build_runs_on(gpu, built, runs):
+    assert doctor.built_for(gpu, built) is runs
 
 
 def test_doctor_fails_on_a_library_that_cannot_be_loaded(capsys, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Benchmark every op against its peers on this machine.
+"""Benchmark every op against its peers, and whole models patched against stock, on this machine.
 
 Peers (eager PyTorch, torch.compile, the best library) run in the same process on the same inputs. Each case is
 checked against its float64 oracle before and after timing, and against the roof of this machine. Results go to a
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..benchmarks import harness, report, runner
+    from ..benchmarks import harness, models, report, runner
 
     console = Console(args.json)
     folder = args.out or runner.results_folder()
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no GPU here (python -m tilefuse doctor)")
-    families = sorted({family for family, _, _ in harness.modules()})
+    families = sorted({family for family, _, _ in harness.modules()} | {models.FAMILY})
     for family in args.family:
         if family not in families:
             raise UsageError(f"--family must be one of {', '.join(families)}, got {family!r}")
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         lines = runner.read_lines(path)
         return _finish(console, lines, lines, path, folder, report)
-    cases = harness.discover(args.suite, kind, families=args.family, match=args.case)
+    cases = harness.discover(args.suite, kind, families=args.family, match=args.case, whole_models=True)
     if not cases:
         raise UsageError("no benchmark case matches")
     if args.list:
@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
         limits["seconds"] = args.seconds
     if args.compile_seconds is not None:
         limits["compile_seconds"] = args.compile_seconds
-    settings = runner.Settings(**limits, each_backend=args.each_backend, families=len({case.family for case in cases}))
+    # nothing is compiled for whole models
+    compiling = max(1, len({case.family for case in cases} - {models.FAMILY}))
+    settings = runner.Settings(**limits, each_backend=args.each_backend, families=compiling)
     console.say(f"Measuring the roof of {kind} ...")
     engine = runner.Runner(device, settings)
     began = time.monotonic()
@@ -89,10 +91,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _finish(console: Console, lines: list, stored: list, path: Path, folder: Path, report) -> int:
     """Table of this run's lines; plots of all that are stored for this device."""
-    if lines:
-        console.table(f"{lines[0]['device']}: tilefuse and its speed-up over each peer", *report.rows(lines))
+    ops, models = report.apart(lines)
+    if ops:
+        console.table(f"{ops[0]['device']}: tilefuse, and its speed against each peer", *report.rows(ops))
+    if models:
+        console.table(f"{models[0]['device']}: models, stock -> patched", *report.model_rows(models))
     for name, reason in sorted(report.missing(lines).items()):
-        console.say(f"peer {name} did not run in some case: {reason}")
+        console.say(f"peer {name} did not run: {reason}")
     plots = report.plot(stored, folder)
     for written in (path, *plots):
         console.say(f"wrote {written}")
@@ -114,8 +119,8 @@ def _readme(console: Console, folder: Path) -> int:
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in runner.read_lines(file)]
     plots = [p.relative_to(path.parent) if p.is_relative_to(path.parent) else p for p in report.plot(lines, folder)]
     # one picture on the first screen: a GPU's before a CPU's
-    roofs = sorted((p for p in map(str, plots) if p.endswith("_roof.png")), key=lambda p: "nvidia" not in p)
-    path.write_text(report.readme(path.read_text(), tilefuse.ops(), lines, roofs[:1]))
+    first = sorted(map(str, plots), key=lambda p: "nvidia" not in p)[:1]
+    path.write_text(report.readme(path.read_text(), tilefuse.ops(), lines, first))
     console.say(f"wrote {path}")
     console.result({"readme": str(path), "lines": len(lines)})
     return OK

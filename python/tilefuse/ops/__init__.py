@@ -10,4 +10,4 @@ for _info in pkgutil.walk_packages(__path__, prefix=f"{__name__}."):
     if not _info.ispkg:
         _module = importlib.import_module(_info.name)
         globals().update({name: getattr(_module, name) for name in _module.__all__})
-        __all__ += _module.__all__
+        __all__.extend(_module.__all__)

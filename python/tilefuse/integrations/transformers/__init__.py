@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention, experts, router
+from . import attention, bigbird, experts, fp8_linear, longformer, router
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
 
 # asked in this order about every module
-PARTS = [attention.swap, router.swap, experts.swap]
+PARTS = [longformer.swap, bigbird.swap, fp8_linear.swap, attention.swap, router.swap, experts.swap]
 
 
 def register() -> None:
     attention.register()
+    fp8_linear.register()
     experts.register()
 
 

@@ -1,0 +1,26 @@
+"""Modules over the ops of tilefuse, state-dict compatible with the Hugging Face modules that they replace.
+
+Parameters have Hugging Face's names and shapes, so ``load_state_dict`` works in both directions. Constructors take
+``device`` and ``dtype`` like those of ``torch.nn`` (also the meta device), ``reset_parameters(generator)`` draws the
+same weights from the same seed, and nothing here imports ``transformers``.
+"""
+
+from .block_sparse_attention import BlockSparseAttention
+from .fp8_linear import FP8Linear
+from .moe import MoE, Routing
+from .multihead_latent_attention import MultiheadLatentAttention
+from .paged_cache import PagedKVCache, PagedLatentCache
+from .rotary_embedding import RotaryEmbedding
+from .window_attention import WindowAttention
+
+__all__ = [
+    "BlockSparseAttention",
+    "FP8Linear",
+    "MoE",
+    "MultiheadLatentAttention",
+    "PagedKVCache",
+    "PagedLatentCache",
+    "RotaryEmbedding",
+    "Routing",
+    "WindowAttention",
+]

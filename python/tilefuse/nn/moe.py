@@ -1,0 +1,351 @@
+"""The sparse mixture-of-experts block: router, routed experts, shared experts, and what balances them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import errors, library
+from ..ops.moe.moe_experts import moe_experts
+from ..ops.moe.moe_losses import moe_balance_loss, moe_update_bias, moe_z_loss
+from ..ops.moe.moe_route import moe_route
+from .common import check_positive, draw_, keep_dtype, linear, reset_linear
+
+__all__ = ["MoE", "Routing"]
+
+_NAME = "nn.MoE"
+_SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
+_GROUP_SCORES = ("max", "top2")
+_ACTIVATIONS = {"silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh")}
+
+
+class Routing(NamedTuple):
+    """What the router did with T tokens: ``logits [T, E]``, ``weights [T, k]`` float32, ``ids [T, k]`` int32."""
+
+    logits: Tensor
+    weights: Tensor
+    ids: Tensor
+
+
+class _Router(nn.Module):
+    """``weight [E, hidden]``, and for aux-free balancing ``e_score_correction_bias [E]``, always float32."""
+
+    def __init__(self, hidden_size: int, num_experts: int, correction_bias: bool, device: Any, dtype: Any):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
+        if correction_bias:
+            self.register_buffer(
+                "e_score_correction_bias", torch.zeros(num_experts, device=device, dtype=torch.float32)
+            )
+            counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
+            self.register_buffer("expert_counts", counts, persistent=False)
+        else:
+            self.e_score_correction_bias = self.expert_counts = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Router:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        moved = keep_dtype(kept, fn)
+        super()._apply(fn, recurse)
+        for name, buffer in moved.items():
+            if kept[name].is_meta and not buffer.is_meta:
+                buffer.zero_()
+            self._buffers[name] = buffer
+        return self
+
+
+class _Experts(nn.Module):
+    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, device: Any, dtype: Any):
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
+
+
+class _SharedExperts(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, device: Any, dtype: Any):
+        super().__init__()
+        self.gate_proj = linear(hidden_size, intermediate_size, False, device, dtype)
+        self.up_proj = linear(hidden_size, intermediate_size, False, device, dtype)
+        self.down_proj = linear(intermediate_size, hidden_size, False, device, dtype)
+        self.activation = _ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts.
+
+    ``logits = x W_gate^T``; ``weights, ids = moe_route(logits, bias)``;
+    ``out = sum_j weights_j W_down[e_j] (act(W_gate[e_j] x) * W_up[e_j] x) + shared(x)``.
+
+    Args:
+        hidden_size, intermediate_size: width of x, and I of one expert.
+        num_experts, top_k: E and k.
+        score: ``"softmax"`` (Mixtral, Qwen3, DeepSeek-V2), ``"sigmoid"`` (DeepSeek-V3), ``"sqrtsoftplus"``, ``"none"``.
+        renormalize: divide the chosen scores by their sum.
+        n_group, topk_group, group_score: group-limited routing; ``"top2"`` for DeepSeek-V3, ``"max"`` for V2.
+        routed_scaling_factor: multiplies the weights.
+        correction_bias: adds ``gate.e_score_correction_bias``, which steers the selection only and is moved by
+            ``update_bias`` (auxiliary-loss-free balancing).
+        num_shared_experts: shared experts, together one gated MLP of ``num_shared_experts * intermediate_size``;
+            0 for none. shared_intermediate_size: another width of that MLP.
+        activation: ``"silu"`` or ``"gelu"`` (tanh).
+        router_dtype: the logits' dtype is the wider of this and x's; float32 is DeepSeek's. None: x's own, as Qwen3
+            and Mixtral have it.
+        parallel: a ``tilefuse.distributed.ExpertParallel``; the module then holds the ``E / W`` experts of its rank.
+        initializer_range: standard deviation of ``reset_parameters``.
+        device, dtype: of the parameters.
+
+    State dict, as ``DeepseekV3MoE``, ``DeepseekV2Moe``, ``Qwen3MoeSparseMoeBlock`` and ``MixtralSparseMoeBlock`` have
+    it: ``gate.weight [E, hidden]``, ``gate.e_score_correction_bias [E]`` float32 (kept so by ``.to(dtype)``),
+    ``experts.gate_up_proj [E, 2 I, hidden]`` (gate rows first), ``experts.down_proj [E, hidden, I]``,
+    ``shared_experts.{gate,up,down}_proj.weight``.
+
+    Raises:
+        ValueError: sizes below 1, top_k or groups that do not fit E, unknown options.
+
+    Example::
+
+        moe = tilefuse.nn.MoE(512, 256, num_experts=64, top_k=6, score="sigmoid", correction_bias=True,
+                              num_shared_experts=1)
+        y, routing = moe(torch.randn(2, 100, 512), return_routing=True)
+        loss = y.square().mean() + 1e-4 * moe.balance_loss(routing, kind="sequence", sequence_length=100)
+        loss.backward()
+        moe.update_bias(1e-3)
+
+    Sources: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; Mixtral (2401.04088); Wang et al. (2408.15664).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        score: str = "softmax",
+        renormalize: bool = True,
+        n_group: int = 1,
+        topk_group: int = 1,
+        group_score: str = "top2",
+        routed_scaling_factor: float = 1.0,
+        correction_bias: bool = False,
+        num_shared_experts: int = 0,
+        shared_intermediate_size: int | None = None,
+        activation: str = "silu",
+        router_dtype: torch.dtype | None = torch.float32,
+        parallel: Any = None,
+        initializer_range: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_positive(
+            _NAME, hidden_size=hidden_size, intermediate_size=intermediate_size, num_experts=num_experts, top_k=top_k,
+            n_group=n_group, topk_group=topk_group,
+        )  # fmt: skip
+        if num_experts % n_group:
+            errors.value_error(_NAME, "n_group", f"a divisor of num_experts {num_experts}", n_group)
+        if topk_group > n_group:
+            errors.value_error(_NAME, "topk_group", f"at most n_group {n_group}", topk_group)
+        if top_k > topk_group * (num_experts // n_group):
+            limit = topk_group * (num_experts // n_group)
+            errors.value_error(_NAME, "top_k", f"at most {limit}, the experts of topk_group groups", top_k)
+        for arg, value, known in (
+            ("score", score, _SCORES), ("group_score", group_score, _GROUP_SCORES),
+            ("activation", activation, tuple(_ACTIVATIONS)),
+        ):  # fmt: skip
+            if value not in known:
+                errors.value_error(_NAME, arg, f"one of {', '.join(known)}", value)
+        if num_shared_experts < 0:
+            errors.value_error(_NAME, "num_shared_experts", "at least 0", num_shared_experts)
+        if shared_intermediate_size is None:
+            shared_intermediate_size = num_shared_experts * intermediate_size
+        elif shared_intermediate_size < 0:
+            errors.value_error(_NAME, "shared_intermediate_size", "at least 0", shared_intermediate_size)
+        if parallel is not None and parallel.num_experts != num_experts:
+            errors.value_error(_NAME, "parallel", f"made for num_experts {num_experts}", parallel.num_experts)
+        self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
+        self.num_experts, self.top_k, self.activation = num_experts, top_k, activation
+        self.score, self.renormalize, self.routed_scaling_factor = score, renormalize, routed_scaling_factor
+        self.n_group, self.topk_group, self.group_score = n_group, topk_group, group_score
+        self.router_dtype, self.parallel, self.initializer_range = router_dtype, parallel, initializer_range
+        self.gate = _Router(hidden_size, num_experts, correction_bias, device, dtype)
+        local = num_experts if parallel is None else parallel.local_experts
+        self.experts = _Experts(local, hidden_size, intermediate_size, device, dtype)
+        if shared_intermediate_size:
+            self.shared_experts = _SharedExperts(hidden_size, shared_intermediate_size, activation, device, dtype)
+        else:
+            self.shared_experts = None
+        self.reset_parameters()
+
+    @classmethod
+    def from_config(cls, config: Any, **kwargs: Any) -> MoE:
+        """The block for a Hugging Face config of type deepseek_v3, deepseek_v2, qwen3_moe or mixtral."""
+        kind = config.model_type
+        fields: dict[str, Any] = {
+            "activation": config.hidden_act, "initializer_range": config.initializer_range,
+        }  # fmt: skip
+        if kind in ("deepseek_v3", "deepseek_v2"):
+            fields |= {
+                "routed_scaling_factor": config.routed_scaling_factor, "num_shared_experts": config.n_shared_experts,
+            }  # fmt: skip
+        if kind == "deepseek_v3":
+            fields |= {
+                "score": "sigmoid", "renormalize": config.norm_topk_prob, "n_group": config.n_group,
+                "topk_group": config.topk_group, "correction_bias": True,
+            }  # fmt: skip
+        elif kind == "deepseek_v2":
+            fields["renormalize"] = False
+            if config.topk_method == "group_limited_greedy":
+                fields |= {"n_group": config.n_group, "topk_group": config.topk_group, "group_score": "max"}
+        elif kind == "qwen3_moe":
+            fields |= {"renormalize": config.norm_topk_prob, "router_dtype": None}
+        elif kind == "mixtral":
+            fields["router_dtype"] = None
+        else:
+            known = "deepseek_v3, deepseek_v2, qwen3_moe or mixtral"
+            errors.value_error(f"{_NAME}.from_config", "config", f"of type {known}", kind)
+        width = config.intermediate_size if kind == "mixtral" else config.moe_intermediate_size
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        return cls(config.hidden_size, width, experts, config.num_experts_per_tok, **fields | kwargs)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Normal weights of standard deviation ``initializer_range``, correction bias 0.
+
+        The same seed gives the same weights, also the rank's own part of them under expert parallelism.
+        """
+        draw_(self.gate.weight, self.initializer_range, generator)
+        first = 0 if self.parallel is None else self.parallel.rank * self.parallel.local_experts
+        for weight in (self.experts.gate_up_proj, self.experts.down_proj):
+            if self.parallel is None or weight.is_meta:
+                draw_(weight, self.initializer_range, generator)
+            else:
+                # drawn for all ranks, so that the random state moves on alike everywhere
+                whole = weight.new_empty(self.num_experts, *weight.shape[1:])
+                draw_(whole, self.initializer_range, generator)
+                with torch.no_grad():
+                    weight.copy_(whole[first : first + self.parallel.local_experts])
+        if self.gate.e_score_correction_bias is not None:
+            self.gate.e_score_correction_bias.zero_()
+            self.gate.expert_counts.zero_()
+        if self.shared_experts is not None:
+            for layer in self.shared_experts.children():
+                reset_linear(layer, self.initializer_range, generator)
+
+    def forward(
+        self, x: Tensor, valid: Tensor | None = None, *, return_routing: bool = False
+    ) -> Tensor | tuple[Tensor, Routing]:
+        """Sends each token through its ``top_k`` experts and the shared ones.
+
+        Args:
+            x: ``[.., hidden]`` float32, bfloat16 or float16.
+            valid: ``[..]`` bool, False = padding: no expert sees it, and it counts nowhere.
+            return_routing: also return the ``Routing`` of the ``T`` flattened tokens, for the losses.
+
+        Returns:
+            x's shape and dtype; differentiable in x and all parameters. In training mode with a correction bias the
+            choices are counted for ``update_bias``.
+
+        Raises:
+            ValueError: shapes. TypeError: dtypes.
+        """
+        if x.dim() < 1 or x.shape[-1] != self.hidden_size:
+            errors.value_error(_NAME, "x", f"[.., {self.hidden_size}]", x)
+        errors.check_dtype(_NAME, "x", x, errors.FLOATS)
+        if valid is not None:
+            if valid.shape != x.shape[:-1]:
+                errors.value_error(_NAME, "valid", f"{[*x.shape[:-1]]} bool", valid)
+            errors.check_dtype(_NAME, "valid", valid, (torch.bool,))
+        tokens = x.reshape(-1, self.hidden_size)
+        routing = self._route(tokens, None if valid is None else valid.reshape(-1))
+        tokens, gate_up, down = library.autocast(tokens, self.experts.gate_up_proj, self.experts.down_proj)
+        if self.parallel is None:
+            out = moe_experts(tokens, gate_up, down, routing.weights, routing.ids, activation=self.activation)
+        else:
+
+            def local(rows: Tensor, ids: Tensor) -> Tensor:
+                ones = torch.ones(ids.shape, dtype=torch.float32, device=rows.device)
+                return moe_experts(rows, gate_up, down, ones, ids, activation=self.activation)
+
+            out = self.parallel(tokens, routing.weights, routing.ids, local)
+        out = out.view(x.shape)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)
+        return (out, routing) if return_routing else out
+
+    def _route(self, tokens: Tensor, valid: Tensor | None) -> Routing:
+        dtype = tokens.dtype
+        if self.router_dtype is not None:
+            dtype = torch.promote_types(dtype, self.router_dtype)
+        with torch.autocast(tokens.device.type, enabled=False):
+            logits = F.linear(tokens.to(dtype), self.gate.weight.to(dtype))
+        bias = self.gate.e_score_correction_bias
+        weights, ids = moe_route(
+            logits, bias, top_k=self.top_k, score=self.score, renormalize=self.renormalize, n_group=self.n_group,
+            topk_group=self.topk_group, group_score=self.group_score, scale=self.routed_scaling_factor,
+        )  # fmt: skip
+        if valid is not None:
+            ids = torch.where(valid[:, None], ids, -1)
+        if self.training and bias is not None:
+            with torch.no_grad():
+                # the spare last entry takes dropped ids; integers add up in any order
+                slots = torch.where(ids >= 0, ids, self.num_experts).flatten().long()
+                counts = slots.new_zeros(self.num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))
+                self.gate.expert_counts += counts[: self.num_experts]
+        return Routing(logits, weights, ids)
+
+    @torch.no_grad()
+    def update_bias(self, rate: float = 1e-3, group: Any = None) -> None:
+        """Moves the correction bias against the load since the last call, once per optimiser step.
+
+        ``bias += rate * sign(mean(counts) - counts)``; the counts then start again at 0.
+
+        Args:
+            rate: step size.
+            group: a ``torch.distributed`` group over which the counts are summed first; None with ``parallel`` is
+                its group, else no communication.
+
+        Raises:
+            ValueError: the module has no correction bias.
+        """
+        bias, counts = self.gate.e_score_correction_bias, self.gate.expert_counts
+        if bias is None:
+            errors.value_error(f"{_NAME}.update_bias", "correction_bias", "True in the constructor", False)
+        if group is not None or self.parallel is not None:
+            torch.distributed.all_reduce(counts, group=self.parallel.group if group is None else group)
+        bias.copy_(moe_update_bias(bias, counts, rate=rate))
+        counts.zero_()
+
+    def balance_loss(self, routing: Routing, valid: Tensor | None = None, **options: Any) -> Tensor:
+        """``tilefuse.moe_balance_loss`` with this module's score; ``valid [..]`` bool, options as there (``kind``)."""
+        options = {"score": self.score} | options
+        return moe_balance_loss(routing.logits, routing.ids, _flat(valid), **options)
+
+    def z_loss(self, routing: Routing, valid: Tensor | None = None) -> Tensor:
+        """``tilefuse.moe_z_loss`` of the router's logits; ``valid [..]`` bool."""
+        return moe_z_loss(routing.logits, _flat(valid))
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"{self.hidden_size}, {self.intermediate_size}, num_experts={self.num_experts}, top_k={self.top_k}",
+            f"score={self.score}, renormalize={self.renormalize}, activation={self.activation}",
+        ]
+        if self.n_group > 1:
+            parts.append(f"n_group={self.n_group}, topk_group={self.topk_group}, group_score={self.group_score}")
+        if self.routed_scaling_factor != 1:
+            parts.append(f"routed_scaling_factor={self.routed_scaling_factor}")
+        if self.gate.e_score_correction_bias is not None:
+            parts.append("correction_bias=True")
+        if self.parallel is not None:
+            parts.append(f"local_experts={self.parallel.local_experts}")
+        return ", ".join(parts)
+
+
+def _flat(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.reshape(-1)
