@@ -1,5 +1,4 @@
-"""Tiny models with random weights, one of each kind that ``tilefuse.integrations.transformers`` knows, and the
-comparison of a patched model with a stock one."""
+"""Whole models, patched and stock, by verification.md's rule, and tiny models of each kind of language model."""
 
 import contextlib
 import copy
