@@ -234,6 +234,8 @@ class PagedLatentCache(_PagedCache):
 class PagedKVCache(_PagedCache):
     """The paged key/value cache of ``WindowAttention``.
 
+    Pages stay with their sequence also when its window has left them behind; they are not read any more.
+
     Args:
         batch_size, max_length, page_size, num_pages, num_layers, device: as in ``PagedLatentCache``.
         num_kv_heads, head_dim: Hkv and D. v_head_dim: width of values, None is D.
