@@ -1,6 +1,23 @@
 """tilefuse under Hugging Face transformers: ``register()``, ``patch(model)``, ``unpatch(model)``.
 
-Needs ``pip install tilefuse[transformers]``.
+Needs ``pip install tilefuse[transformers]`` (transformers 5.23 or newer). ``import tilefuse`` never imports it.
+
+===================  =========================================  ==================================================
+part                 what runs on tilefuse                      models
+===================  =========================================  ==================================================
+attention and masks  ``window_attention``, ``paged_attention``  all that use Hugging Face's attention registry
+rotary embedding     ``rope_qk``, ``qk_norm_rope``              Llama, Mistral, Qwen3, Gemma-3, gpt-oss, DeepSeek-V2
+                                                                and V3, and all with the same functions
+routers              ``moe_route``                              Mixtral, Qwen3-MoE, gpt-oss, DeepSeek-V2 and V3
+experts              ``moe_experts``, ``grouped_matmul``        all that use Hugging Face's experts registry
+FP8 linears          ``fp8_matmul``                             checkpoints with ``weight_scale_inv``
+sparse attention     ``global_attention``,                      Longformer, BigBird
+                     ``block_sparse_attention``
+===================  =========================================  ==================================================
+
+Results differ from Hugging Face's by rounding only. Two things follow from that and are not errors: where bfloat16
+logits of two experts are exactly tied, ``moe_route`` takes the lower index and ``torch.topk`` either; and caches hold
+what Hugging Face's hold up to rounding, so that a model may be patched or unpatched in the middle of a generation.
 """
 
 from __future__ import annotations
@@ -17,12 +34,79 @@ PARTS = [longformer.swap, bigbird.swap, fp8_linear.swap, attention.swap, router.
 
 
 def register() -> None:
+    """Adds ``"tilefuse"`` to Hugging Face's attention, attention mask and experts registries.
+
+    After that a model can be built with it, or switched to it. No existing model changes, and calling it again is
+    harmless. Rotary embedding, routers, FP8 linears, Longformer and BigBird have no registry: ``patch`` swaps those.
+
+    The attention registered under this name never builds a dense mask for causal attention, sliding windows, left or
+    right padding, packed sequences and caches. It hands attention dropout in training, position biases, 4-D masks of
+    the user and masks with holes to Hugging Face's ``sdpa`` function (models with sinks or a soft cap: to the eager
+    function of their own file). ``"tilefuse_eager"`` is the same with the eager function throughout.
+
+    Raises:
+        ImportError: transformers is not installed, when this package is imported.
+
+    Example::
+
+        import torch
+        import transformers
+        import tilefuse.integrations.transformers as integration
+
+        integration.register()
+        config = transformers.MixtralConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=4, vocab_size=100,
+        )
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation="tilefuse", experts_implementation="tilefuse"
+        )
+        logits = model(torch.randint(100, (1, 32))).logits
+    """
     attention.register()
     fp8_linear.register()
     experts.register()
 
 
 def patch(model: nn.Module) -> Report:
+    """Runs what it can of one live model on tilefuse, and says what that is.
+
+    Each module that a part of tilefuse knows gets a new forward on the *instance*, and the model gets configs of its
+    own that name the ``"tilefuse"`` attention. Parameters, ``state_dict``, hooks, module classes, device placement
+    and other models, of the same class or built from the same config object, stay as they are. Works in training
+    (gradient checkpointing, autocast), with every cache of ``generate``, under ``torch.compile`` and with the hooks of
+    ``device_map``, in either order. Patching a patched model changes nothing and returns its report again.
+
+    What tilefuse does not compute exactly stays with Hugging Face, at the module or for the call, and is in the report
+    where it is known beforehand: attention dropout in training, position biases, unknown forms of rotary embedding
+    and routing. For single calls that is so for 4-D masks of the user, masks with holes, padding under
+    ``torch.compile``, ``output_attentions`` of an eager model, and right padding together with a window that is
+    shorter than the sequence. Unknown models get the parts that match.
+
+    Args:
+        model: any module. Usually a ``transformers.PreTrainedModel``; wrapped ones (DDP, PEFT, ``torch.compile``)
+            are searched too.
+
+    Returns:
+        A mapping from module path to ``Change(changed, left)``: what runs on tilefuse now, and what was left with the
+        reason. ``report.changed`` and ``report.left`` hold one of the two; ``print(report)`` shows equal layers once.
+
+    Example::
+
+        import torch
+        import transformers
+        from tilefuse.integrations.transformers import patch, unpatch
+
+        config = transformers.Qwen3Config(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, vocab_size=100, pad_token_id=0,
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        report = patch(model)
+        print(report)
+        tokens = model.generate(torch.randint(1, 100, (1, 8)), max_new_tokens=8, do_sample=False)
+        unpatch(model)
+    """
     register()
     state = model.__dict__.get(STATE)
     if state is None:
@@ -33,5 +117,28 @@ def patch(model: nn.Module) -> Report:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
+    """Takes ``patch`` back: the model computes what it did before, bit for bit.
+
+    Forwards and configs are again the ones from before; settings that were changed on ``model.config`` meanwhile are
+    kept. Also takes back what was patched in a part of the model. A model that was never patched is left alone.
+
+    Args:
+        model: what was given to ``patch``, or something that contains it.
+
+    Returns:
+        The model.
+
+    Example::
+
+        import transformers
+        from tilefuse.integrations.transformers import patch, unpatch
+
+        config = transformers.LlamaConfig(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=100
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        patch(model)
+        model = unpatch(model)
+    """
     undo(model)
     return model

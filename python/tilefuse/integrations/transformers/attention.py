@@ -90,6 +90,8 @@ def swap(module: nn.Module, config: Any) -> Swap | Left | None:
         return None
     if getattr(config, "_attn_implementation", None) not in (NAME, EAGER):
         return Left("its model does not take other attention functions")
+    if "position_bias" in code.co_varnames:
+        return Left("its scores have a learned position bias")
     stock = "eager" if config._attn_implementation == EAGER else "sdpa"
     left = []
     forward, why = rope.rebuild(module)
@@ -198,7 +200,12 @@ def _find(
     if padding is not None:
         padding = padding[:, kv_offset : kv_offset + kv_length]
     if mask_function is bidirectional_mask_function and local_size is None:
-        return _bidirectional(padding, batch, q_length, kv_length, device), True
+        if padding is None:
+            return None, True
+        start, end, everything, one_run, _ = _runs(padding)
+        if everything:
+            return None, True
+        return (_full(start, end, batch, q_length, kv_length, device), True) if one_run else _DENSE
 
     window = local_size if local_size is not None and local_size < kv_length else None
     if not plain and tracing:
@@ -229,8 +236,7 @@ def _find(
         if q_length == 1 and padding is None and window is None:
             written = (q_offset - kv_offset + 1).to(torch.int32)
             return written.expand(batch).clone().view(1, 1, 1, batch), True
-        # one query per sequence: a dense mask is small, and Hugging Face's function reads the cache where it lies
-        if tracing or q_length == 1:
+        if tracing:
             return _DENSE
         q_offset = int(q_offset)
     # query i stands at key i + delta
@@ -241,17 +247,14 @@ def _find(
     after = False
     if padding is not None:
         padding = padding[:, : delta + q_length]
-        start = padding.to(torch.int8).argmax(-1, keepdim=True)
-        end = start + padding.sum(-1, keepdim=True)
-        keys = torch.arange(padding.shape[1], device=padding.device)
-        one_run = ((keys >= start) & (keys < end)) == padding
-        flags = torch.stack((padding.all(), one_run.all(), (end < padding.shape[1]).any()))
-        # waits for the device once per forward, as Hugging Face's own functions do
-        everything, one_run, after = flags.tolist()
+        start, end, everything, one_run, after = _runs(padding)
         if everything:
             start = end = None
             after = False
-        elif not one_run or q_length == 1 or (after and window is not None):
+        elif not one_run or (after and window is not None):
+            return _DENSE
+        elif q_length == 1:
+            # one row per sequence is small, and Hugging Face's function reads the cache where it lies
             return _DENSE
     at_end = delta + q_length == kv_length
     if start is None:
@@ -260,9 +263,24 @@ def _find(
         if at_end:
             width = kv_length if window is None else window
             return torch.empty(1, 1, _BOTTOM_RIGHT, width, dtype=torch.int32, device=device), True
+        if q_length == 1:
+            if window is not None:
+                return _DENSE
+            return torch.full((1, 1, _DECODE, batch), delta + 1, dtype=torch.int32, device=device), True
         start = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         end = start + delta + q_length
     return _segments(start, end, delta, after, window, batch, q_length, kv_length, device), True
+
+
+def _runs(padding: Tensor) -> tuple[Tensor, Tensor, bool, bool, bool]:
+    """``[B, 1]`` where the real keys start and end, whether all are real, whether those of each sequence are one run,
+    and whether any follow it. Waits for the device once, as Hugging Face's own functions do."""
+    start = padding.to(torch.int8).argmax(-1, keepdim=True)
+    end = start + padding.sum(-1, keepdim=True)
+    keys = torch.arange(padding.shape[1], device=padding.device)
+    run = (keys >= start) & (keys < end)
+    flags = torch.stack((padding.all(), (run == padding).all(), (end < padding.shape[1]).any()))
+    return start, end, *flags.tolist()
 
 
 def _starts(columns: list[Tensor | int], batch: int, length: int, device: torch.device | str) -> Tensor:
@@ -320,17 +338,9 @@ def _packed(cu_seqlens: Tensor, window: int | None) -> Tensor:
     return _code([cu_seqlens] * 2 + ([] if window is None else [torch.full_like(cu_seqlens, window)]))
 
 
-def _bidirectional(
-    padding: Tensor | None, batch: int, q_length: int, kv_length: int, device: torch.device | str
-) -> Tensor | None:
-    if padding is None:
-        return None
-    start = padding.to(torch.int8).argmax(-1, keepdim=True)
-    end = start + padding.sum(-1, keepdim=True)
-    rows = [
-        _starts([0, 0, q_length], batch, q_length, device),
-        _starts([0, start, end], batch, kv_length, device),
-    ]
+def _full(start: Tensor, end: Tensor, batch: int, q_length: int, kv_length: int, device: torch.device | str) -> Tensor:
+    """Every query of a sequence sees its keys ``[start, end)``."""
+    rows = [_starts([0, 0, q_length], batch, q_length, device), _starts([0, start, end], batch, kv_length, device)]
     return _code(rows + [torch.zeros_like(rows[0])] * 3)
 
 

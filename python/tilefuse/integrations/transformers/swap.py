@@ -107,8 +107,8 @@ class _State:
     forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
     # module, its own config, the copy it got
     configs: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-    # a copy, its values when it was made (no ids: a deep copy of the model has copies of these)
-    made: list[tuple[Any, dict[str, Any]]] = field(default_factory=list)
+    # config, its copy, the copy's values when it was made
+    copies: list[tuple[Any, Any, dict[str, Any]]] = field(default_factory=list)
 
 
 def _slot(module: nn.Module) -> str:
@@ -158,7 +158,7 @@ def own_configs(state: _State, model: nn.Module) -> None:
             for key in getattr(config, "sub_configs", ()):
                 if (sub := getattr(config, key, None)) is not None and not isinstance(sub, dict):
                     object.__setattr__(made, key, own(sub))
-            state.made.append((made, dict(vars(made))))
+            state.copies.append((config, made, dict(vars(made))))
         return copies[id(config)]
 
     from transformers import PreTrainedConfig
@@ -188,16 +188,11 @@ def undo(model: nn.Module) -> None:
                 else:
                     # a hook was added since: what it wraps is the class's forward again
                     changed._old_forward = types.MethodType(type(changed).forward, changed)
-        returned = set()
-        values = {id(made): before for made, before in state.made}
         for owner, config, made in state.configs:
             if owner.__dict__.get("config") is made:
                 owner.config = config
-            if id(made) in returned:
-                continue
-            returned.add(id(made))
+        for config, made, before in state.copies:
             # settings that the user changed meanwhile stay
-            before = values[id(made)]
             for name, value in vars(made).items():
                 if (name not in before or before[name] is not value) and name != "_attn_implementation_internal":
                     object.__setattr__(config, name, value)
