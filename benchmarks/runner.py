@@ -344,6 +344,8 @@ class Runner:
             "flops": case.flops,
             "call_cost": case.call_cost,
         }
+        if case.series:
+            line |= {"series": case.series, "length": case.length}
         before = time.perf_counter()
         try:
             with compile_settings(), torch.no_grad(), torch.cuda.stream(self.stream):
@@ -491,6 +493,13 @@ class Runner:
         for name in bound.keys() - free.keys():
             with contestants[name]._forced():
                 timings |= measure({name: bound[name]}, self.settings.seconds / 4)
+        for name, calls in bound.items() if case.memory else ():
+            with contestants[name]._forced():
+                peak = timing.peak_memory(calls[0], self.device)
+            if name == "tilefuse":
+                self._own_peak_bytes = peak
+            else:
+                peers.setdefault(name, {})["peak_bytes"] = peak
         return timings, state
 
     def _judge(
@@ -534,6 +543,8 @@ class Runner:
         if hasattr(self, "_own_call_us"):
             result["call_us"] = self._own_call_us
             del self._own_call_us
+        if case.memory:
+            result["peak_bytes"] = self._own_peak_bytes
         for name, measured in timings.items():
             if name != "tilefuse":
                 peers[name] |= _numbers(measured, case)

@@ -107,7 +107,7 @@ def rope_append_kv(
     Returns:
         The rotated q, contiguous, of q's dtype.
 
-    Not differentiable. Batch-invariant.
+    Not differentiable. Deterministic where slots are distinct, and batch-invariant.
 
     Raises:
         ValueError: wrong shapes, scales or combinations; on CPU also a position outside of the table or a slot past
