@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse import native
@@ -210,6 +211,29 @@ def test_11_compile_fullgraph():
     assert_bit_equal(out, tilefuse.rope_append_kv(*args, **options))
     assert_bit_equal(compiled_args[6], args[6])
     assert_bit_equal(compiled_args[7], args[7])
+
+
+def test_11_compile_without_recompiling():
+    """For every number of tokens, with scales, which dynamic shapes turn into inputs of the graph."""
+    args, _ = case("plain", cache_dtype=E4M3)
+    counter, frames = CompileCounterWithBackend("aot_eager"), 0
+    step = torch.compile(tilefuse.rope_append_kv, fullgraph=True, backend=counter, dynamic=True)
+    for tokens in (5, 4, 3):
+        q, k, v, cos, sin, positions, k_cache, v_cache, slots = args
+        # copies: which of them are views is a matter of the graph
+        q, k, v, positions, slots = (t[:tokens].clone() for t in (q, k, v, positions, slots))
+        caches = [[k_cache.clone(), v_cache.clone()] for _ in range(2)]
+        options = {"k_scale": 0.3, "v_scale": 2.0}
+        out, expected = (
+            f(q, k, v, cos, sin, positions, *c, slots, **options)
+            for f, c in zip((step, tilefuse.rope_append_kv), caches)
+        )
+        assert_bit_equal(out, expected)
+        for a, b in zip(*caches):
+            assert_bit_equal(a, b)
+        # Dynamo counts an empty frame beside the one graph; other lengths add none
+        frames = frames or counter.frame_count
+        assert counter.frame_count == frames <= 2
 
 
 def test_caches_bump_their_version():
