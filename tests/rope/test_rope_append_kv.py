@@ -243,14 +243,14 @@ def test_caches_bump_their_version():
 
 
 def test_9_slots_past_int32(device):
-    """A page stride that puts the second page 2**31 elements away."""
+    """Pages 2**30 elements apart, a stride that fits int32: the third one starts at 2**31."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")
     storage = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
-    caches = [storage[64 * i :].as_strided((2, 1, 1, 64), (2**31, 64, 64, 1)) for i in range(2)]
+    caches = [storage[64 * i :].as_strided((3, 1, 1, 64), (2**30, 64, 64, 1)) for i in range(2)]
     k = normal(1, 1, 64, device=device)
-    index = torch.ones(1, dtype=torch.int32, device=device)
+    index = torch.full((1,), 2, dtype=torch.int32, device=device)
     storage[2**31 :].zero_()
     tilefuse.rope_append_kv(k, k, k, *tables(64, 4, device), index, *caches, index)
-    assert_bit_equal(caches[0][1, 0], tilefuse.rope(k, *tables(64, 4, device), index)[0])
-    assert_bit_equal(caches[1][1, 0], k[0])
+    assert_bit_equal(caches[0][2, 0], tilefuse.rope(k, *tables(64, 4, device), index)[0])
+    assert_bit_equal(caches[1][2, 0], k[0])
