@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LATENT, ROPE = 64, 16
-PROMPT = "Day 7. "
+PROMPT = "Day 301. Wind from the "
 
 
 class Block(nn.Module):
@@ -165,7 +165,7 @@ def main():
         dtype = torch.bfloat16 if bf16 else torch.float32
         # positions past the training length would be new to the model
         count = min(args.sample, args.length - len(PROMPT))
-        text = sample(model, PROMPT, count, 0.7, args.seed, device, dtype)
+        text = sample(model, PROMPT, count, 0.5, args.seed, device, dtype)
     console.print(text, markup=False, soft_wrap=True)
 
 
