@@ -243,11 +243,11 @@ def test_caches_bump_their_version():
 
 
 def test_9_slots_past_int32(device):
-    """Pages 2**30 elements apart, a stride that fits int32: the third one starts at 2**31."""
+    """Pages 2**30 elements apart, an odd stride that fits int32: the third one starts past 2**31."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")
-    storage = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
-    caches = [storage[64 * i :].as_strided((3, 1, 1, 64), (2**30, 64, 64, 1)) for i in range(2)]
+    storage = torch.empty(2**31 + 130, dtype=torch.bfloat16, device=device)
+    caches = [storage[64 * i :].as_strided((3, 1, 1, 64), (2**30 + 1, 64, 64, 1)) for i in range(2)]
     k = normal(1, 1, 64, device=device)
     index = torch.full((1,), 2, dtype=torch.int32, device=device)
     storage[2**31 :].zero_()
