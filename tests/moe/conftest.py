@@ -1,4 +1,4 @@
-"""Every test that takes ``where`` runs once per backend."""
+"""Every test that takes ``where`` runs once per backend, CUDA C++ included where its module sets ``CUDA``."""
 
 import pytest
 
@@ -14,9 +14,31 @@ BACKENDS = [
 ]
 
 
-@pytest.fixture(params=BACKENDS)
+def pytest_generate_tests(metafunc):
+    """``grad_where`` is for tests of a backward, which CUDA C++ lacks."""
+    if "where" in metafunc.fixturenames:
+        cuda = [pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("where", BACKENDS + cuda * hasattr(metafunc.module, "CUDA"), indirect=True)
+    if "grad_where" in metafunc.fixturenames:
+        metafunc.parametrize("grad_where", BACKENDS, indirect=True)
+
+
+@pytest.fixture
 def where(request):
     """Forces a backend; the value is the device its tensors live on."""
     name, device = request.param
     with tilefuse.backend(name):
         yield device
+
+
+grad_where = where
+
+
+@pytest.fixture
+def repeats():
+    """Runs that must agree to the bit: a hundred wherever threads run side by side."""
+
+    def number(device):
+        return 100 if device == "cuda" or tilefuse.backend() == "cpu" else 2
+
+    return number

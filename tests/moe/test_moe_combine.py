@@ -97,13 +97,32 @@ def test_gradients(dtype, where):
     assert_close(actual[1], exact[1], plain[1], rows=False)
 
 
-def test_13_14_repeatable_and_batch_invariant(where):
+def test_13_14_repeatable_and_batch_invariant(where, repeats):
     y, inverse, weights = case(10, 4, 130, where, torch.bfloat16)
-    first = tilefuse.moe_combine(y, inverse, weights)
-    for _ in range(100 if tilefuse.backend() == "cpu" else 2):
-        assert_bit_equal(tilefuse.moe_combine(y, inverse, weights), first)
-    part = tilefuse.moe_combine(y, inverse[12:24], weights[3:6])
-    assert_bit_equal(part, first[3:6])
+    grad = torch.randn(10, 130, device=where).bfloat16()
+
+    def run(inverse, weights, grad):
+        leaves = [y.detach().requires_grad_(), weights.detach().requires_grad_()]
+        out = tilefuse.moe_combine(leaves[0], inverse, leaves[1])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    first = run(inverse, weights, grad)
+    for _ in range(repeats(where)):
+        for a, b in zip(run(inverse, weights, grad), first):
+            assert_bit_equal(a, b)
+    out, dy, dweights = run(inverse[12:24], weights[3:6], grad[3:6])
+    assert_bit_equal(out, first[0][3:6])
+    assert_bit_equal(dweights, first[2][3:6])
+    used = inverse[12:24][inverse[12:24] >= 0].long()
+    assert_bit_equal(dy[used], first[1][used])
+
+
+def test_1_no_tokens(where):
+    y, inverse, weights = case(0, 2, 8, where)
+    y, weights = y.requires_grad_(), weights.requires_grad_()
+    out = tilefuse.moe_combine(y, inverse, weights)
+    out.sum().backward()
+    assert out.shape == (0, 8) and y.grad.shape == y.shape and weights.grad.shape == (0, 2)
 
 
 def test_strides(where):

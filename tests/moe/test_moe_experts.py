@@ -83,6 +83,19 @@ def test_4_5_6_matches_oracle(tokens, experts, top_k, hidden, inner, options, bi
     check(case(tokens, experts, top_k, hidden, inner, where, dtype, bias=bias), options, where)
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_4_fewer_tokens_than_a_tile(tokens, where):
+    """Also far more experts than slots, most of them empty."""
+    args = case(tokens, 60, 6, 48, 32, where, bias=True)
+    grad = torch.randn(tokens, 48, device=where)
+    with poisoned():
+        out, grads = gradients(tilefuse.moe_experts, grad, args, OAI)
+    with tilefuse.backend("reference"):
+        exact, exact_grads = gradients(tilefuse.moe_experts, grad.double(), widened(args), OAI)
+    for ours, right in zip((out, *grads), (exact, *exact_grads)):
+        torch.testing.assert_close(ours.double(), right, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("top_k", [1, 4])
 @pytest.mark.parametrize("experts", [1, 4])
 def test_5_extreme_counts(top_k, experts, where):
@@ -142,11 +155,11 @@ def test_10_11_dropped_slots_and_padding_rows_do_not_leak(where):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_13_14_repeatable_and_batch_invariant(dtype, where):
+def test_13_14_repeatable_and_batch_invariant(dtype, where, repeats):
     args = case(24, 4, 2, 64, 48, where, dtype, bias=True)
     grad = torch.randn(24, 64, device=where).to(dtype)
     out, grads = gradients(tilefuse.moe_experts, grad, args, OAI)
-    for _ in range(100 if tilefuse.backend() == "cpu" else 1):
+    for _ in range(repeats(where)):
         again = gradients(tilefuse.moe_experts, grad, args, OAI)
         for a, b in zip((again[0], *again[1]), (out, *grads)):
             assert_bit_equal(a, b)
@@ -167,6 +180,76 @@ def test_14_batch_mates_change_nothing(where):
     args[0][1:] = args[0][1:].flip(0) * 3
     args[4][1:] = args[4][1:].flip(0)
     assert_bit_equal(tilefuse.moe_experts(*args)[:1], out[:1])
+
+
+def replay(function, static, changes):
+    """Captures a call and replays it with other values in ``static``, comparing each time with an eager call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = function()
+    for values in changes:
+        static.copy_(values)
+        graph.replay()
+        expected = function()
+        torch.cuda.synchronize()
+        for a, b in zip(captured, expected, strict=True):
+            assert_bit_equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_15_cuda_graph_replay_with_other_routing(dtype):
+    """Forward and backward; later routings leave experts empty, use one only, and drop everything."""
+    x, w_gate_up, w_down, weights, _, *biases = case(40, 8, 2, 64, 48, "cuda", dtype, bias=True)
+    logits = torch.randn(40, 8, device="cuda")
+    leaves = [t.requires_grad_() for t in (x, w_gate_up, w_down, weights, *biases)]
+    grad = torch.randn(40, 64, device="cuda").to(dtype)
+
+    def step():
+        _, ids = tilefuse.moe_route(logits, top_k=2)
+        ids = torch.where(logits.gather(1, ids.long()) > -50, ids, -1)
+        out = tilefuse.moe_experts(*leaves[:4], ids, *leaves[4:])
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    empty = torch.randn(40, 8, device="cuda")
+    empty[:, [0, 3, 7]] = -30.0
+    one = torch.full((40, 8), -100.0, device="cuda")
+    one[:, 5] = 0.0
+    nothing = torch.full((40, 8), -100.0, device="cuda")
+    for backend in ("triton", "auto"):
+        with tilefuse.backend(backend):
+            replay(step, logits, (empty, one, nothing, torch.randn(40, 8, device="cuda")))
+
+
+@pytest.mark.gpu
+def test_12_a_pre_activation_of_more_than_2_31_elements():
+    """T k 2 I > 2^31: the last tokens have the bits they have in a batch of as many rows per expert."""
+    tokens, experts, top_k, hidden, inner = 70_000, 4, 8, 64, 2048
+    assert tokens * top_k * 2 * inner > 2**31
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, device="cuda", generator=generator).bfloat16() / 8
+
+    x, w_gate_up, w_down = normal(tokens, hidden), normal(experts, 2 * inner, hidden), normal(experts, hidden, inner)
+    weights = torch.rand(tokens, top_k, device="cuda", generator=generator)
+    ids = torch.randint(0, experts, (tokens, top_k), device="cuda", generator=generator)
+    x.requires_grad_()
+    with tilefuse.backend("triton"):
+        out = tilefuse.moe_experts(x, w_gate_up, w_down, weights, ids)
+        (dx,) = torch.autograd.grad(out, x, out.detach())
+        del x.grad
+        few = x.detach()[-100:].requires_grad_()
+        part = tilefuse.moe_experts(few, w_gate_up, w_down, weights[-100:], ids[-100:])
+        (dfew,) = torch.autograd.grad(part, few, part.detach())
+    # another tile sums in another order
+    torch.testing.assert_close(out[-100:], part, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(dx[-100:], dfew, rtol=2e-2, atol=2e-2)
 
 
 def test_saves_only_x_and_the_pre_activation():

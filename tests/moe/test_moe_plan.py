@@ -7,6 +7,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, poisoned
 from tilefuse.testing.inputs.moe.moe_plan import ids_of
 
+CUDA = True
+
 
 def by_hand(ids, experts):
     flat = ids.flatten().tolist()
@@ -41,14 +43,14 @@ def test_17_is_the_stable_sort(tokens, top_k, experts, dropped, dtype, where):
 @pytest.mark.parametrize("experts", [3, 257])
 def test_17_many_slots(experts, where):
     """Past the size at which kernels work in chunks."""
-    ids = torch.randint(-1, experts + 1, (5000, 4), dtype=torch.int32, device=where)
+    ids = torch.randint(-1, experts + 1, (4000, 4), dtype=torch.int32, device=where)
     order, inverse, offsets = tilefuse.moe_plan(ids, experts)
     with tilefuse.backend("reference"):
         for actual, expected in zip((order, inverse, offsets), tilefuse.moe_plan(ids, experts)):
             assert_bit_equal(actual, expected)
     kept = int(offsets[-1])
     assert (offsets[1:] >= offsets[:-1]).all() and offsets[0] == 0
-    assert torch.equal(order.long().sort().values, torch.arange(20000, device=where))
+    assert torch.equal(order.long().sort().values, torch.arange(16000, device=where))
     assert torch.equal(inverse[order[:kept].long()].long(), torch.arange(kept, device=where))
     assert (inverse[order[kept:].long()] == -1).all()
 
@@ -68,10 +70,10 @@ def test_10_hostile_ids(where):
     assert offsets.tolist() == [0, 1, 2, 2]
 
 
-def test_13_repeatable(where):
+def test_13_repeatable(where, repeats):
     ids = ids_of(50, 4, 16, where, dropped=0.1)
     first = tilefuse.moe_plan(ids, 16)
-    for _ in range(100 if tilefuse.backend() == "cpu" else 2):
+    for _ in range(repeats(where)):
         for a, b in zip(tilefuse.moe_plan(ids, 16), first):
             assert_bit_equal(a, b)
 

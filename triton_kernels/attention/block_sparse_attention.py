@@ -26,6 +26,7 @@ from ..common.flash import (
     softmax_step,
     store_rows,
 )
+from ..common.launch import on_device
 from .window_attention import padded, statistics_strides, strides
 
 
@@ -250,13 +251,14 @@ def block_sparse_attention_fwd(
     row_offsets, col_index = row_offsets.contiguous(), col_index.contiguous()
     tile, constants = _call("fwd", q, v, block_size)
     rows = triton.cdiv(sq, block_size)
-    _fwd_kernel[(batch * rows * triton.cdiv(block_size, tile.block_m) * heads,)](
-        q, k, v, out, lse, row_offsets, col_index, key_mask, *strides(q), *strides(k), *strides(v), *strides(out),
-        *statistics_strides(lse), *_list_strides(row_offsets), *((0, 0) if key_mask is None else key_mask.stride()),
-        sq,
-        sk, heads, heads // kv_heads, rows, triton.cdiv(sk, block_size), col_index.shape[0], scale,
-        MASKED=key_mask is not None, CAUSAL=causal, **constants,
-    )  # fmt: skip
+    with on_device(q):
+        _fwd_kernel[(batch * rows * triton.cdiv(block_size, tile.block_m) * heads,)](
+            q, k, v, out, lse, row_offsets, col_index, key_mask, *strides(q), *strides(k), *strides(v), *strides(out),
+            *statistics_strides(lse), *_list_strides(row_offsets), *((0, 0) if key_mask is None else key_mask.stride()),
+            sq,
+            sk, heads, heads // kv_heads, rows, triton.cdiv(sk, block_size), col_index.shape[0], scale,
+            MASKED=key_mask is not None, CAUSAL=causal, **constants,
+        )  # fmt: skip
     return out, lse
 
 
@@ -273,23 +275,26 @@ def block_sparse_attention_bwd(
     mask_strides = (0, 0) if key_mask is None else key_mask.stride()
     if dq.numel():
         tile, constants = _call("dq", q, v, block_size)
-        _dq_kernel[(batch * rows * triton.cdiv(block_size, tile.block_m) * heads,)](
-            q, k, v, out, dout, lse, dlse, delta, dq, row_offsets, col_index, key_mask, *strides(q), *strides(k),
-            *strides(v), *strides(out), *strides(dout), *strides(dq), *statistics_strides(lse),
-            *((0, 0, 0) if dlse is None else dlse.stride()), *_list_strides(row_offsets), *mask_strides, sq, sk, heads,
-            heads // kv_heads, rows, columns, col_index.shape[0], scale, MASKED=key_mask is not None, CAUSAL=causal,
-            DLSE_GIVEN=dlse is not None, **constants,
-        )  # fmt: skip
+        with on_device(q):
+            _dq_kernel[(batch * rows * triton.cdiv(block_size, tile.block_m) * heads,)](
+                q, k, v, out, dout, lse, dlse, delta, dq, row_offsets, col_index, key_mask, *strides(q), *strides(k),
+                *strides(v), *strides(out), *strides(dout), *strides(dq), *statistics_strides(lse),
+                *((0, 0, 0) if dlse is None else dlse.stride()), *_list_strides(row_offsets), *mask_strides, sq, sk,
+                heads,
+                heads // kv_heads, rows, columns, col_index.shape[0], scale, MASKED=key_mask is not None, CAUSAL=causal,
+                DLSE_GIVEN=dlse is not None, **constants,
+            )  # fmt: skip
     if dk.numel():
         offsets, index = transpose_lists(row_offsets, col_index, columns)
         tile, constants = _call("dkdv", q, v, block_size)
-        _dkdv_kernel[(batch * columns * triton.cdiv(block_size, tile.block_n) * kv_heads,)](
-            q, k, v, dout, lse, delta, dk, dv, offsets, index, key_mask, *strides(q), *strides(k), *strides(v),
-            *strides(dout), *strides(dk), *strides(dv), *statistics_strides(lse), *_list_strides(offsets),
-            *mask_strides,
-            sq, sk, kv_heads, heads // kv_heads, rows, columns, index.shape[0], scale, MASKED=key_mask is not None,
-            CAUSAL=causal, **constants,
-        )  # fmt: skip
+        with on_device(q):
+            _dkdv_kernel[(batch * columns * triton.cdiv(block_size, tile.block_n) * kv_heads,)](
+                q, k, v, dout, lse, delta, dk, dv, offsets, index, key_mask, *strides(q), *strides(k), *strides(v),
+                *strides(dout), *strides(dk), *strides(dv), *statistics_strides(lse), *_list_strides(offsets),
+                *mask_strides,
+                sq, sk, kv_heads, heads // kv_heads, rows, columns, index.shape[0], scale, MASKED=key_mask is not None,
+                CAUSAL=causal, **constants,
+            )  # fmt: skip
     return dq, dk, dv
 
 

@@ -27,6 +27,7 @@ from ..common.flash import (
     softmax_step,
     store_rows,
 )
+from ..common.launch import on_device
 from .paged_attention import _merge_kernel
 from .window_attention import UNBOUNDED, Prefix, Problem, backward, forward, padded, statistics_strides, strides
 
@@ -285,17 +286,18 @@ def global_attention_fwd(
     parts = torch.empty((chunks, batch, count, heads, v.shape[-1]), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((chunks, batch, heads, count), dtype=torch.float32, device=q.device)
     tile, constants = _call("fwd", q, v, count)
-    _rows_fwd_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
-        q_global, k_global, v_global, positions, key_mask if key_mask is not None else positions, parts, part_lse,
-        *strides(q_global), *strides(k_global), *strides(v_global), *parts.stride()[:4], *part_lse.stride()[:3],
-        *((0, 0) if key_mask is None else key_mask.stride()), length, count, heads, heads // k.shape[2], scale,
-        CHUNK=CHUNK, MASKED=key_mask is not None, CAUSAL=causal, **constants,
-    )  # fmt: skip
-    _merge_kernel[(batch * count * heads,)](
-        parts, part_lse, out, lse, None, positions, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
-        *lse.stride()[:2], chunks, count, heads, DV=v.shape[-1], BDV=padded(v.shape[-1]), SINK=False, SCATTER=True,
-        num_warps=1,
-    )  # fmt: skip
+    with on_device(q):
+        _rows_fwd_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
+            q_global, k_global, v_global, positions, key_mask if key_mask is not None else positions, parts, part_lse,
+            *strides(q_global), *strides(k_global), *strides(v_global), *parts.stride()[:4], *part_lse.stride()[:3],
+            *((0, 0) if key_mask is None else key_mask.stride()), length, count, heads, heads // k.shape[2], scale,
+            CHUNK=CHUNK, MASKED=key_mask is not None, CAUSAL=causal, **constants,
+        )  # fmt: skip
+        _merge_kernel[(batch * count * heads,)](
+            parts, part_lse, out, lse, None, positions, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
+            *lse.stride()[:2], chunks, count, heads, DV=v.shape[-1], BDV=padded(v.shape[-1]), SINK=False, SCATTER=True,
+            num_warps=1,
+        )  # fmt: skip
     return out, lse
 
 
@@ -332,22 +334,26 @@ def global_attention_bwd(
         mask_strides = (0, 0) if key_mask is None else key_mask.stride()
         flags = {"MASKED": key_mask is not None, "CAUSAL": causal}
         tile, constants = _call("dq", q, v, count)
-        _rows_dq_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
-            qg, kg, vg, out, dout, lse, dlse, positions, mask, parts, delta, *strides(qg), *strides(kg), *strides(vg),
-            *strides(out), *strides(dout), *statistics_strides(lse), *((0, 0, 0) if dlse is None else dlse.stride()),
-            *parts.stride()[:4], *mask_strides, length, count, heads, heads // kv_heads, scale, CHUNK=CHUNK,
-            DLSE_GIVEN=dlse is not None, **flags, **constants,
-        )  # fmt: skip
-        _rows_sum_kernel[(batch * count * heads,)](
-            parts, dqg, positions, *parts.stride()[:4], *strides(dqg), chunks, count, heads, D=q.shape[-1],
-            BD=padded(q.shape[-1]), num_warps=1,
-        )  # fmt: skip
+        with on_device(q):
+            _rows_dq_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
+                qg, kg, vg, out, dout, lse, dlse, positions, mask, parts, delta, *strides(qg), *strides(kg),
+                *strides(vg),
+                *strides(out), *strides(dout), *statistics_strides(lse), *((0, 0,
+                0) if dlse is None else dlse.stride()),
+                *parts.stride()[:4], *mask_strides, length, count, heads, heads // kv_heads, scale, CHUNK=CHUNK,
+                DLSE_GIVEN=dlse is not None, **flags, **constants,
+            )  # fmt: skip
+            _rows_sum_kernel[(batch * count * heads,)](
+                parts, dqg, positions, *parts.stride()[:4], *strides(dqg), chunks, count, heads, D=q.shape[-1],
+                BD=padded(q.shape[-1]), num_warps=1,
+            )  # fmt: skip
         tile, constants = _call("dkdv", q, v, count)
-        _rows_dkdv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
-            qg, kg, vg, dout, lse, delta, positions, mask, dkg, dvg, *strides(qg), *strides(kg), *strides(vg),
-            *strides(dout), *statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
-            kv_heads, heads // kv_heads, scale, ADD_K=not own[1], ADD_V=not own[2], **flags, **constants,
-        )  # fmt: skip
+        with on_device(q):
+            _rows_dkdv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
+                qg, kg, vg, dout, lse, delta, positions, mask, dkg, dvg, *strides(qg), *strides(kg), *strides(vg),
+                *strides(dout), *statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
+                kv_heads, heads // kv_heads, scale, ADD_K=not own[1], ADD_V=not own[2], **flags, **constants,
+            )  # fmt: skip
     results = [dq, dk.to(k.dtype), dv.to(v.dtype)]
     results += [g if there else q.new_empty(0) for g, there in zip((dqg, dkg, dvg), own)]
     return tuple(results)

@@ -23,6 +23,7 @@ from ..common.flash import (
     softmax_start,
     softmax_step,
 )
+from ..common.launch import on_device
 from .window_attention import UNBOUNDED, padded, strides
 
 # keys of one program; fixed, so that a row's result depends on its own sequence alone
@@ -214,20 +215,23 @@ def paged_attention_fwd(
     if not one:
         parts = torch.empty((chunks, *out.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((chunks, *lse.shape), dtype=torch.float32, device=q.device)
-    _chunk_kernel[(chunks, batch * kv_heads * triton.cdiv(sq * group, tile.block_m))](
-        q, k_cache, v_cache, parts, part_lse, block_table, seq_lens, sinks if one else None, alibi_slopes,
-        *strides(q), *strides(k_cache), *strides(v_cache), *parts.stride()[:4], *part_lse.stride()[:3],
-        *block_table.stride(), seq_lens.stride(0), sq, heads, kv_heads, group, pages, page_size, max_keys, left, right,
-        scale * k_scale, softcap, v_scale, D=dim, DV=dim_v, BD=padded(dim), BDV=padded(dim_v), BM=tile.block_m,
-        BN=tile.block_n, CHUNK=CHUNK, FP8=fp8, SINK=one and sinks is not None, ALIBI=alibi_slopes is not None,
-        SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    if not one:
-        _merge_kernel[(batch * sq * heads,)](
-            parts, part_lse, out, lse, sinks, None, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
-            *lse.stride()[:2], chunks, sq, heads, DV=dim_v, BDV=padded(dim_v), SINK=sinks is not None, SCATTER=False,
-            num_warps=1,
+    with on_device(q):
+        _chunk_kernel[(chunks, batch * kv_heads * triton.cdiv(sq * group, tile.block_m))](
+            q, k_cache, v_cache, parts, part_lse, block_table, seq_lens, sinks if one else None, alibi_slopes,
+            *strides(q), *strides(k_cache), *strides(v_cache), *parts.stride()[:4], *part_lse.stride()[:3],
+            *block_table.stride(), seq_lens.stride(0), sq, heads, kv_heads, group, pages, page_size, max_keys, left,
+            right,
+            scale * k_scale, softcap, v_scale, D=dim, DV=dim_v, BD=padded(dim), BDV=padded(dim_v), BM=tile.block_m,
+            BN=tile.block_n, CHUNK=CHUNK, FP8=fp8, SINK=one and sinks is not None, ALIBI=alibi_slopes is not None,
+            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+    if not one:
+        with on_device(q):
+            _merge_kernel[(batch * sq * heads,)](
+                parts, part_lse, out, lse, sinks, None, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
+                *lse.stride()[:2], chunks, sq, heads, DV=dim_v, BDV=padded(dim_v), SINK=sinks is not None,
+                SCATTER=False, num_warps=1,
+            )  # fmt: skip
     return out, lse
 
 

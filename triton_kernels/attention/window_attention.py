@@ -29,6 +29,7 @@ from ..common.flash import (
     softmax_step,
     store_rows,
 )
+from ..common.launch import on_device
 
 # an unbounded window; sums of two stay in int32
 UNBOUNDED = tl.constexpr(1 << 29)
@@ -799,17 +800,18 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     grid = (problem.tiles(True, tile.block_m, problem.dilation) * heads,)
     if grid[0] == 0 or n_seq == 0:
         return out, lse
-    _fwd_kernel[grid](
-        q, k, v, out, lse, problem.sinks, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys, prefix.values,
-        prefix.positions, problem.hidden,
-        *strides(q), *strides(k), *strides(v), *strides(out), *statistics_strides(lse), *problem.prefix_strides,
-        seq_q, seq_k, total_q, total_k, n_seq, heads, heads // k.shape[-2], *problem.window, prefix.reach,
-        problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
-        BN=tile.block_n,
-        VARLEN=problem.packed, DILATED=problem.dilation > 1, PREFIX=prefix.kind, SKIP=problem.hidden is not None,
-        SINK=problem.sinks is not None, ALIBI=problem.slopes is not None, SOFTCAP=problem.softcap > 0,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    with on_device(q):
+        _fwd_kernel[grid](
+            q, k, v, out, lse, problem.sinks, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys, prefix.values,
+            prefix.positions, problem.hidden,
+            *strides(q), *strides(k), *strides(v), *strides(out), *statistics_strides(lse), *problem.prefix_strides,
+            seq_q, seq_k, total_q, total_k, n_seq, heads, heads // k.shape[-2], *problem.window, prefix.reach,
+            problem.dilation, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
+            BN=tile.block_n,
+            VARLEN=problem.packed, DILATED=problem.dilation > 1, PREFIX=prefix.kind, SKIP=problem.hidden is not None,
+            SINK=problem.sinks is not None, ALIBI=problem.slopes is not None, SOFTCAP=problem.softcap > 0,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -845,26 +847,29 @@ def backward(
     tile = problem.config("dq")
     grid = (problem.tiles(True, tile.block_m, problem.dilation) * heads,)
     if grid[0] > 0 and n_seq > 0:
-        _dq_kernel[grid](
-            q, k, v, out, dout, lse, dlse, delta, dq, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys,
-            prefix.values, prefix.positions, problem.hidden,
-            *strides(q), *strides(k), *strides(v), *strides(out), *strides(dout), *strides(dq),
-            *statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
-            *sizes, heads, group, *problem.window, prefix.reach, problem.dilation, prefix.count, problem.scale,
-            problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1,
-            DLSE_GIVEN=dlse is not None, **flags, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        with on_device(q):
+            _dq_kernel[grid](
+                q, k, v, out, dout, lse, dlse, delta, dq, problem.slopes, problem.cu_q, problem.cu_k, prefix.keys,
+                prefix.values, prefix.positions, problem.hidden,
+                *strides(q), *strides(k), *strides(v), *strides(out), *strides(dout), *strides(dq),
+                *statistics_strides(lse), *dlse_strides, *problem.prefix_strides,
+                *sizes, heads, group, *problem.window, prefix.reach, problem.dilation, prefix.count, problem.scale,
+                problem.softcap, **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1,
+                DLSE_GIVEN=dlse is not None, **flags, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     tile = problem.config("dkdv")
     grid = (problem.tiles(False, tile.block_n, problem.dilation) * kv_heads,)
     if grid[0] > 0 and n_seq > 0:
-        _dkdv_kernel[grid](
-            q, k, v, dout, lse, delta, dk, dv, problem.slopes, problem.cu_q, problem.cu_k, problem.hidden,
-            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-            *statistics_strides(lse),
-            *sizes, kv_heads, group, *problem.window, problem.dilation, prefix.count, problem.scale, problem.softcap,
-            **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1, **flags,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        with on_device(q):
+            _dkdv_kernel[grid](
+                q, k, v, dout, lse, delta, dk, dv, problem.slopes, problem.cu_q, problem.cu_k, problem.hidden,
+                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
+                *statistics_strides(lse),
+                *sizes, kv_heads, group, *problem.window, problem.dilation, prefix.count, problem.scale,
+                problem.softcap,
+                **problem.dims, BM=tile.block_m, BN=tile.block_n, DILATED=problem.dilation > 1, **flags,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
     if prefix.kind > 0 and n_seq > 0 and k.numel() > 0:
         tile = problem.config("prefix")
         chunks = problem.tiles(True, PREFIX_CHUNK, 1)
@@ -875,20 +880,22 @@ def backward(
         )
         columns = triton.cdiv(prefix.count, tile.block_n)
         if chunks > 0:
-            _prefix_dkdv_kernel[(chunks * kv_heads, columns)](
-                q, keys, values, dout, lse, delta, dk_part, dv_part, problem.slopes, problem.cu_q, problem.cu_k,
-                prefix.positions, problem.hidden,
-                *strides(q), *problem.prefix_strides, *strides(dout), *statistics_strides(lse), *sizes, kv_heads,
-                group,
-                prefix.reach, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
-                BN=tile.block_n, CHUNK=PREFIX_CHUNK, **flags, num_warps=tile.warps, num_stages=tile.stages,
-            )  # fmt: skip
+            with on_device(q):
+                _prefix_dkdv_kernel[(chunks * kv_heads, columns)](
+                    q, keys, values, dout, lse, delta, dk_part, dv_part, problem.slopes, problem.cu_q, problem.cu_k,
+                    prefix.positions, problem.hidden,
+                    *strides(q), *problem.prefix_strides, *strides(dout), *statistics_strides(lse), *sizes, kv_heads,
+                    group,
+                    prefix.reach, prefix.count, problem.scale, problem.softcap, **problem.dims, BM=tile.block_m,
+                    BN=tile.block_n, CHUNK=PREFIX_CHUNK, **flags, num_warps=tile.warps, num_stages=tile.stages,
+                )  # fmt: skip
         to_k, to_v = (dk, dv) if prefix.kind == 1 else (dpk, dpv)
-        _prefix_reduce_kernel[(n_seq * kv_heads, triton.cdiv(prefix.count, 16))](
-            dk_part, dv_part, to_k, to_v, problem.cu_q, problem.cu_k, *strides(to_k), *strides(to_v),
-            *sizes[:4], kv_heads, prefix.count, **problem.dims, BN=16, CHUNK=PREFIX_CHUNK, VARLEN=problem.packed,
-            PREFIX=prefix.kind, num_warps=4,
-        )  # fmt: skip
+        with on_device(q):
+            _prefix_reduce_kernel[(n_seq * kv_heads, triton.cdiv(prefix.count, 16))](
+                dk_part, dv_part, to_k, to_v, problem.cu_q, problem.cu_k, *strides(to_k), *strides(to_v),
+                *sizes[:4], kv_heads, prefix.count, **problem.dims, BN=16, CHUNK=PREFIX_CHUNK, VARLEN=problem.packed,
+                PREFIX=prefix.kind, num_warps=4,
+            )  # fmt: skip
     return dq, dk, dv, delta, dpk, dpv
 
 

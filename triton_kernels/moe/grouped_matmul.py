@@ -262,10 +262,11 @@ def gathered(a, index, offsets, index_div):
     out = a.new_empty((rows, k))
     if rows and k:
         block = min(1024, triton.next_power_of_2(k))
-        gather_rows_kernel[(triton.cdiv(rows, 4), triton.cdiv(k, block))](
-            a, index, out, offsets, rows, a.shape[0], k, a.stride(0), index_div,
-            GROUPS=offsets.shape[0] - 1, ROWS=4, BLOCK=block, num_warps=4,
-        )  # fmt: skip
+        with on_device(a):
+            gather_rows_kernel[(triton.cdiv(rows, 4), triton.cdiv(k, block))](
+                a, index, out, offsets, rows, a.shape[0], k, a.stride(0), index_div,
+                GROUPS=offsets.shape[0] - 1, ROWS=4, BLOCK=block, num_warps=4,
+            )  # fmt: skip
     return out
 
 
