@@ -43,9 +43,9 @@ def gradients(model, ids, **more):
     "name",
     [
         "qwen3_moe",
-        pytest.param("gpt_oss", marks=pytest.mark.slow),
-        pytest.param("mistral", marks=pytest.mark.slow),
-        pytest.param("deepseek_v2", marks=pytest.mark.slow),
+        "gpt_oss",
+        "mistral",
+        "deepseek_v2",
     ],
 )
 def test_compile_in_one_graph(tiny, name):
@@ -169,6 +169,28 @@ def test_autocast(tiny):
     with torch.autocast("cpu", torch.bfloat16):
         expected, out = (each(ids, labels=ids).loss for each in (model, patched))
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_moe", "deepseek_v3"])
+def test_triton_kernels(tiny, name, triton_backend):
+    """What a GPU runs, in the interpreter where there is none: a training step and decoding."""
+    import tilefuse
+
+    model, patched = tiny(name), tiny(name)
+    patch(patched)
+    ids = tokens(length=9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    results = []
+    for each, backend in ((model, "auto"), (patched, "triton")):
+        with tilefuse.backend(backend):
+            step = gradients(each, ids, attention_mask=mask, use_cache=False)
+            results.append((step, each.generate(ids, attention_mask=mask, **settings)))
+    for path, gradient in results[0][0].items():
+        close(results[1][0][path], gradient)
+    assert_bit_equal(results[1][1], results[0][1])
 
 
 def others():
