@@ -58,8 +58,8 @@ How a case is judged:
 * **oracle**: ``oracle(*inputs)`` with the inputs of the case's dtype (or those listed in ``upcast``) widened to
   float64. Absent, it is ``run`` itself on the reference backend. ``naive`` is the plain low-precision
   computation, absent the peer called ``eager``. ``exact=True`` compares bit for bit instead. ``rows=False`` compares
-  the whole tensor's maximum and RMS but no single rows or tiles: for gradients whose rows hold one error times a
-  vector, so that the ratio of two such errors says little.
+  the whole tensor's maximum and RMS but no single rows or tiles. Gradients are compared by
+  ``tilefuse.testing.verification.gradient_report``, whose rule for rows allows for those of few terms.
 * ``oracle_inputs`` gives smaller inputs for the oracle where float64 at full size would take seconds.
 * In the backward modes the harness calls ``run`` with ``grads`` requiring a gradient, and times
   ``torch.autograd.grad`` with random upstream gradients; what is checked then are the gradients.

@@ -86,13 +86,13 @@ def _memory(line: Line) -> str:
 
 
 def compared(line: Line, bold: str = "") -> str:
-    """Peers with how many times longer they took, the fastest first (and ``bold``), then the bounds."""
+    """Peers with how many times longer they took, the fastest first (and ``bold``), then the yardsticks."""
     ranked = sorted(speedups(line).items(), key=lambda item: item[1])
     words = [f"{_ratio(ratio)} {name}" for name, ratio in ranked]
     if words:
         words[0] = f"{bold}{words[0]}{bold}"
-    bounds = [f"{_ratio(ratio)} {name}" for name, ratio in speedups(line, yardsticks=True).items()]
-    return " · ".join(words) + (f" (bound: {' · '.join(bounds)})" if bounds else "") or "-"
+    others = [f"{_ratio(ratio)} {name}" for name, ratio in speedups(line, yardsticks=True).items()]
+    return " · ".join(words) + (f" (yardstick: {' · '.join(others)})" if others else "") or "-"
 
 
 def rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[str]]]:

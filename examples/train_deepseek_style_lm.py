@@ -23,6 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LATENT, ROPE = 64, 16
+PROMPT = "Day 7. "
 
 
 class Block(nn.Module):
@@ -91,8 +92,8 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--stop", type=int, help="stop after this step of --steps, to be resumed later")
     for name, value in (
-        ("steps", 300), ("batch", 16), ("length", 128), ("width", 128), ("layers", 3), ("save-every", 100),
-        ("seed", 0), ("sample", 400),
+        ("steps", 300), ("batch", 8), ("length", 256), ("width", 128), ("layers", 3), ("save-every", 50),
+        ("seed", 0), ("sample", 240),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--lr", type=float, default=3e-3, help="default 3e-3")
@@ -104,8 +105,10 @@ def main():
 
     data = torch.tensor(list(args.text.read_bytes()))
     split = len(data) * 9 // 10
+    if len(data) - split <= args.length:
+        parser.error(f"{args.text} is too short: a tenth of it must be longer than --length")
     torch.manual_seed(args.seed)
-    model = LanguageModel(args.width, args.layers, max(args.length, args.sample + 64)).to(device)
+    model = LanguageModel(args.width, args.layers, args.length).to(device)
     decay = {p: p.dim() > 1 for p in model.parameters()}
     groups = [{"params": [p for p in decay if decay[p] is d], "weight_decay": 0.1 * d} for d in (True, False)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
@@ -160,7 +163,10 @@ def main():
     console.print(f"loss {losses[-1]:.3f}, held-out {checked[-1][1]:.3f}; {checkpoint}, {args.out / 'loss.png'}\n")
     with autocast:
         dtype = torch.bfloat16 if bf16 else torch.float32
-        console.print(sample(model, "Day 7. ", args.sample, 0.7, args.seed, device, dtype), markup=False)
+        # positions past the training length would be new to the model
+        count = min(args.sample, args.length - len(PROMPT))
+        text = sample(model, PROMPT, count, 0.7, args.seed, device, dtype)
+    console.print(text, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def test_yardstick_is_timed_but_is_no_peer(engine):
     line = engine.run(make(peers={"eager": eager, "copy": Peer(torch.clone, yardstick=True)}))
     assert line["peers"]["copy"]["yardstick"] and line["peers"]["copy"]["speedup"] > 0
     assert report.best_peer(line)[0] == "eager"
-    assert "(bound: " in report.compared(line) and report.compared(line).endswith("x copy)")
+    assert "(yardstick: " in report.compared(line) and report.compared(line).endswith("x copy)")
 
 
 def test_yardstick_below_the_floor_is_recorded_as_missing(engine):

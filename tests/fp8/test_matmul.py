@@ -188,14 +188,14 @@ def test_strides_13(device):
 
 
 def test_offsets_beyond_int32_12(device):
-    """Rows of both operands more than 2^31 bytes apart; untouched pages of the allocation cost nothing."""
+    """Rows of both operands 2^30 bytes apart, a stride that fits int32; untouched pages cost nothing."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")
-    stride = 2**31 + 128
-    memory = torch.empty(stride + 512, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-    a, a_scale, b, b_scale = operands(2, 2, 256, device)
-    far_a = memory.as_strided((2, 256), (stride, 1)).copy_(a)
-    far_b = memory[256:].as_strided((2, 256), (stride, 1)).copy_(b)
+    stride = 2**30
+    memory = torch.empty(2 * stride + 512, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    a, a_scale, b, b_scale = operands(3, 3, 256, device)
+    far_a = memory.as_strided((3, 256), (stride, 1)).copy_(a)
+    far_b = memory[256:].as_strided((3, 256), (stride, 1)).copy_(b)
     assert_bit_equal(
         tilefuse.fp8_matmul(far_a, a_scale, far_b, b_scale), tilefuse.fp8_matmul(a, a_scale, b, b_scale)
     )  # fmt: skip

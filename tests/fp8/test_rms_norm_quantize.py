@@ -100,14 +100,14 @@ def test_strides_13(device, reference):
 
 
 def test_offsets_beyond_int32_12(device, reference):
-    """Rows more than 2^31 elements apart; untouched pages of the allocation cost nothing."""
+    """Rows 2^30 elements apart, a stride that fits int32; untouched pages of the allocation cost nothing."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")
-    stride = 2**31 + 128
-    memory = torch.empty(stride + 1024, dtype=torch.bfloat16, device=device)
-    x, residual = (memory[i:].as_strided((2, 256), (stride, 1)) for i in (0, 256))
+    stride = 2**30
+    memory = torch.empty(2 * stride + 1024, dtype=torch.bfloat16, device=device)
+    x, residual = (memory[i:].as_strided((3, 256), (stride, 1)) for i in (0, 256))
     for i, t in enumerate((x, residual)):
-        t.copy_(magnitudes((2, 256), torch.bfloat16, i))
+        t.copy_(magnitudes((3, 256), torch.bfloat16, i))
     args = x, torch.rand(256, device=device), residual
     same(
         tilefuse.rms_norm_quantize(*args), reference(tilefuse.rms_norm_quantize, *(t.cpu().contiguous() for t in args))

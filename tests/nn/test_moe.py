@@ -60,6 +60,7 @@ def test_against_hugging_face(hf, kind, dtype):
     def run_ours(module, x):
         out, routing = module(x, return_routing=True)
         seen.append(routing.ids.long().sort(-1).values)
+        assert routing.logits.dtype == (torch.float32 if kind.startswith("deepseek") else dtype)
         return out
 
     hf(ours, theirs, tokens(2, 20, 32), run_theirs, dtype=dtype, run_ours=run_ours)

@@ -213,6 +213,54 @@ def test_compile(mode):
     assert_bit_equal(*results)
 
 
+def test_no_host_synchronisation():
+    """Tensors without data can take every path: nothing is read back to the host."""
+    attn, cache = make(device="meta", prefix_chunk=16), make_cache(device="meta")
+    with torch.no_grad():
+        for n in (20, 20, 1, 3):
+            cache.extend(n, torch.ones(2, dtype=torch.int32, device="meta") if n == 3 else None)
+            assert attn(torch.empty(2, n, 48, device="meta"), cache=cache).shape == (2, n, 48)
+
+
+@pytest.mark.gpu
+def test_decode_in_a_cuda_graph():
+    """One captured step serves all steps: extend moves what the graph reads, in place."""
+    dtype = torch.bfloat16
+    attn = make(dtype=dtype, device="cuda", initializer_range=0.2)
+    exact = make(dtype=torch.float64)
+    exact.load_state_dict(attn.state_dict())
+    x = tokens(2, 26, 48, dtype=dtype)
+    with torch.no_grad():
+        exact = exact(x.double())
+        x = x.cuda()
+        plain, static, cache = attn(x), x[:, 20:21].clone(), make_cache(dtype=dtype, device="cuda")
+        spare = make_cache(dtype=dtype, device="cuda")
+        spare.extend(1)
+        attn(static, cache=spare)
+        cache.extend(20)
+        attn(x[:, :20], cache=cache)
+        cache.extend(1)
+        graph, outs = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            out = attn(static, cache=cache)
+        for t in range(20, 26):
+            if t > 20:
+                cache.extend(1)
+            static.copy_(x[:, t : t + 1])
+            graph.replay()
+            outs.append(out.clone())
+    assert_close(torch.cat(outs, 1), exact[:, 20:], plain[:, 20:])
+
+
+def test_activation_checkpointing():
+    attn, x = make(initializer_range=0.2), tokens(2, 20, 48).requires_grad_()
+    results = []
+    for call in (attn, lambda x: torch.utils.checkpoint.checkpoint(attn, x, use_reentrant=False)):
+        results.append(torch.autograd.grad(call(x).square().sum(), [x, *attn.parameters()]))
+    for a, b in zip(*results):
+        assert_bit_equal(a, b)
+
+
 def test_autocast_and_fp8_projections():
     attn = make(initializer_range=0.2)
     x = tokens(2, 20, 48).requires_grad_()

@@ -29,7 +29,7 @@ def test_pages_slots_and_lengths():
     with pytest.raises(ValueError, match="PagedLatentCache: num_pages must be at least 8 for these tokens, got 7"):
         cache.extend(3, [1, 3, 0])
     # nothing changed
-    assert cache.seq_lens.tolist() == [8, 6, 5]
+    assert cache.seq_lens.tolist() == [8, 6, 5] and cache._bounds == [8, 6, 5] and cache._prefix_bound == 5
     cache.extend(1, [1, 0, 0])
     assert cache.free_pages == 0
     assert slots(cache) == [[cache.block_table[0, 2].item() * 4], [-1], [-1]]
@@ -70,6 +70,11 @@ def test_addresses_stay():
     before = [t.data_ptr() for t in (*vars(cache._step).values(), cache.block_table, cache.seq_lens)]
     cache.extend(1)
     assert before == [t.data_ptr() for t in (*vars(cache._step).values(), cache.block_table, cache.seq_lens)]
+    # prefills of many lengths leave nothing behind
+    cache = make(max_length=60)
+    cache.extend(20)
+    cache.extend(21)
+    assert not cache._steps
 
 
 def test_storage_and_repr():

@@ -175,6 +175,16 @@ def test_compile():
     assert_bit_equal(*results)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_no_host_synchronisation(qk_norm):
+    """Tensors without data can take every path: nothing is read back to the host."""
+    attn, cache = make(device="meta", qk_norm=qk_norm), make_cache(device="meta")
+    with torch.no_grad():
+        for n in (20, 20, 1):
+            cache.extend(n)
+            assert attn(torch.empty(2, n, 48, device="meta"), cache=cache).shape == (2, n, 48)
+
+
 def test_shared_tables_and_autocast():
     rotary = RotaryEmbedding(16, 64)
     attn = make(rotary_emb=rotary, initializer_range=0.2)

@@ -569,15 +569,15 @@ def test_11_compile_in_place_views_of_one_tensor():
 
 
 def test_9_offsets_past_int32(device):
-    """A batch stride of 2**31 elements over memory that is never touched in between."""
+    """Batches 2**30 elements apart, a stride that fits int32, over memory that is never touched in between."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")
     storage = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
-    q, k = (storage[64 * i :].as_strided((2, 1, 1, 64), (2**31, 64, 64, 1)) for i in (0, 1))
-    q.copy_(normal(2, 1, 1, 64))
-    k.copy_(normal(2, 1, 1, 64, seed=1))
+    q, k = (storage[64 * i :].as_strided((3, 1, 1, 64), (2**30, 64, 64, 1)) for i in (0, 1))
+    q.copy_(normal(3, 1, 1, 64))
+    k.copy_(normal(3, 1, 1, 64, seed=1))
     cos, sin = tables(64, 4, device)
-    positions = torch.tensor([[3], [2]], device=device)
+    positions = torch.tensor([[3], [2], [1]], device=device)
     expected = tilefuse.rope_qk(q.contiguous(), k.contiguous(), cos, sin, positions)
     for out, e in zip(tilefuse.rope_qk(q, k, cos, sin, positions), expected):
         assert_bit_equal(out, e)
