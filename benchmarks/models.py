@@ -80,6 +80,8 @@ class ModelCase:
     bytes: int = 0
     flops: int = 0
     call_cost: bool = False
+    series: str = ""
+    length: int = 0
 
     @property
     def op(self) -> str:
