@@ -291,6 +291,32 @@ def test_tma_kernel_in_the_interpreter(monkeypatch, triton_backend, b_rows):
     check((*args, torch.randn(136)), torch.float32)
 
 
+@pytest.mark.parametrize("b_rows", [1, 128])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_split_k_in_the_interpreter(monkeypatch, triton_backend, b_rows, parts):
+    """Parts of uneven length, some of them empty; rows keep their bits among calls of up to 64 rows."""
+    from tilefuse.triton_kernels.fp8 import matmul
+
+    monkeypatch.setattr(matmul, "split_of", lambda n, k, num_sms: parts)
+    args = a, a_scale, b, b_scale = operands(20, 72, 500, b_rows=b_rows)
+    with poisoned():
+        out = check((*args, torch.randn(72)), torch.float32)
+        check(args)
+    assert not out.isnan().any()
+    whole = tilefuse.fp8_matmul(*args)
+    for rows in (slice(0, 1), slice(3, 17)):
+        assert_bit_equal(tilefuse.fp8_matmul(a[rows], a_scale[rows], b, b_scale), whole[rows])
+
+
+def test_split_of_decode_shapes():
+    from tilefuse.triton_kernels.fp8.matmul import config, split_of
+
+    assert [split_of(n, 7168, 132) for n in (576, 2112, 7168, 24576)] == [4, 4, 2, 1]
+    assert [split_of(7168, k, 132) for k in (0, 128, 2048, 18432)] == [1, 1, 2, 2]
+    assert split_of(64, 1 << 20, 132) == 8
+    assert [config(m, 2112, 90, tma=True, k=7168).split for m in (1, 16, 64, 65, 4096)] == [4, 4, 4, 1, 1]
+
+
 def test_configurations():
     """A pure table: which tile for which shape."""
     from tilefuse.triton_kernels.fp8.matmul import config, fits_tma

@@ -45,7 +45,7 @@ def grouped_matmul_kernel(
         g = group.to(tl.int64)
         acc = accumulate(
             a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr + g * b_sg, b_sn, sb_ptr + g * sb_sg, sb_sn, sb_sk,
-            row, row_mask, col, n, k, B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
+            row, row_mask, col, n, k, 0, tl.cdiv(k, 128), B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
         )  # fmt: skip
         store_tile(acc, out_ptr, None, row, row_mask, col, n, SWAP)
 

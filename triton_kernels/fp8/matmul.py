@@ -5,14 +5,15 @@ sum: Hopper's FP8 tensor cores keep about 14 bits inside one accumulator, and th
 
 * ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded
   as bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
-  weight fills the matrix unit's 64 rows and the activation its narrow side.
+  weight fills the matrix unit's 64 rows and the activation its narrow side; where a weight has too few columns for
+  all multiprocessors, K is split among programs, and ``add_parts_kernel`` adds what they found in a fixed order.
 * ``matmul_tma_kernel``: sm_90; persistent, loads through TMA descriptors made on the device, and
   warp-specialised by the compiler: one warp group loads while two others, out of phase, multiply and add up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -62,11 +63,11 @@ def add_scaled(acc, product, sa_ptr, sb_ptr, row_mask, col, n, sb_sn, B_ROWS: tl
 
 @triton.jit
 def accumulate(
-    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row_mask, col, n, k,
+    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row_mask, col, n, k, first, last,
     B_ROWS: tl.constexpr, UPCAST: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BM, BN] (SWAP: [BN, BM]) of the rows (int64) and columns of one tile."""
+    """float32 [BM, BN] (SWAP: [BN, BM]) of the rows (int64) and columns of one tile, over K blocks [first, last)."""
     inner = tl.arange(0, 128)
     if SWAP:
         acc = tl.zeros((BN, BM), tl.float32)
@@ -79,7 +80,7 @@ def accumulate(
         sb_ptr += tl.min(col, 0) // 128 * sb_sn
     a_mask = row_mask[:, None]
     b_mask = (col < n)[:, None]
-    for block in range(tl.cdiv(k, 128)):
+    for block in range(first, last):
         if not EVEN_K:
             inside = (inner < k - block * 128)[None, :]
             a_mask = row_mask[:, None] & inside
@@ -117,21 +118,42 @@ def tile_order(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
     return first + tile % per_group % height, tile % per_group // height
 
 
-@triton.jit(do_not_specialize=["m", "sa_sk"])
+@triton.jit(do_not_specialize=["m", "sa_sk", "per_part"])
 def matmul_kernel(
-    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, bias_ptr, out_ptr, m, n, k,
+    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, bias_ptr, out_ptr, m, n, k, per_part,
     B_ROWS: tl.constexpr, UPCAST: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """One [BM, BN] tile of out."""
+    """One [BM, BN] tile of out. SPLIT: of parts [parts, M, N] float32, each the sum over ``per_part`` K blocks."""
     tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
     row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
     col = tile_n * BN + tl.arange(0, BN)
+    first = 0
+    last = tl.cdiv(k, 128)
+    if SPLIT:
+        part = tl.program_id(1)
+        first = part * per_part
+        last = tl.minimum(first + per_part, last)
+        out_ptr += part.to(tl.int64) * m * n
     acc = accumulate(
-        a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row < m, col, n, k,
+        a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row < m, col, n, k, first, last,
         B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
     )  # fmt: skip
     store_tile(acc, out_ptr, bias_ptr, row, row < m, col, n, SWAP)
+
+
+@triton.jit(do_not_specialize=["m", "parts"])
+def add_parts_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: tl.constexpr):
+    """out [M, N] from parts [parts, M, N], added in their order, with the bias and one rounding."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < m * n
+    acc = tl.load(part_ptr + at, mask, 0.0)
+    for _ in range(1, parts):
+        part_ptr += m * n
+        acc += tl.load(part_ptr + at, mask, 0.0)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + at % n, mask, 0.0)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit(do_not_specialize=["m", "sa_sk"])
@@ -164,7 +186,8 @@ def matmul_tma_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one program. ``tma``: the persistent kernel, warp-specialised where it runs with 4 warps."""
+    """Tile of one program. ``tma``: the persistent kernel, warp-specialised where it runs with 4 warps. ``split``:
+    programs that share the K of a tile."""
 
     bm: int
     bn: int
@@ -172,6 +195,7 @@ class Config:
     num_stages: int
     swap: bool = False
     tma: bool = False
+    split: int = 1
 
 
 def narrow(m: int, capability: int, b_rows: bool = False) -> Config:
@@ -181,11 +205,20 @@ def narrow(m: int, capability: int, b_rows: bool = False) -> Config:
     return Config(bm, bn, 8 if capability == 80 and bm == 64 else 4, 3 if capability in (0, 80) else 4, swap=True)
 
 
-def config(m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132, b_rows: bool = False) -> Config:
+def split_of(n: int, k: int, num_sms: int) -> int:
+    """Parts of K for few rows: two programs for each multiprocessor, of 8 K blocks at least, so that what the parts
+    write stays well below the weight. The same for every M <= 64, whose rows so keep their bits."""
+    parts = min(2 * num_sms // triton.cdiv(n, 64), triton.cdiv(k, 128) // 8, 8)
+    return 1 << (parts.bit_length() - 1) if parts > 1 else 1
+
+
+def config(
+    m: int, n: int, capability: int, *, tma: bool, num_sms: int = 132, b_rows: bool = False, k: int = 0
+) -> Config:
     """The tile for a shape on an architecture (90 for sm_90; 0 for AMD and the interpreter)."""
     if m <= 64:
         # decode reads the weight once: narrow column tiles make enough programs to fill the memory system
-        return narrow(m, capability, b_rows)
+        return replace(narrow(m, capability, b_rows), split=split_of(n, k, num_sms))
     if capability == 80 and b_rows:
         # a scale for each column: wider tiles spill
         return Config(64, 32, 8, 3)
@@ -247,27 +280,38 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
     if a.device.type == "cuda":
         num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
     b_rows = b_scale.shape[0] == n
-    tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms, b_rows=b_rows)
+    tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms, b_rows=b_rows, k=k)
     key = f"n={n},k={k},m<={min(8192, max(16, triton.next_power_of_2(m)))},b_rows={b_rows}"
     tile = tuned.choose("fp8_matmul", key, a.device, tile)
     tiles = triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn)
-    arguments = (
-        operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), b.stride(0), b_scale, *b_scale.stride(),
-        bias, out, m, n, k,
-    )  # fmt: skip
+    operands = (
+        operand(a),
+        a.stride(0),
+        a_scale,
+        *a_scale.stride(),
+        operand(b),
+        b.stride(0),
+        b_scale,
+        *b_scale.stride(),
+    )
+    options = {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
     with on_device(a):
         if tile.tma:
             if not backends.interpreting():
                 triton.set_allocator(_scratch)
             matmul_tma_kernel[(min(tiles, num_sms),)](
-                *arguments, B_ROWS=b_rows, BM=tile.bm, BN=tile.bn, GROUP_M=8, SPECIALIZE=tile.num_warps == 4,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
-        else:
-            matmul_kernel[(tiles,)](
-                *arguments, B_ROWS=b_rows, UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0,
-                BM=tile.bm, BN=tile.bn, GROUP_M=8, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+                *operands, bias, out, m, n, k, B_ROWS=b_rows, GROUP_M=8, SPECIALIZE=tile.num_warps == 4, **options
+            )
+            return out
+        split = tile.split > 1
+        parts = out.new_empty((tile.split, m, n), dtype=torch.float32) if split else out
+        matmul_kernel[(tiles, tile.split)](
+            *operands, None if split else bias, parts, m, n, k, triton.cdiv(triton.cdiv(k, 128), tile.split),
+            B_ROWS=b_rows, UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0, GROUP_M=8, SPLIT=split,
+            **options,
+        )  # fmt: skip
+        if split:
+            add_parts_kernel[(triton.cdiv(m * n, 512),)](parts, bias, out, m, n, tile.split, BLOCK=512, num_warps=4)
     return out
 
 
@@ -287,19 +331,29 @@ def aot_cases():
     for target, capability in CAPABILITIES.items():
         pointers = aot_pointers(capability)
         expect = {target: MATRIX_UNIT.get(target, ())}
-        for m in (1, 64, 128, 4096):
+        for m, n in ((1, 7168), (1, 24576), (64, 7168), (64, 24576), (128, 7168), (4096, 7168)):
             for b_rows in (False, True):
-                tile = config(m, 7168, capability, tma=capability == 90, b_rows=b_rows)
+                # 7168 columns are few enough to split 7168 of K, 24576 are not
+                tile = config(m, n, capability, tma=capability == 90, b_rows=b_rows, k=7168)
                 constants = {"B_ROWS": b_rows, "BM": tile.bm, "BN": tile.bn, "GROUP_M": 8}
                 if tile.tma:
                     kernel, constants = matmul_tma_kernel, constants | {"SPECIALIZE": True}
                 else:
                     kernel, constants = matmul_kernel, constants | {
-                        "UPCAST": capability < 89, "SWAP": tile.swap, "EVEN_K": True,
+                        "UPCAST": capability < 89, "SWAP": tile.swap, "EVEN_K": True, "SPLIT": tile.split > 1,
                     }  # fmt: skip
+                split = tile.split > 1
+                types = pointers | {"out_ptr": "*fp32"} if split else pointers
+                if split:
+                    constants["bias_ptr"] = None
                 yield AotCase(
-                    f"m{m}_{'rows' if b_rows else 'tiles'}_{target}", kernel,
-                    fp8.aot_signature(kernel, pointers, constants), constants,
+                    f"m{m}{'_split' if split else ''}_{'rows' if b_rows else 'tiles'}_{target}", kernel,
+                    fp8.aot_signature(kernel, types, constants), constants,
                     {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, (target,), expect,
-                    divisible=(*pointers, "a_sm", "b_sn", "n", "k"),
+                    divisible=(*(p for p in types if p not in constants), "a_sm", "b_sn", "n", "k"),
                 )  # fmt: skip
+    pointers = {"part_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*bf16"}
+    yield AotCase(
+        "add_parts", add_parts_kernel, fp8.aot_signature(add_parts_kernel, pointers, {"BLOCK": 512}), {"BLOCK": 512},
+        {"num_warps": 4}, divisible=(*pointers, "n"),
+    )  # fmt: skip

@@ -105,7 +105,8 @@ def fp8_matmul(
         ``[M, N]``, contiguous.
 
     Not differentiable (``fp8_linear`` is). Deterministic and batch-invariant: on the CPU to the bit whatever M is; on
-    GPUs for calls that take the same tile (M <= 64 and M > 64 differ in their operand order).
+    GPUs for calls that take the same tile (M <= 64 and M > 64 differ in the order of operands and of sums: for few
+    rows K may be split among programs, whose sums are added in a fixed order).
 
     Raises:
         ValueError: shapes that do not fit together.
