@@ -221,9 +221,8 @@ def test_15_cuda_graph_replay_with_other_routing(dtype):
     one = torch.full((40, 8), -100.0, device="cuda")
     one[:, 5] = 0.0
     nothing = torch.full((40, 8), -100.0, device="cuda")
-    for backend in ("triton", "auto"):
-        with tilefuse.backend(backend):
-            replay(step, logits, (empty, one, nothing, torch.randn(40, 8, device="cuda")))
+    with tilefuse.backend("triton"):
+        replay(step, logits, (empty, one, nothing, torch.randn(40, 8, device="cuda")))
 
 
 @pytest.mark.gpu
@@ -243,7 +242,6 @@ def test_12_a_pre_activation_of_more_than_2_31_elements():
     with tilefuse.backend("triton"):
         out = tilefuse.moe_experts(x, w_gate_up, w_down, weights, ids)
         (dx,) = torch.autograd.grad(out, x, out.detach())
-        del x.grad
         few = x.detach()[-100:].requires_grad_()
         part = tilefuse.moe_experts(few, w_gate_up, w_down, weights[-100:], ids[-100:])
         (dfew,) = torch.autograd.grad(part, few, part.detach())

@@ -78,6 +78,28 @@ def test_13_repeatable(where, repeats):
             assert_bit_equal(a, b)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_15_cuda_graph_replay_with_other_routing(backend):
+    logits = torch.randn(40, 8, device="cuda")
+
+    def step():
+        weights, ids = tilefuse.moe_route(logits, top_k=2)
+        return weights, ids, *tilefuse.moe_plan(ids, 8)
+
+    with tilefuse.backend(backend):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for empty in ([], [0, 3, 7], [0, 1, 2, 3, 4, 5]):
+            logits.copy_(torch.randn(40, 8))
+            logits[:, empty] = -30.0
+            graph.replay()
+            for a, b in zip(captured, step(), strict=True):
+                assert_bit_equal(a, b)
+
+
 def test_strides(where):
     ids = ids_of(12, 4, 6, where)
     for view in (ids[:, :2], ids.T, ids[::2]):
