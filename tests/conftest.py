@@ -35,8 +35,13 @@ except ImportError as error:
 
 
 def pytest_collection_modifyitems(items):
+    from tilefuse import native
+
     capability = torch.cuda.get_device_capability() if HAS_GPU else (0, 0)
+    no_library = native.load("cpu").missing
     for item in items:
+        if item.get_closest_marker("cpu_library") and no_library:
+            item.add_marker(pytest.mark.skip(reason=no_library))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
         for name, major in (("sm90", 9), ("sm100", 10)):

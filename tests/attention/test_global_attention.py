@@ -4,16 +4,14 @@ import pytest
 import torch
 
 import tilefuse
-from tilefuse import native
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.attention.dense import dense_global
 from tilefuse.testing.inputs.attention.global_attention import cases
 from tilefuse.testing.inputs.attention.window_attention import normal, qkv
 
-CPU_MISSING = native.load("cpu").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]

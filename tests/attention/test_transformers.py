@@ -4,13 +4,11 @@ import pytest
 import torch
 
 import tilefuse
-from tilefuse import native
 from tilefuse.testing.inputs.attention.window_attention import normal
 
 transformers = pytest.importorskip("transformers")
 
-CPU_MISSING = native.load("cpu").missing
-BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING)))]
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)]
 NAME = "window_probe"
 
 

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 import tilefuse
-from tilefuse import native
 from tilefuse.reference.fp8.quantize import expand_scale
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned, samples
 from tilefuse.testing.inputs.fp8.matmul import operands
 from tilefuse.testing.inputs.fp8.quantize import quantized
-
-CPU_MISSING = native.load("cpu").missing
 
 
 def exact(a, a_scale, b, b_scale, bias=None):
@@ -219,7 +216,7 @@ def test_deterministic_and_batch_invariant_17(device):
         assert_bit_equal(tilefuse.fp8_matmul(a[rows], a_scale[rows], b, b_scale), first[rows])
 
 
-@pytest.mark.skipif(bool(CPU_MISSING), reason=f"only the C++ backend promises it: {CPU_MISSING}")
+@pytest.mark.cpu_library
 def test_batch_invariant_across_sizes_on_the_cpu_17():
     a, a_scale, b, b_scale = operands(1100, 72, 300)
     whole = tilefuse.fp8_matmul(a, a_scale, b, b_scale, out_dtype=torch.float32)

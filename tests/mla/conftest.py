@@ -4,19 +4,16 @@ import pytest
 import torch
 
 import tilefuse
-from tilefuse import library, native
+from tilefuse import library
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.mla.common import normal
-
-CPU_MISSING = native.load("cpu").missing
 
 
 def _params(kernel):
     backends = library.kernels()[kernel].backends
     params = [pytest.param(("reference", "cpu"), id="reference")]
     if "cpu" in backends:
-        mark = pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))
-        params.append(pytest.param(("cpu", "cpu"), id="cpu", marks=mark))
+        params.append(pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library))
     if "triton" in backends:
         params.append(pytest.param(("triton", "cpu"), id="interpreter"))
         params.append(pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu))

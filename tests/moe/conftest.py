@@ -3,12 +3,10 @@
 import pytest
 
 import tilefuse
-from tilefuse import native
 
-CPU_MISSING = native.load("cpu").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
 ]

@@ -10,11 +10,10 @@ from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.rope.qk_norm_rope import cases
 from tilefuse.testing.inputs.rope.rope import normal, tables
 
-CPU_MISSING = native.load("cpu").missing
 CUDA_MISSING = native.load("cuda").missing
 BACKENDS = [
     pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.skipif(bool(CPU_MISSING), reason=str(CPU_MISSING))),
+    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
     pytest.param(("triton", "cpu"), id="interpreter"),
     pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
     pytest.param(
