@@ -1,5 +1,7 @@
 """Backends of the op under test: a module names its kernel in KERNEL and, for gradients, BACKWARD."""
 
+import functools
+
 import pytest
 import torch
 
@@ -50,13 +52,15 @@ def _on_cpu(args, dtype):
     return tuple(a if a is None else a.cpu().to(dtype) if a.is_floating_point() else a.cpu() for a in args)
 
 
-def _compare(function, formula, args, options, dtype):
+def _compare(function, formula, args, options, dtype, gradients=True):
     """Outputs and the gradients of the first two arguments."""
 
     def run(f, args):
-        leaves = [a.detach().requires_grad_() for a in args[:2]]
+        leaves = [a.detach().requires_grad_(gradients) for a in args[:2]]
         out = f(*leaves, *args[2:], **options)
         out = out if isinstance(out, tuple) else (out,)
+        if not gradients:
+            return out
         grads = [normal(*o.shape, device="cpu", dtype=dtype, seed=i).to(o.device, o.dtype) for i, o in enumerate(out)]
         return [*out, *torch.autograd.grad(out, leaves, grads)]
 
@@ -70,6 +74,12 @@ def _compare(function, formula, args, options, dtype):
         assert_close(g.detach(), e.detach(), n.detach(), tiny=tiny)
     for g, a in zip(got, run(function, args)):
         assert_bit_equal(g.detach(), a.detach())
+
+
+@pytest.fixture
+def compare_forward():
+    """Compares the outputs of a function with those of a formula, and a second run."""
+    return functools.partial(_compare, gradients=False)
 
 
 @pytest.fixture

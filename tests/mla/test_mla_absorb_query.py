@@ -5,7 +5,7 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal
-from tilefuse.testing.inputs.mla.common import tables
+from tilefuse.testing.inputs.mla.common import normal, tables
 from tilefuse.testing.inputs.mla.mla_absorb_query import cases
 
 KERNEL, BACKWARD = "mla_absorb_query_fwd", "mla_absorb_query_bwd"
@@ -35,6 +35,21 @@ def absorb(q, w_uk, cos, sin, positions, interleaved=True):
 def test_matches_oracle(name, dtype, grad_where, compare):
     args, options = case(name, grad_where, dtype)
     compare(tilefuse.mla_absorb_query, absorb, args, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_forward_matches_oracle(name, dtype, where, compare_forward):
+    args, options = case(name, where, dtype)
+    compare_forward(tilefuse.mla_absorb_query, absorb, args, options, dtype)
+
+
+def test_many_tokens(compare_forward):
+    """On the CPU: several blocks of tokens, the last one not full, and so much output that it goes past the caches."""
+    q = normal(250, 8, 192, device="cpu", dtype=torch.bfloat16, seed=1)
+    w_uk = normal(8, 256, 512, device="cpu", dtype=torch.bfloat16, seed=2)[:, :128]
+    args = (q, w_uk, *tables(64, 250), None)
+    compare_forward(tilefuse.mla_absorb_query, absorb, args, {}, torch.bfloat16)
 
 
 def test_gradcheck():

@@ -5,6 +5,7 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal
+from tilefuse.testing.inputs.mla.common import normal
 from tilefuse.testing.inputs.mla.mla_expand_kv import cases
 
 KERNEL, BACKWARD = "mla_expand_kv_fwd", "mla_expand_kv_bwd"
@@ -30,6 +31,21 @@ def expand(latent, w_ukv, kv_lora_rank, nope_dim, v_dim):
 def test_matches_oracle(name, dtype, grad_where, compare):
     args, options = case(name, grad_where, dtype)
     compare(tilefuse.mla_expand_kv, expand, args, options, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_forward_matches_oracle(name, dtype, where, compare_forward):
+    args, options = case(name, where, dtype)
+    compare_forward(tilefuse.mla_expand_kv, expand, args, options, dtype)
+
+
+def test_many_tokens(compare_forward):
+    """On the CPU: several blocks of tokens, the last one not full, and so much output that it goes past the caches."""
+    latent = normal(200, 576, device="cpu", dtype=torch.bfloat16, seed=1)
+    w_ukv = normal(13 * 256, 512, device="cpu", dtype=torch.bfloat16, seed=2)
+    options = {"kv_lora_rank": 512, "nope_dim": 128, "v_dim": 128}
+    compare_forward(tilefuse.mla_expand_kv, expand, (latent, w_ukv), options, torch.bfloat16)
 
 
 def test_gradcheck():

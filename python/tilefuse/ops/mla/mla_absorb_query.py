@@ -35,16 +35,13 @@ def _fake_backward(grad, q, w_uk, cos, sin, positions, interleaved):
 
 
 _ARGS = "Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved"
-# on the CPU the products are PyTorch's
-_BACKENDS = ("reference", "triton")
-mla_absorb_query_fwd = kernel(
-    f"mla_absorb_query_fwd({_ARGS}) -> Tensor", module=_MODULE, fake=_fake, backends=_BACKENDS
-)
+mla_absorb_query_fwd = kernel(f"mla_absorb_query_fwd({_ARGS}) -> Tensor", module=_MODULE, fake=_fake)
 mla_absorb_query_bwd = kernel(
     f"mla_absorb_query_bwd(Tensor grad, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    backends=_BACKENDS,
+    # on the CPU these products are PyTorch's
+    backends=("reference", "triton"),
 )
 
 

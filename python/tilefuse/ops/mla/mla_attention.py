@@ -105,7 +105,8 @@ def mla_attention(
     """Attention whose keys are wider than its values, as the full (not absorbed) form of latent attention needs it.
 
     ``out = softmax(softmax_scale * q k^T) v`` per head, in blocks: the score matrix is never stored. Scores and sums in
-    float32, one rounding at the end (the weights are rounded to q's dtype for the second product on a GPU).
+    float32, one rounding at the end (the weights are rounded to q's dtype for the second product on a GPU and on CPUs
+    with AVX512-BF16).
 
     Args:
         q: ``[B, Sq, H, D]`` or packed ``[Tq, H, D]`` with D = P + r; float32, bfloat16 or float16 (float64 on the

@@ -42,16 +42,13 @@ def _fake_backward(grad_k, grad_v, latent, w_ukv, kv_lora_rank, nope_dim, v_dim)
 
 
 _ARGS = "Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, int v_dim"
-# on the CPU the products are PyTorch's
-_BACKENDS = ("reference", "triton")
-mla_expand_kv_fwd = kernel(
-    f"mla_expand_kv_fwd({_ARGS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake, backends=_BACKENDS
-)
+mla_expand_kv_fwd = kernel(f"mla_expand_kv_fwd({_ARGS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake)
 mla_expand_kv_bwd = kernel(
     f"mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    backends=_BACKENDS,
+    # on the CPU these products are PyTorch's
+    backends=("reference", "triton"),
 )
 
 

@@ -1,0 +1,178 @@
+// Keys and values of all heads from latent rows, on the CPU: the product writes both where they belong.
+// build-flags: -ffp-contract=fast
+#include "mla/product.h"
+
+#include "common/stream_cpu.h"
+
+namespace tilefuse {
+
+struct ExpandCall {
+  const void *latent, *weight;
+  int64_t latent_stride, weight_stride;
+  Dtype dtype;
+  int64_t tokens, heads, rank, nope, v_dim, rope;
+  bool stream;
+  // [blocks of tokens, words of R, tokens of a block], 4 bytes each
+  void* packed;
+  void *k, *v;
+};
+
+namespace TILEFUSE_ISA {
+
+template <typename T>
+static void pack_tokens(const ExpandCall& call, int64_t begin, int64_t end) {
+  using W = typename Operand<T>::type;
+  const int64_t depth = words(call.rank, Operand<T>::per_word);
+  for (int64_t block = begin; block < end; ++block) {
+    const T* rows[kColumns];
+    for (int64_t i = 0; i < kColumns; ++i) {
+      const int64_t token = block * kColumns + i;
+      rows[i] = token < call.tokens ? static_cast<const T*>(call.latent) + token * call.latent_stride : nullptr;
+    }
+    pack_lanes<kColumns>(rows, call.rank, static_cast<W*>(call.packed) + block * depth * kColumns);
+  }
+}
+
+// c [count][tokens of the block] -> out [token][count], rows `stride` apart
+template <typename T>
+static inline void store_transposed(const float* c, int64_t count, int64_t tokens, T* out, int64_t stride) {
+  int64_t r = 0;
+  if constexpr (sizeof(T) == 2) {
+    // two columns of the result at a time
+    uint32_t pairs[kResultRows / 2 * kColumns];
+    for (; r + 2 <= count; r += 2) {
+      for (int64_t t = 0; t < kColumns; ++t) {
+        pairs[r / 2 * kColumns + t] = from_float<T>(c[r * kColumns + t]).bits |
+                                      static_cast<uint32_t>(from_float<T>(c[(r + 1) * kColumns + t]).bits) << 16;
+      }
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      char* to = reinterpret_cast<char*>(out + t * stride);
+      for (int64_t i = 0; i < r / 2; ++i) std::memcpy(to + 4 * i, pairs + i * kColumns + t, 4);
+    }
+  }
+  for (; r < count; ++r) {
+    for (int64_t t = 0; t < tokens; ++t) out[t * stride + r] = from_float<T>(c[r * kColumns + t]);
+  }
+}
+
+// rows of the weight as they lie, where they are made of whole words; null elsewhere
+static inline const float* rows_in_place(const float* x, int64_t, int64_t) { return x; }
+#if defined(__AVX512BF16__)
+static inline const uint32_t* rows_in_place(const bf16* x, int64_t stride, int64_t width) {
+  const bool whole = stride % 2 == 0 && width % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
+  return whole ? reinterpret_cast<const uint32_t*>(x) : nullptr;
+}
+#else
+static inline const float* rows_in_place(const bf16*, int64_t, int64_t) { return nullptr; }
+#endif
+static inline const float* rows_in_place(const f16*, int64_t, int64_t) { return nullptr; }
+
+template <typename T>
+static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
+  using W = typename Operand<T>::type;
+  const int64_t depth = words(call.rank, Operand<T>::per_word);
+  const int64_t blocks = (call.tokens + kColumns - 1) / kColumns;
+  const int64_t key_width = call.nope + call.rope;
+  Scratch scratch(4 * (depth + 2 * kColumns) * kResultRows + kColumns * (key_width + call.v_dim) * sizeof(T) + 512);
+  W* rows = scratch.take<W>(depth * kResultRows);
+  float* c = scratch.take<float>(kResultRows * kColumns);
+  float* part = scratch.take<float>(kResultRows * kColumns);
+  // rows of the result are finished here, and written as a whole
+  T* finished = scratch.take<T>(kColumns * (key_width > call.v_dim ? key_width : call.v_dim));
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / blocks, first = task % blocks * kColumns;
+    const int64_t tokens = call.tokens - first < kColumns ? call.tokens - first : kColumns;
+    const W* columns = static_cast<const W*>(call.packed) + task % blocks * depth * kColumns;
+    const T* weight = static_cast<const T*>(call.weight) + head * (call.nope + call.v_dim) * call.weight_stride;
+    for (int side = 0; side < 2; ++side) {
+      const int64_t width = side == 0 ? call.nope : call.v_dim, row = side == 0 ? key_width : call.v_dim;
+      for (int64_t r0 = 0; r0 < width; r0 += kResultRows) {
+        const int64_t count = width - r0 < kResultRows ? width - r0 : kResultRows;
+        const T* first_row = weight + ((side == 0 ? 0 : call.nope) + r0) * call.weight_stride;
+        const W* direct = rows_in_place(first_row, call.weight_stride, call.rank);
+        if (direct != nullptr) {
+          multiply(columns, direct, call.weight_stride / Operand<T>::per_word, depth, count, c, part);
+        } else {
+          const T* from[kResultRows];
+          for (int64_t r = 0; r < count; ++r) from[r] = first_row + r * call.weight_stride;
+          pack_rows(from, count, call.rank, rows);
+          multiply(columns, rows, depth, depth, count, c, part);
+        }
+        store_transposed(c, count, tokens, finished + r0, row);
+      }
+      T* out = static_cast<T*>(side == 0 ? call.k : call.v) + (first * call.heads + head) * row;
+      const T* shared = static_cast<const T*>(call.latent) + first * call.latent_stride + call.rank;
+      for (int64_t t = 0; t < tokens; ++t) {
+        T* from = finished + t * row;
+        if (side == 0) {
+          std::memcpy(static_cast<void*>(from + call.nope), static_cast<const void*>(shared + t * call.latent_stride),
+                      call.rope * sizeof(T));
+        }
+        if (call.stream) {
+          stream_copy(out + t * call.heads * row, from, row * static_cast<int64_t>(sizeof(T)));
+        } else {
+          std::memcpy(static_cast<void*>(out + t * call.heads * row), static_cast<const void*>(from), row * sizeof(T));
+        }
+      }
+    }
+  }
+  if (call.stream) stream_done();
+}
+
+void mla_expand_pack(const ExpandCall& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, { pack_tokens<T>(call, begin, end); })
+}
+
+void mla_expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, { expand_heads<T>(call, begin, end); })
+}
+
+}  // namespace TILEFUSE_ISA
+
+#ifdef TILEFUSE_REGISTER
+
+TILEFUSE_DISPATCH(mla_expand_pack, (const ExpandCall&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_expand_heads, (const ExpandCall&, int64_t, int64_t))
+
+static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_t kv_lora_rank,
+                                                    int64_t nope_dim, int64_t v_dim) {
+  ExpandCall call{};
+  call.dtype = dtype_of(latent);
+  call.tokens = latent.size(0);
+  call.heads = w_ukv.size(0) / (nope_dim + v_dim);
+  call.rank = kv_lora_rank;
+  call.nope = nope_dim;
+  call.v_dim = v_dim;
+  call.rope = latent.size(1) - kv_lora_rank;
+  Tensor k = torch::stable::new_empty(latent, {call.tokens, call.heads, nope_dim + call.rope});
+  Tensor v = torch::stable::new_empty(latent, {call.tokens, call.heads, v_dim});
+  if (call.tokens == 0 || call.heads == 0) return {k, v};
+  call.latent = latent.const_data_ptr();
+  call.weight = w_ukv.const_data_ptr();
+  call.latent_stride = stride_or_zero(latent, 0);
+  call.weight_stride = stride_or_zero(w_ukv, 0);
+  call.k = k.mutable_data_ptr();
+  call.v = v.mutable_data_ptr();
+  const int64_t itemsize = static_cast<int64_t>(latent.element_size());
+  const bool lines = k.size(2) * itemsize % 64 == 0 && v_dim * itemsize % 64 == 0;
+  call.stream = lines && (k.numel() + v.numel()) * itemsize >= kStreamBytes;
+  const int64_t blocks = (call.tokens + baseline::kColumns - 1) / baseline::kColumns;
+  std::vector<float> packed(blocks * call.rank * baseline::kColumns);
+  call.packed = packed.data();
+  const auto pack = mla_expand_pack_dispatch(), heads = mla_expand_heads_dispatch();
+  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { pack(call, begin, end); });
+  parallel_for(0, call.heads * blocks, 1, [&](int64_t begin, int64_t end) { heads(call, begin, end); });
+  return {k, v};
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
+  m.def(
+      "mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, int v_dim) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("mla_expand_kv_fwd", TORCH_BOX(&mla_expand_kv_fwd)); }
+
+#endif  // TILEFUSE_REGISTER
+
+}  // namespace tilefuse
