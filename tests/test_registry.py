@@ -272,18 +272,25 @@ def test_opcheck_every_sample(name):
 def test_opcheck_of_the_kernels(name, monkeypatch):
     """The kernel ops that forward and backward of one sample call, on the arguments they get."""
     recorded = {}
-    run = library.Kernel.__call__
+    find = library.Kernel.implementation
 
-    def record(kernel, *args):
-        first = kernel.name not in recorded
-        if first:
-            recorded[kernel.name] = copied(tree_map_only(Tensor, torch.Tensor.detach, args))
-        out = run(kernel, *args)
-        if first:
-            recorded[kernel.name] = recorded[kernel.name], out
-        return out
+    def recording(kernel, backend):
+        run, reason = find(kernel, backend)
 
-    monkeypatch.setattr(library.Kernel, "__call__", record)
+        def record(*args):
+            first = kernel.name not in recorded
+            if first:
+                recorded[kernel.name] = copied(tree_map_only(Tensor, torch.Tensor.detach, args))
+            out = run(*args)
+            if first:
+                recorded[kernel.name] = recorded[kernel.name], out
+            return out
+
+        return run and record, reason
+
+    monkeypatch.setattr(library.Kernel, "implementation", recording)
+    # kernels keep what they found
+    tilefuse.backends.forget()
     sample = by_size(name)[-1]
     differentiable = OPS[name].differentiable
     call_args = inspect.signature(OPS[name].function).bind(*sample.args, **sample.kwargs)
@@ -297,6 +304,7 @@ def test_opcheck_of_the_kernels(name, monkeypatch):
     if leaves:
         torch.autograd.backward(leaves, [torch.randn_like(t) for t in leaves])
     monkeypatch.undo()
+    tilefuse.backends.forget()
     # an op made of PyTorch operations has no kernels
     assert recorded or not OPS[name].kernels
     for kernel, (args, result) in recorded.items():
