@@ -46,6 +46,28 @@ def test_3_same_bits_as_the_oracle(name, dtype, where):
     assert_bit_equal(out.cpu(), oracle(*args, **options))
 
 
+def test_7_arbitrary_scales_are_read(where):
+    args, options = case("page5_fp8", where)
+    scales = args[0][..., 256:264].contiguous().view(torch.float32)
+    args[0][..., 256:264] = (scales * 1.2345).view(torch.uint8)
+    assert_bit_equal(tilefuse.mla_gather_kv(*args, **options).cpu(), oracle(*args, **options))
+
+
+@pytest.mark.parametrize("name", ["page5_bf16", "page5_fp8"])
+def test_9_pages_past_2_31_elements(name, where):
+    (cache, table, bounds), options = case(name, where, torch.bfloat16)
+    page_size, width = cache.shape[1:]
+    far = 2**31 // 32 * 32 + 4096
+    memory = torch.empty(far + page_size * width, dtype=cache.dtype, device=where)
+    wide = memory.as_strided((2, page_size, width), (far, width, 1))
+    wide.copy_(cache[table[0, :2].long()])
+    moved = torch.tensor([[0, 1]], device=where, dtype=table.dtype)
+    two = torch.tensor([0, 2 * page_size], device=where, dtype=bounds.dtype)
+    options["total_tokens"] = 2 * page_size
+    expected = tilefuse.mla_gather_kv(cache, table[:1], two, **options)
+    assert_bit_equal(tilefuse.mla_gather_kv(wide, moved, two, **options), expected)
+
+
 def test_out_of_the_pool_is_a_zero_row(where):
     (cache, table, bounds), options = case("ragged_bf16", where)
     expected = tilefuse.mla_gather_kv(cache, table, bounds, **options)
