@@ -250,12 +250,15 @@ def test_9_pages_past_2_31_elements(layout, where):
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
 def test_9_listed_rows_past_2_31_elements(layout, where):
-    (q, cache, table, _, _), options = make(where, torch.bfloat16, [30], heads=2, layout=layout, page_size=16)
+    (q, cache, table, _, _), options = make(where, torch.bfloat16, [40], heads=2, layout=layout, page_size=16)
     width = cache.shape[2]
-    far = 2**31 // 32 * 32 + 4096
-    wide = torch.empty(far + 16 * width, dtype=cache.dtype, device=where).as_strided((2, 16, width), (far, width, 1))
-    wide.copy_(cache[table[0, :2].long()])
-    near = torch.arange(30, device=where).view(1, 1, 30)
+    # a stride that fits int32: a product of two int32 would wrap at the third page
+    far = 2**30 + 4096
+    wide = torch.empty(2 * far + 16 * width, dtype=cache.dtype, device=where).as_strided(
+        (3, 16, width), (far, width, 1)
+    )
+    wide.copy_(cache[table[0, :3].long()])
+    near = torch.arange(40, device=where).view(1, 1, 40)
     expected = tilefuse.mla_sparse_decode(q, wide.contiguous(), near, **options)
     for a, b in zip(tilefuse.mla_sparse_decode(q, wide, near, **options), expected):
         assert_bit_equal(a, b)
