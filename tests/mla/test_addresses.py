@@ -1,4 +1,4 @@
-"""Case 9 of the family's list of known bugs for the ops without a cache: rows more than 2^31 elements apart.
+"""Case 9 of the family's list of known bugs for the ops without a cache: rows past 2^31 elements.
 
 (``mla_append_kv``, ``mla_decode`` and ``mla_gather_kv`` have theirs in their own files.)
 """
@@ -10,7 +10,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal
 from tilefuse.testing.inputs.mla.common import normal, tables
 
-GAP = 2**31 + 64
+# a stride that fits int32: a product of two int32 would wrap at the third row
+GAP = 2**30 + 64
 # interpreter on the CPU, compiled on a GPU
 WHERE = [
     pytest.param(("reference", "cpu"), id="reference"),
@@ -21,9 +22,9 @@ WHERE = [
 
 
 def far(t):
-    """The same two rows, GAP elements apart; what lies between is never touched."""
-    assert t.shape[0] == 2
-    memory = t.new_empty(GAP + t[0].numel())
+    """The same three rows, GAP elements apart; what lies between is never touched."""
+    assert t.shape[0] == 3
+    memory = t.new_empty(2 * GAP + t[0].numel())
     view = memory.as_strided(t.shape, (GAP, *t[0].contiguous().stride()))
     view.copy_(t)
     return view
@@ -37,20 +38,20 @@ def calls(device):
 
     cos, sin = tables(16, 4, device)
     weight, w_uk, w_ukv = x(128), x(2, 32, 128), x(2 * 64, 128)
-    bounds = torch.tensor([0, 2], device=device, dtype=torch.int32)
-    lse = normal(2, 2, device=device, dtype=torch.float32, seed=5)
+    bounds = torch.tensor([0, 3], device=device, dtype=torch.int32)
+    lse = normal(2, 3, device=device, dtype=torch.float32, seed=5)
     return {
-        "mla_compress_kv": (lambda a: (tilefuse.mla_compress_kv(a, weight, cos, sin),), [x(2, 144)]),
-        "mla_absorb_query": (lambda q: (tilefuse.mla_absorb_query(q, w_uk, cos, sin),), [x(2, 2, 48)]),
+        "mla_compress_kv": (lambda a: (tilefuse.mla_compress_kv(a, weight, cos, sin),), [x(3, 144)]),
+        "mla_absorb_query": (lambda q: (tilefuse.mla_absorb_query(q, w_uk, cos, sin),), [x(3, 2, 48)]),
         "mla_expand_kv": (
-            lambda a: tilefuse.mla_expand_kv(a, w_ukv, kv_lora_rank=128, nope_dim=32, v_dim=32), [x(2, 144)],
+            lambda a: tilefuse.mla_expand_kv(a, w_ukv, kv_lora_rank=128, nope_dim=32, v_dim=32), [x(3, 144)],
         ),
         "mla_attention": (
             lambda q, k, v: tilefuse.mla_attention(q, k, v, bounds, bounds, softmax_scale=0.1),
-            [x(2, 2, 48), x(2, 2, 48, seed=1), x(2, 2, 32, seed=2)],
+            [x(3, 2, 48), x(3, 2, 48, seed=1), x(3, 2, 32, seed=2)],
         ),
         "merge_attention": (
-            lambda a, b: tilefuse.merge_attention(a, lse, b, lse * 0.5), [x(2, 2, 32), x(2, 2, 32, seed=1)],
+            lambda a, b: tilefuse.merge_attention(a, lse, b, lse * 0.5), [x(3, 2, 32), x(3, 2, 32, seed=1)],
         ),
     }  # fmt: skip
 

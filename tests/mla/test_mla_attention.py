@@ -142,17 +142,17 @@ def test_17_a_sequence_does_not_see_its_batch(where):
 
 
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
-@pytest.mark.parametrize("chunk", [7, 64, 150])
+@pytest.mark.parametrize("chunk", [7, 64, 160])
 def test_11_chunked_prefill_equals_one_shot(chunk, layout, where):
-    """Gather, expand, attend, merge; one sequence has no context at all."""
+    """Gather, expand, attend, merge; one sequence has no context at all, one is a decode step."""
     heads, nope, v_dim, rank, rope, page_size = 2, 32, 32, 128, 16, 16
-    contexts, new = [150, 0], [5, 3]
+    contexts, new = [150, 0, 40], [5, 3, 1]
     options = {"softmax_scale": (nope + rope) ** -0.5 * 1.3}
     dims = {"kv_lora_rank": rank, "nope_dim": nope, "v_dim": v_dim}
     cos, sin = torch.ones(200, rope // 2, device=where), torch.zeros(200, rope // 2, device=where)
     width = rank + rank // 32 + 2 * rope if layout == "fp8" else rank + rope
-    cache = torch.zeros(16, page_size, width, device=where, dtype=torch.uint8 if layout == "fp8" else torch.float32)
-    table = torch.arange(20, device=where, dtype=torch.int32).view(2, 10).clamp(max=15)
+    cache = torch.zeros(24, page_size, width, device=where, dtype=torch.uint8 if layout == "fp8" else torch.float32)
+    table = torch.arange(30, device=where, dtype=torch.int32).view(3, 10).clamp(max=23)
     tokens = [c + n for c, n in zip(contexts, new)]
     slots = torch.cat([table[b, torch.arange(n, device=where) // page_size] * page_size
                        + torch.arange(n, device=where) % page_size for b, n in enumerate(tokens)])  # fmt: skip

@@ -46,6 +46,29 @@ def test_3_same_bits_as_the_oracle(name, dtype, where):
     assert_bit_equal(out.cpu(), oracle(*args, **options))
 
 
+def test_7_arbitrary_scales_are_read(where):
+    args, options = case("page5_fp8", where)
+    scales = args[0][..., 256:264].contiguous().view(torch.float32)
+    args[0][..., 256:264] = (scales * 1.2345).view(torch.uint8)
+    assert_bit_equal(tilefuse.mla_gather_kv(*args, **options).cpu(), oracle(*args, **options))
+
+
+@pytest.mark.parametrize("name", ["page5_bf16", "page5_fp8"])
+def test_9_pages_past_2_31_elements(name, where):
+    (cache, table, bounds), options = case(name, where, torch.bfloat16)
+    page_size, width = cache.shape[1:]
+    # a stride that fits int32: a product of two int32 would wrap at the third page
+    far = 2**30 + 4096
+    memory = torch.empty(2 * far + page_size * width, dtype=cache.dtype, device=where)
+    wide = memory.as_strided((3, page_size, width), (far, width, 1))
+    wide.copy_(cache[table[0, :3].long()])
+    moved = torch.tensor([[0, 1, 2]], device=where, dtype=table.dtype)
+    one = torch.tensor([0, 3 * page_size], device=where, dtype=bounds.dtype)
+    options["total_tokens"] = 3 * page_size
+    expected = tilefuse.mla_gather_kv(cache, table[:1], one, **options)
+    assert_bit_equal(tilefuse.mla_gather_kv(wide, moved, one, **options), expected)
+
+
 def test_out_of_the_pool_is_a_zero_row(where):
     (cache, table, bounds), options = case("ragged_bf16", where)
     expected = tilefuse.mla_gather_kv(cache, table, bounds, **options)

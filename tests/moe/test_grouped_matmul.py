@@ -176,7 +176,7 @@ def test_16_compile():
 
 
 def far(t, gap):
-    """The same tensor with 2^31 elements and more between its first rows: what lies between is never touched."""
+    """The same tensor, its rows gap elements apart: what lies between is never touched."""
     strides = (gap, *t[0].contiguous().stride())
     memory = t.new_empty(gap * (t.shape[0] - 1) + t[0].numel())
     view = memory.as_strided(t.shape, strides)
@@ -186,12 +186,13 @@ def far(t, gap):
 
 @pytest.mark.parametrize("gather", [False, True])
 def test_12_rows_and_experts_past_2_31_elements(gather, where):
-    rows, experts = torch.randn(2, 16, device=where).bfloat16(), torch.randn(2, 24, 16, device=where).bfloat16()
-    offsets = torch.tensor([0, 1, 2], device=where)
-    index = torch.tensor([1, 0], device=where) if gather else None
-    grad = torch.randn(2, 24, device=where).bfloat16()
+    rows, experts = torch.randn(3, 16, device=where).bfloat16(), torch.randn(3, 24, 16, device=where).bfloat16()
+    offsets = torch.tensor([0, 1, 2, 3], device=where)
+    index = torch.tensor([1, 2, 0], device=where) if gather else None
+    grad = torch.randn(3, 24, device=where).bfloat16()
     expected = gradients(tilefuse.grouped_matmul, grad, rows, experts, offsets, index, None)
-    gap = 2**31 + 64
+    # a stride that fits int32: a product of two int32 would wrap at the third row
+    gap = 2**30 + 64
     for a, b in ((far(rows, gap), experts), (rows, far(experts, gap))):
         a, b = a.requires_grad_(), b.requires_grad_()
         out = tilefuse.grouped_matmul(a, b, offsets, index)

@@ -348,11 +348,11 @@ def backward_kv_kernel(
         for row_start in range(begin, queries, BM):
             row = row_start + tl.arange(0, BM)
             live = row < queries
-            q_1 = load_rows(q + row * q_row, live, 0, D1, D1_PAD)  # [BM, D1]
+            q_1 = load_rows(q + row.to(tl.int64) * q_row, live, 0, D1, D1_PAD)  # [BM, D1]
             q_2 = q_1
             if D2 > 0:
-                q_2 = load_rows(q + row * q_row, live, D1, D2, D2_PAD)  # [BM, D2]
-            g = load_rows(grad_out + row * g_row, live, 0, V, V_PAD)  # [BM, V]
+                q_2 = load_rows(q + row.to(tl.int64) * q_row, live, D1, D2, D2_PAD)  # [BM, D2]
+            g = load_rows(grad_out + row.to(tl.int64) * g_row, live, 0, V, V_PAD)  # [BM, V]
             lse2, row_delta = statistics(lse, delta, at + row, live)
             visible = live[:, None] & exists[None, :]
             if CAUSAL:

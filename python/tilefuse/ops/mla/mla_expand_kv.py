@@ -95,6 +95,8 @@ def mla_expand_kv(
 
     Raises:
         ValueError: wrong shapes or widths. TypeError: wrong dtypes.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
     _check(latent, w_ukv, kv_lora_rank, nope_dim, v_dim)
     args = (rows_of(latent), rows_of(w_ukv), kv_lora_rank, nope_dim, v_dim)

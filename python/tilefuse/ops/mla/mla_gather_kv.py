@@ -87,6 +87,8 @@ def mla_gather_kv(
 
     Raises:
         ValueError: wrong shapes, layout or widths. TypeError: wrong dtypes.
+
+    Source: the chunked-context prefill of vLLM's latent attention (``gather_cache``).
     """
     _check(cache, block_table, cu_seqlens, total_tokens, kv_lora_rank, layout, out_dtype)
     return mla_gather_kv_fwd(

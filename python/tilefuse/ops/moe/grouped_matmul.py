@@ -167,6 +167,8 @@ def grouped_matmul(
 
         order, inverse, offsets = tilefuse.moe_plan(ids, num_experts)
         y = tilefuse.grouped_matmul(x, w, offsets, order // ids.shape[1])
+
+    Source: MegaBlocks (2211.15841); gathered rows as in ScatterMoE (2403.08245).
     """
     _check(a, b, offsets, a_index, bias, out_dtype)
     a, b, offsets = check_last_dim_contiguous(a), either_contiguous(b), offsets.contiguous()

@@ -97,6 +97,8 @@ def moe_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     Example::
 
         out = tilefuse.moe_combine(y, inverse, weights)
+
+    Source: the combine step of GShard (2006.16668), per slot instead of per capacity place.
     """
     _check(y, inverse, weights)
     y, weights = check_last_dim_contiguous(y), weights.contiguous()

@@ -68,6 +68,8 @@ def moe_plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
         order, inverse, offsets = tilefuse.moe_plan(ids, num_experts)
         rows = x[order // ids.shape[1]]          # what grouped_matmul(x, w, offsets, order // k) gathers
+
+    Source: the dispatch of MegaBlocks (2211.15841) and vLLM's ``moe_align_block_size``, without padding.
     """
     if ids.dim() != 2:
         value_error("moe_plan", "ids", "[T, k] int32 or int64", ids)
