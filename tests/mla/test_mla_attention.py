@@ -236,3 +236,21 @@ def test_19_opcheck_and_compile():
     step = torch.compile(tilefuse.mla_attention, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(step, args, options), run(tilefuse.mla_attention, args, options)):
         assert_bit_equal(a, b)
+
+
+def test_19_compiles_once_for_every_length():
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda q, k, v: tilefuse.mla_attention(q, k, v, softmax_scale=0.2)[0],
+        fullgraph=True, dynamic=True, backend=count,
+    )  # fmt: skip
+    for length in (5, 9, 14):
+        q, k = (torch.randn(2, length, 3, 24) for _ in range(2))
+        v = torch.randn(2, length, 3, 16)
+        assert_bit_equal(compiled(q, k, v), tilefuse.mla_attention(q, k, v, softmax_scale=0.2)[0])
+    assert len(graphs) == 1

@@ -21,11 +21,11 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale) -> None:
     errors.check_dtype(_NAME, "q", q, errors.FLOATS)
     *lead, _, heads, dim = q.shape
     for name, x, width in (("k", k, dim), ("v", v, None)):
-        last = "V" if width is None else str(width)
-        shape = f"[{', '.join([*map(str, lead), 'Sk', str(heads), last])}]"
         if x.ndim != q.ndim or (*x.shape[:-3], x.shape[-2]) != (*lead, heads) or width not in (None, x.shape[-1]):
+            # written here alone: the text of a symbolic size would make torch.compile specialise on it
+            shape = ", ".join([*map(str, lead), "Sk", str(heads), "V" if width is None else str(width)])
             # grouped queries are not a feature of latent attention: every head has its own key
-            errors.value_error(_NAME, name, f"{shape} with as many heads as q", x)
+            errors.value_error(_NAME, name, f"[{shape}] with as many heads as q", x)
         if x.dtype != q.dtype:
             errors.type_error(_NAME, name, f"of q's dtype {errors.dtype_name(q.dtype)}", x)
         errors.check_device(_NAME, name, x, q, "q")
