@@ -74,6 +74,21 @@ def test_2_6_11_matches_oracle(name, gather, transposed, bias, dtype, where):
             assert not grads[1][e].any(), "an empty group's weight gradient is exactly 0"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weight_gradient_of_whole_row_blocks(dtype, where):
+    """Groups of more rows than a block, unevenly placed; NaN in the rows that belong to nobody."""
+    offsets = torch.tensor([3, 153, 153, 223], dtype=torch.int32, device=where)
+    a, grad = (torch.randn(230, size, device=where).to(dtype) for size in (40, 24))
+    for rows in (slice(0, 3), slice(223, 230)):
+        a[rows] = grad[rows] = math.nan
+    b = torch.randn(3, 24, 40, device=where).to(dtype).requires_grad_()
+    with poisoned():
+        (found,) = torch.autograd.grad(tilefuse.grouped_matmul(a, b, offsets), b, grad)
+    for e, (first, last) in enumerate(itertools.pairwise(offsets.tolist())):
+        exact = grad[first:last].double().T @ a[first:last].double()
+        assert_close(found[e], exact, grad[first:last].T @ a[first:last], rows=False)
+
+
 def test_1_no_rows(where):
     """Connected zero gradients, where torch's grouped_mm raises."""
     a, b, offsets, _, bias = case("one_group", where, bias=True)

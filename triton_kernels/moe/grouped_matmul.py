@@ -1,4 +1,4 @@
-"""grouped_matmul: a persistent kernel over row tiles of groups, and the weight gradient, one program per output tile.
+"""grouped_matmul: persistent kernels over row tiles of groups, and over the output tiles of the weight gradient.
 
 The rows of a are read through pointers when they are gathered; otherwise, on GPUs with TMA, a and b come in through
 tensor descriptors. Large gathered inputs may be gathered first, when a measured configuration says so.
@@ -83,36 +83,52 @@ def grouped_matmul_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["rows", "a_rows", "grad_rows", "index_div"])
+@triton.jit(do_not_specialize=["rows", "a_rows", "grad_rows", "programs", "index_div"])
 def grouped_matmul_wgrad_kernel(
     a, grad, out, offsets, a_index, grad_index,
-    rows, a_rows, grad_rows, N, K, stride_a, stride_g, index_div,
-    A_INDEX: tl.constexpr, GRAD_INDEX: tl.constexpr,
+    rows, a_rows, grad_rows, N, K, stride_a, stride_g, programs, index_div,
+    GROUPS: tl.constexpr, A_INDEX: tl.constexpr, GRAD_INDEX: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Tiles program_id, program_id + programs, .. of out [GROUPS, N, K]; those of one group are neighbours."""
     tiles_k = tl.cdiv(K, BLOCK_K)
-    group = tl.program_id(0)
-    n = tl.program_id(1) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.program_id(1) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    begin, end = group_rows(group, offsets, rows)
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(begin, end, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        a_at, a_exists = source_rows(a_index, row, row < end, a_rows, index_div, A_INDEX)
-        g_at, g_exists = source_rows(grad_index, row, row < end, grad_rows, index_div, GRAD_INDEX)
-        # rows past the end must not enter the sum, not even as 0 * NaN: both sides are masked
-        x = tl.load(
-            a + a_at[:, None] * stride_a + k[None, :], mask=a_exists[:, None] & (k < K)[None, :], other=0.0
-        )  # [BLOCK_M, BLOCK_K]
-        g = tl.load(
-            grad + g_at[None, :] * stride_g + n[:, None], mask=g_exists[None, :] & (n < N)[:, None], other=0.0
-        )  # [BLOCK_N, BLOCK_M]
-        acc = tl.dot(g, x, acc, input_precision="ieee")
-    tl.store(
-        out + group.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=(n < N)[:, None] & (k < K)[None, :],
-    )
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_k
+    if TMA:
+        a_blocks = tl.make_tensor_descriptor(a, [a_rows, K], [stride_a, 1], [BLOCK_M, BLOCK_K])
+        grad_blocks = tl.make_tensor_descriptor(grad, [grad_rows, N], [stride_g, 1], [BLOCK_M, BLOCK_N])
+    for tile in range(tl.program_id(0), GROUPS * tiles, programs):
+        group = tile // tiles
+        tile_n = tile % tiles // tiles_k
+        tile_k = tile % tiles_k
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+        begin, end = group_rows(group, offsets, rows)
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        start = begin
+        if TMA:
+            # whole blocks of rows; what is left must be masked
+            start = begin + tl.maximum(end - begin, 0) // BLOCK_M * BLOCK_M
+            for whole in range(begin, start, BLOCK_M):
+                x = a_blocks.load([whole, tile_k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
+                g = grad_blocks.load([whole, tile_n * BLOCK_N])  # [BLOCK_M, BLOCK_N]
+                acc = tl.dot(g.T, x, acc, input_precision="ieee")
+        for block in range(start, end, BLOCK_M):
+            row = block + tl.arange(0, BLOCK_M)
+            a_at, a_exists = source_rows(a_index, row, row < end, a_rows, index_div, A_INDEX)
+            g_at, g_exists = source_rows(grad_index, row, row < end, grad_rows, index_div, GRAD_INDEX)
+            # rows past the end must not enter the sum, not even as 0 * NaN: both sides are masked
+            x = tl.load(
+                a + a_at[:, None] * stride_a + k[None, :], mask=a_exists[:, None] & (k < K)[None, :], other=0.0
+            )  # [BLOCK_M, BLOCK_K]
+            g = tl.load(
+                grad + g_at[None, :] * stride_g + n[:, None], mask=g_exists[None, :] & (n < N)[:, None], other=0.0
+            )  # [BLOCK_N, BLOCK_M]
+            acc = tl.dot(g, x, acc, input_precision="ieee")
+        tl.store(
+            out + group.to(tl.int64) * N * K + n.to(tl.int64)[:, None] * K + k[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=(n < N)[:, None] & (k < K)[None, :],
+        )
 
 
 @triton.jit(do_not_specialize=["rows", "a_rows", "index_div"])
@@ -233,6 +249,24 @@ def programs_of(tiles: int, device: torch.device) -> int:
     return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def rows_fit_tma(*tensors: torch.Tensor) -> bool:
+    """Hopper and newer, two bytes an element, and not empty; bases and rows at multiples of 16 bytes."""
+    device = tensors[0].device
+    if device.type == "cuda":
+        if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+            return False
+    elif not interpreting():
+        return False
+    return all(
+        t.element_size() == 2
+        and t.numel() > 0
+        and t.data_ptr() % 16 == 0
+        and t.stride(-2) > 0
+        and t.stride(-2) * t.element_size() % 16 == 0
+        for t in tensors
+    )
+
+
 def can_use_tma(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Hopper and newer, 16-byte rows, and b's experts one after another (coordinates are 32-bit)."""
     if a.device.type == "cuda":
@@ -301,11 +335,15 @@ def grouped_matmul_wgrad(a, grad, offsets, a_index, grad_index, index_div, out_d
     if out.numel() == 0:
         return out
     tile = wgrad_config(n, k, a.element_size())
+    tma = a_index is None and grad_index is None and rows_fit_tma(a, grad)
+    programs = programs_of(groups * triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(k, tile["BLOCK_K"]), a.device)
     with on_device(a):
-        grouped_matmul_wgrad_kernel[(groups, triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(k, tile["BLOCK_K"]))](
+        if tma:
+            set_scratch(a.device)
+        grouped_matmul_wgrad_kernel[(programs,)](
             a, grad, out, offsets, a_index, grad_index,
-            rows, a.shape[0], grad.shape[0], n, k, a.stride(0), grad.stride(0), index_div,
-            A_INDEX=a_index is not None, GRAD_INDEX=grad_index is not None, **tile,
+            rows, a.shape[0], grad.shape[0], n, k, a.stride(0), grad.stride(0), programs, index_div,
+            GROUPS=groups, A_INDEX=a_index is not None, GRAD_INDEX=grad_index is not None, TMA=tma, **tile,
         )  # fmt: skip
     return out
 
@@ -343,16 +381,16 @@ def aot_cases():
                         expect=expect,
                     )
         tile = wgrad_config(2048, 768, itemsize)
-        constants = {name: value for name, value in tile.items() if name.isupper()}
-        yield AotCase(
-            f"wgrad_{dtype}",
-            grouped_matmul_wgrad_kernel,
-            **signature_of(
+        constants = {name: value for name, value in tile.items() if name.isupper()} | {"GROUPS": 128}
+        for tma in (False, True) if itemsize == 2 else (False,):
+            indexed = {"A_INDEX": not tma, "GRAD_INDEX": False, "grad_index": None, "TMA": tma}
+            if tma:
+                indexed["a_index"] = None
+            yield AotCase(
+                f"wgrad_{dtype}{'_tma' if tma else ''}",
                 grouped_matmul_wgrad_kernel,
-                pointers | {"": dtype},
-                constants | {"A_INDEX": True, "GRAD_INDEX": False, "grad_index": None},
-                ("N", "K"),
-            ),
-            options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
-            expect=expect,
-        )
+                **signature_of(grouped_matmul_wgrad_kernel, pointers | {"": dtype}, constants | indexed, ("N", "K")),
+                options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
+                targets=("sm_90", "sm_100", "sm_120") if tma else None,
+                expect=expect,
+            )
