@@ -58,8 +58,8 @@ How a case is judged:
 * **oracle**: ``oracle(*inputs)`` with the inputs of the case's dtype (or those listed in ``upcast``) widened to
   float64. Absent, it is ``run`` itself on the reference backend. ``naive`` is the plain low-precision
   computation, absent the peer called ``eager``. ``exact=True`` compares bit for bit instead. ``rows=False`` compares
-  the whole tensor's maximum and RMS but no single rows or tiles: for gradients whose rows hold one error times a
-  vector, so that the ratio of two such errors says little.
+  the whole tensor's maximum and RMS but no single rows or tiles. Gradients are compared by
+  ``tilefuse.testing.verification.gradient_report``, whose rule for rows allows for those of few terms.
 * ``oracle_inputs`` gives smaller inputs for the oracle where float64 at full size would take seconds.
 * In the backward modes the harness calls ``run`` with ``grads`` requiring a gradient, and times
   ``torch.autograd.grad`` with random upstream gradients; what is checked then are the gradients.
@@ -67,6 +67,7 @@ How a case is judged:
   check after timing. So ``inputs`` must be a pure function of device and generator.
 * A quick case should take less than 7 s on two idle cores, ``torch.compile`` included: above about 2 million
   elements give ``oracle_inputs``.
+* Cases of one ``series`` differ in nothing but their ``length``: the report draws how the time grows with it.
 * ``bytes`` and ``flops`` are the least possible: a measured time below what this machine's roof allows fails.
 """
 
@@ -151,8 +152,11 @@ class Case:
     exact: bool = False
     rows: bool = True
     call_cost: bool = False
+    memory: bool = False  # report the peak memory of one call beyond its inputs
     suite: Literal["quick", "full"] = "full"  # quick cases run in both suites
     devices: tuple[str, ...] = ("cpu", "cuda")
+    series: str = ""
+    length: int = 0
     family: str = field(default="", compare=False)  # filled from the file's folder
 
     def __post_init__(self):
@@ -162,6 +166,8 @@ class Case:
             raise ValueError(f"Case {self.op}: suite must be one of {SUITES}, got {self.suite!r}")
         if self.mode != "forward" and not self.grads:
             raise ValueError(f"Case {self.op}: mode {self.mode} needs grads")
+        if bool(self.series) != (self.length > 0):
+            raise ValueError(f"Case {self.op}: a series needs a length, and a length a series")
         if self.bytes < 0 or self.flops < 0 or not (self.bytes or self.flops or self.call_cost):
             raise ValueError(f"Case {self.op}: bytes and flops must say the least work there is")
 

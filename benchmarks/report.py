@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ MODES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 MODELS = "models"
 MODEL_HEADER = ["model", "case", "dtype", "mode", "tokens/s", "speed", "peak memory of the call"]
 HEADER = ["op", "case", "dtype", "mode", "time", "% of roof", "compared with"]
+MEMORY = "extra memory (eager's)"
 # a reason longer than this is cut: a table is no log
 REASON_LENGTH = 110
 
@@ -71,29 +73,44 @@ def _ratio(value: float) -> str:
     return f"{value:.2f}x" if value < 0.995 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
+def _memory(line: Line) -> str:
+    """Peak bytes of one call beyond its inputs, and what eager needs."""
+
+    def megabytes(value: int | None) -> str:
+        return "?" if value is None else f"{value / 1e6:.3g} MB"
+
+    if "peak_bytes" not in line:
+        return ""
+    eager = line["peers"].get("eager", {}).get("peak_bytes")
+    return f"{megabytes(line['peak_bytes'])} ({megabytes(eager)})"
+
+
 def compared(line: Line, bold: str = "") -> str:
-    """Peers with how many times longer they took, the fastest first (and ``bold``), then the bounds."""
+    """Peers with how many times longer they took, the fastest first (and ``bold``), then the yardsticks."""
     ranked = sorted(speedups(line).items(), key=lambda item: item[1])
     words = [f"{_ratio(ratio)} {name}" for name, ratio in ranked]
     if words:
         words[0] = f"{bold}{words[0]}{bold}"
-    bounds = [f"{_ratio(ratio)} {name}" for name, ratio in speedups(line, yardsticks=True).items()]
-    return " · ".join(words) + (f" (bound: {' · '.join(bounds)})" if bounds else "") or "-"
+    others = [f"{_ratio(ratio)} {name}" for name, ratio in speedups(line, yardsticks=True).items()]
+    return " · ".join(words) + (f" (yardstick: {' · '.join(others)})" if others else "") or "-"
 
 
 def rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of cases."""
+    """Header and cells of the table of cases; a column for memory where a case measured it."""
+    memory = any("peak_bytes" in line for line in lines)
+    header = HEADER + ([MEMORY] if memory else [])
     table = []
     for line in lines:
         cells = [line["op"], line["name"], line["dtype"], line["mode"]]
         if line["status"] != "ok":
-            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", ""])
+            cells += [f"{line['status']}: {_short_reason(line['reason'])}", "", ""]
         elif line.get("call_cost"):
-            table.append([*cells, _time(line["call_us"]) + " per call", "", compared(line, bold)])
+            cells += [_time(line["call_us"]) + " per call", "", compared(line, bold)]
         else:
             roof = f"{line['roof_percent']:.0f}% {line['bound']}"
-            table.append([*cells, _time(line["median_us"]), roof, compared(line, bold)])
-    return list(HEADER), table
+            cells += [_time(line["median_us"]), roof, compared(line, bold)]
+        table.append(cells + ([_memory(line)] if memory else []))
+    return header, table
 
 
 def apart(lines: Iterable[Line]) -> tuple[list[Line], list[Line]]:
@@ -196,18 +213,19 @@ def _drawn(lines: Iterable[Line]) -> list[Line]:
 
 
 def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """One picture per device: percent of the measured roof of each op, and how it compares with its peers.
+    """Pictures per device: an overview of the quick suite, and how times grow where a series of cases was run.
 
-    It shows the cases of the quick suite, which are a choice that fits on one page; `draw` makes pictures of others.
+    The overview has the percent of the measured roof of each op, and how it compares with its peers; the quick suite
+    is a choice that fits on one page, `draw` makes pictures of other cases.
     Returns no path when matplotlib is not installed.
     """
     paths = []
     for device in sorted({line["device"] for line in lines}):
         of_device = [line for line in lines if line["device"] == device]
         quick = [line for line in of_device if line.get("suite", "quick") == "quick"]
-        path = folder / f"{of_device[0]['device_key']}_overview.png"
-        if draw(quick, path):
-            paths.append(path)
+        key = of_device[0]["device_key"]
+        drawn = {"overview": partial(draw, quick), "growth": partial(draw_growth, of_device)}
+        paths += [path for name, at in drawn.items() if at(path := folder / f"{key}_{name}.png")]
     return paths
 
 
@@ -254,6 +272,56 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
     figure.legend(handles=handles, loc="outside lower center", **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     # no date in the file: the same lines give the same picture
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
+    plt.close(figure)
+    return True
+
+
+def draw_growth(lines: Sequence[Line], path: Path) -> bool:
+    """A panel per series: time over length on logarithmic axes, with a line of proportional growth through the first.
+
+    Returns False, and writes nothing, without matplotlib or without a series of at least three lengths.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    series: dict[tuple[str, str], list[Line]] = {}
+    for line in sorted(_drawn(lines), key=lambda line: line.get("length", 0)):
+        if "series" in line:
+            series.setdefault((line["op"], line["series"]), []).append(line)
+    series = {key: found for key, found in series.items() if len(found) >= 3}
+    if not series:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, len(series), figsize=(6.4 * len(series), 4.4), layout="constrained", squeeze=False)
+    for axes, ((op, name), found) in zip(grid[0], series.items()):
+        lengths = [line["length"] for line in found]
+        ours = [line["median_us"] / 1e3 for line in found]
+        axes.plot(lengths, ours, "s-", color=COLOURS["tilefuse"], label="tilefuse", zorder=3)
+        linear = [ours[0] * length / lengths[0] for length in lengths]
+        axes.plot(lengths, linear, ":", color="#555555", label="proportional to the length", zorder=2)
+        for peer in dict.fromkeys(peer for line in found for peer in line["peers"]):
+            points = [
+                (line["length"], line["peers"][peer]["median_us"] / 1e3)
+                for line in found
+                if "median_us" in line["peers"].get(peer, {})
+            ]
+            if points:
+                axes.plot(*zip(*points), "o-", markersize=4, linewidth=1, label=peer)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("ms")
+        axes.grid(color="#dddddd", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=9)
+        axes.set_title(f"{op}: {name}", fontsize=10, fontweight="bold", loc="left")
+    figure.suptitle(found[0]["device"], fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else {"Date": None})
     plt.close(figure)
     return True

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import tilefuse
 from tilefuse import library
 from tilefuse.testing import assert_bit_equal, error_report
+from tilefuse.testing.verification import gradient_report
 
 from . import roofline, timing
 from .harness import Case, Peer
@@ -199,7 +200,10 @@ def check(
         if g.shape != e.shape or plain[i].shape != e.shape:
             raise Failure(f"output {i}: shapes {[*g.shape]}, oracle {[*e.shape]}, naive {[*plain[i].shape]}")
         g, e, p = _some_rows(g, e.double(), plain[i])
-        report = error_report(g, e, p, rows=case.rows)
+        if case.mode != "forward" and case.rows:
+            report = gradient_report(g, e, p)
+        else:
+            report = error_report(g, e, p, rows=case.rows)
         if not report:
             raise Failure(f"output {i}: {report.message}")
         for prefix, tensor in (("", g), ("naive_", p)):
@@ -344,6 +348,8 @@ class Runner:
             "flops": case.flops,
             "call_cost": case.call_cost,
         }
+        if case.series:
+            line |= {"series": case.series, "length": case.length}
         before = time.perf_counter()
         try:
             with compile_settings(), torch.no_grad(), torch.cuda.stream(self.stream):
@@ -491,6 +497,13 @@ class Runner:
         for name in bound.keys() - free.keys():
             with contestants[name]._forced():
                 timings |= measure({name: bound[name]}, self.settings.seconds / 4)
+        for name, calls in bound.items() if case.memory else ():
+            with contestants[name]._forced():
+                peak = timing.peak_memory(calls[0], self.device)
+            if name == "tilefuse":
+                self._own_peak_bytes = peak
+            else:
+                peers.setdefault(name, {})["peak_bytes"] = peak
         return timings, state
 
     def _judge(
@@ -534,6 +547,8 @@ class Runner:
         if hasattr(self, "_own_call_us"):
             result["call_us"] = self._own_call_us
             del self._own_call_us
+        if case.memory:
+            result["peak_bytes"] = self._own_peak_bytes
         for name, measured in timings.items():
             if name != "tilefuse":
                 peers[name] |= _numbers(measured, case)

@@ -7,12 +7,16 @@ much memory or too many sets the state is *cached*, and is reported as such.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import math
+import re
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -194,3 +198,33 @@ def call_cost(call: Callable[[], Any], device: torch.device, *, seconds: float =
         samples.append((time.perf_counter() - before) / n)
         synchronize()
     return statistics.median(samples)
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that one call needs at its peak beyond what was there before it, its outputs among them.
+
+    On the CPU the growth of the resident set, so that memory counts whoever allocated it; None where the kernel does
+    not tell (its peak is reset through /proc, on Linux only).
+    """
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        # freed memory that the allocator keeps would be used again, unseen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        call()
+        return max(_resident("VmHWM") - before, 0)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024

@@ -153,7 +153,7 @@ def test_yardstick_is_timed_but_is_no_peer(engine):
     line = engine.run(make(peers={"eager": eager, "copy": Peer(torch.clone, yardstick=True)}))
     assert line["peers"]["copy"]["yardstick"] and line["peers"]["copy"]["speedup"] > 0
     assert report.best_peer(line)[0] == "eager"
-    assert "(bound: " in report.compared(line) and report.compared(line).endswith("x copy)")
+    assert "(yardstick: " in report.compared(line) and report.compared(line).endswith("x copy)")
 
 
 def test_yardstick_below_the_floor_is_recorded_as_missing(engine):
@@ -224,6 +224,21 @@ def test_call_cost_is_reported(engine):
     line = engine.run(make(call_cost=True))
     assert line["call_us"] > 0
     assert line["peers"]["eager"]["call_us"] > 0
+
+
+def test_peak_memory_is_reported(engine):
+    size = 2**26
+
+    def wasteful(x):
+        # written, so that it is resident
+        return eager(x) + torch.ones(size // 4).mul_(0).sum().to(x.dtype)
+
+    line = engine.run(make(memory=True, peers={"eager": eager, "wasteful": wasteful}))
+    if line["peak_bytes"] is None:
+        pytest.skip("this kernel does not reset a process's peak memory")
+    assert line["peak_bytes"] < size / 8
+    assert 0.9 * size < line["peers"]["wasteful"]["peak_bytes"] < 2.5 * size
+    assert "peak_bytes" not in engine.run(make())
 
 
 def test_op_without_backend_is_unavailable_not_failed(engine):
@@ -333,7 +348,14 @@ def test_report_holds_what_the_lines_hold():
         line_of(),
         line_of("toy | b", name="b", status="failed", reason="wrong"),
         line_of("toy | c", name="c", call_cost=True, call_us=1.5),
-        line_of("other | d", op="other", family="second", name="d"),
+        line_of(
+            "other | d",
+            op="other",
+            family="second",
+            name="d",
+            peak_bytes=1500000,
+            peers={"eager": {"speedup": 4.0, "peak_bytes": 40000000}},
+        ),
     ]
     text = report.markdown(lines)
     assert "failed: wrong" in text
@@ -343,6 +365,7 @@ def test_report_holds_what_the_lines_hold():
     assert "### toy" in text and "### second" in text
     assert "| toy | a | bfloat16 | forward | 2.00 us | 50% memory | **1.5x torch.compile** · 4.0x eager |" in text
     assert "- lib is not installed: lib" in text
+    assert "**4.0x eager** | 1.5 MB (40 MB) |" in text
     assert report.best_peer(lines[0]) == ("torch.compile", 1.5)
     folded = report.markdown(lines, folded=True)
     assert folded.count("<details>") == folded.count("</details>") == 2
@@ -407,6 +430,21 @@ def test_plots_are_drawn_from_lines(tmp_path):
     assert report.plot([line_of(status="failed", reason="x")], tmp_path) == []
     assert not report.draw([line_of(call_cost=True)], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
+
+
+def test_growth_is_drawn_for_a_series_of_at_least_three_lengths(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
+    lines = [line_of(f"toy | {n}", name=str(n), series="window 512", length=1024 * n) for n in (4, 2, 1)]
+    assert [path.name for path in report.plot(lines, tmp_path)] == ["cpu_x_overview.png", "cpu_x_growth.png"]
+    assert not report.draw_growth(lines[:2], tmp_path / "none.png")
+    assert not report.draw_growth([*lines[:2], line_of()], tmp_path / "none.png")
+
+
+def test_a_series_needs_a_length():
+    rest = {"inputs": None, "run": None, "peers": {}, "bytes": 1}
+    for changes in ({"series": "a"}, {"length": 8}):
+        with pytest.raises(ValueError, match="a series needs a length"):
+            harness.Case("toy", "a", "bfloat16", **rest, **changes)
 
 
 def test_readme_parts_are_replaced_between_marks():

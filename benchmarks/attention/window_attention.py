@@ -195,6 +195,7 @@ def case(
     mode: str = "forward",
     small: int = 1024,
     dense: bool = True,
+    series: str = "",
     **options,
 ) -> Case:
     products = 2 if mode == "forward" else 5
@@ -223,17 +224,25 @@ def case(
         grads=(0, 1, 2),
         bytes=2 * tensors * batch * length * (heads + kv_heads) * dim,
         flops=products * 2 * dim * batch * heads * pairs(length, left, right),
+        series=series,
+        length=length if series else 0,
         **options,
     )
 
 
 def cases() -> Iterator[Case]:
     # the size that issues and anchors quote
-    yield case("8 heads, 4096 tokens, window 512", 1, 4096, 8, 8, 64, 511, 0, suite="quick")
+    growing = "8 heads, D 64, window 512"
+    yield case("8 heads, 4096 tokens, window 512", 1, 4096, 8, 8, 64, 511, 0, suite="quick", series=growing)
     yield case("8 heads, 1024 tokens, window 256", 1, 1024, 8, 8, 64, 255, 0, mode="backward", suite="quick")
     # linear growth at a fixed window
     for length in (8192, 16384, 32768, 65536):
-        yield case(f"8 heads, {length} tokens, window 512", 1, length, 8, 8, 64, 511, 0, dense=length <= 8192)
+        yield case(
+            f"8 heads, {length} tokens, window 512",
+            1, length, 8, 8, 64, 511, 0,
+            dense=length <= 8192,
+            series=growing,
+        )  # fmt: skip
 
     m = LONGFORMER_BASE
     half = m.window // 2

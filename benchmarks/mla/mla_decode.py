@@ -159,6 +159,7 @@ def cases() -> Iterator[Case]:
             peers=peers,
             bytes=batch * (seen * (FP8_WIDTH if layout == "fp8" else 2 * WIDTH) + 2 * heads * (WIDTH + R)),
             flops=2 * batch * heads * seen * (WIDTH + R),
+            memory=True,
             suite=suite,
             devices=devices,
         )

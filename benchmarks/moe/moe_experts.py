@@ -96,8 +96,6 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) 
         oracle_inputs=inputs_of(128, 4, 256, 128, 2),
         run=tilefuse.moe_experts,
         naive=loop,
-        # a row of a weight's gradient sums few tokens, one of which may hold most of its error
-        rows=forward,
         peers={
             "eager": huggingface("eager", m),
             "grouped_mm experts": huggingface("grouped_mm", m),

@@ -1,6 +1,6 @@
 // build-flags: -ffp-contract=fast
 // Sliding-window attention on the CPU, forward and backward: tasks of one tile of one head, no atomics.
-#include "attention/window.h"
+#include "attention/window_host.h"
 
 namespace tilefuse {
 namespace TILEFUSE_ISA {
@@ -12,91 +12,6 @@ void window_attention_pass(const WindowCall& call, int pass, int64_t begin, int6
 }  // namespace TILEFUSE_ISA
 
 #ifdef TILEFUSE_REGISTER
-
-TILEFUSE_DISPATCH(window_attention_pass, (const WindowCall&, int, int64_t, int64_t))
-
-using baseline::Pass;
-using OptionalTensor = std::optional<Tensor>;
-
-static void run(const WindowCall& call, Pass pass, int64_t tasks) {
-  const auto kernel = window_attention_pass_dispatch();
-  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(call, static_cast<int>(pass), begin, end); });
-}
-
-// packed tokens that belong to no sequence keep these values
-static Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
-  return like.dim() == 3 ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
-}
-
-static Tensor new_statistics(const Tensor& q, float value) {
-  Tensor t = torch::stable::new_empty(q, statistics_shape(q), torch::headeronly::ScalarType::Float);
-  if (q.dim() == 3) torch::stable::fill_(t, value);
-  return t;
-}
-
-static std::tuple<Tensor, Tensor> window_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor sinks,
-                                                       OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q,
-                                                       OptionalTensor cu_seqlens_k, int64_t left, int64_t right,
-                                                       int64_t dilation, double scale, double softcap,
-                                                       int64_t sink_tokens) {
-  WindowSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale, softcap,
-                    sink_tokens);
-  Tensor out = new_rows(q, with_last(q, v.size(v.dim() - 1)));
-  Tensor lse = new_statistics(q, -baseline::kInfinity);
-  WindowCall& call = setup.call;
-  call.out = rows_of(out);
-  call.lse = statistics_of(lse);
-  run(call, Pass::forward, call.heads * call.query_tiles);
-  return {out, lse};
-}
-
-// -sum exp(sink - lse) * delta
-static void sink_gradient(const WindowCall& call, const Tensor& lse, const Tensor& delta, Tensor& dsinks) {
-  std::vector<float> sums(call.heads);
-  const Statistics of_lse = statistics_of(lse), of_delta = statistics_of(delta);
-  const int64_t batch = lse.dim() == 3 ? lse.size(0) : 1, tokens = lse.size(lse.dim() - 1);
-  parallel_for(0, call.heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h) {
-      double sum = 0;
-      for (int64_t b = 0; b < batch; ++b) {
-        for (int64_t t = 0; t < tokens; ++t) {
-          const float row_lse = *baseline::at(of_lse, b, h, t);
-          if (row_lse != -baseline::kInfinity)
-            sum += std::exp(static_cast<double>(call.sinks[h]) - row_lse) * *baseline::at(of_delta, b, h, t);
-        }
-      }
-      sums[h] = static_cast<float>(-sum);
-    }
-  });
-  write_floats(dsinks, sums);
-}
-
-static std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
-    Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor sinks,
-    OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t left, int64_t right,
-    int64_t dilation, double scale, double softcap, int64_t sink_tokens) {
-  WindowSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale, softcap,
-                    sink_tokens);
-  Tensor dq = new_rows(q, shape_of(q)), dk = new_rows(k, shape_of(k)), dv = new_rows(v, shape_of(v));
-  Tensor delta = new_statistics(q, 0.0f);
-  WindowCall& call = setup.call;
-  call.out = rows_of(out);
-  call.dout = rows_of(dout);
-  call.dq = rows_of(dq);
-  call.dk = rows_of(dk);
-  call.dv = rows_of(dv);
-  call.lse = statistics_of(lse);
-  call.delta = statistics_of(delta);
-  if (dlse) call.dlse = statistics_of(*dlse);
-  run(call, Pass::query_gradient, call.heads * call.query_tiles);
-  run(call, Pass::key_gradient, call.kv_heads * call.key_tiles);
-  if (call.prefix > 0)
-    run(call, Pass::prefix_gradient, call.sequence_count * call.kv_heads * ((call.prefix + 63) / 64));
-  if (!sinks) return {dq, dk, dv, torch::stable::new_empty(q, {0})};
-  Tensor dsinks = torch::stable::new_empty(*sinks, {call.heads});
-  sink_gradient(call, lse, delta, dsinks);
-  return {dq, dk, dv, dsinks};
-}
 
 #define OPTIONS                                                                                                   \
   "Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right, int dilation, " \

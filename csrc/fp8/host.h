@@ -26,13 +26,16 @@ inline int64_t grain(int64_t elements_per_row) {
   return elements_per_row >= 32768 ? 1 : 32768 / (elements_per_row > 0 ? elements_per_row : 1);
 }
 
+// codes that no cache would hold until they are read are stored past the caches
+inline bool past_caches(int64_t bytes) { return bytes >= (int64_t{16} << 20); }
+
 // fresh memory of many megabytes costs more in page faults than in quantisation: ask for huge pages
 inline void advise_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (bytes >= (int64_t{8} << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes >= (int64_t{4} << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif

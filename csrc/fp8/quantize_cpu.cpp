@@ -7,50 +7,74 @@ namespace TILEFUSE_ISA {
 // rows [begin, end) of x [M, K]; scales of one row are `pitch` apart
 template <typename T>
 static void quantize_rows(const T* x, int64_t row_stride, int64_t k, uint8_t* q, float* scale, int64_t pitch, bool pow2,
-                          float eps, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t start = 0, block = 0; start < k; start += kBlock, ++block) {
-      const int64_t count = k - start < kBlock ? k - start : kBlock;
-      scale[block * pitch + row] = quantize_block(x + row * row_stride + start, count, pow2, eps, q + row * k + start);
+                          float eps, bool stream, int64_t begin, int64_t end) {
+  // scales of some rows and columns are gathered, since a row's lie whole pages apart
+  constexpr int64_t ROWS = 16, BLOCKS = 64;
+  float scales[ROWS][BLOCKS];
+  for (int64_t first = begin; first < end; first += ROWS) {
+    const int64_t rows = end - first < ROWS ? end - first : ROWS;
+    for (int64_t start = 0; start < k; start += BLOCKS * kBlock) {
+      const int64_t count = k - start < BLOCKS * kBlock ? k - start : BLOCKS * kBlock;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = first + r;
+        const T* source = x + row * row_stride + start;
+        quantize_run(source, count, pow2, eps, q + row * k + start, scales[r],
+                     row + 1 < end ? source + row_stride : nullptr, stream);
+      }
+      float* target = scale + start / kBlock * pitch + first;
+      for (int64_t block = 0; block < (count + kBlock - 1) / kBlock; ++block, target += pitch) {
+        for (int64_t r = 0; r < rows; ++r) target[r] = scales[r][block];
+      }
     }
   }
+  if (stream) finish_streams();
 }
 
 void fp8_quantize_rows(Dtype dtype, const void* x, int64_t row_stride, int64_t k, uint8_t* q, float* scale,
-                       int64_t pitch, bool pow2, float eps, int64_t begin, int64_t end) {
-  TILEFUSE_BY_DTYPE(dtype, T,
-                    quantize_rows(static_cast<const T*>(x), row_stride, k, q, scale, pitch, pow2, eps, begin, end));
+                       int64_t pitch, bool pow2, float eps, bool stream, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(dtype, T, quantize_rows(static_cast<const T*>(x), row_stride, k, q, scale, pitch, pow2, eps, stream,
+                                            begin, end));
 }
 
 // block rows [begin, end) of x [G, M, K], counted over all g; scale [G, MB, KB] contiguous
 template <typename T>
 static void quantize_tiles(const T* x, int64_t g_stride, int64_t row_stride, int64_t m, int64_t k, uint8_t* q,
                            float* scale, bool pow2, float eps, int64_t begin, int64_t end) {
+  constexpr int64_t WIDE = 8;
   const int64_t row_blocks = (m + kBlock - 1) / kBlock, blocks = (k + kBlock - 1) / kBlock;
-  alignas(64) float values[kBlock];
   for (int64_t i = begin; i < end; ++i) {
     const int64_t g = i / row_blocks, first = i % row_blocks * kBlock;
     const int64_t rows = m - first < kBlock ? m - first : kBlock;
     const T* source = x + g * g_stride + first * row_stride;
     uint8_t* target = q + (g * m + first) * k;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t start = block * kBlock, count = k - start < kBlock ? k - start : kBlock;
-      uint32_t amax = 0;
-      bool finite = true;
+    // some tiles side by side: longer pieces of each row
+    for (int64_t panel = 0; panel < blocks; panel += WIDE) {
+      const int64_t wide = blocks - panel < WIDE ? blocks - panel : WIDE;
+      uint32_t amax[WIDE] = {};
+      bool finite[WIDE];
+      float s[WIDE];
+      for (int64_t b = 0; b < wide; ++b) finite[b] = true;
       for (int64_t row = 0; row < rows; ++row) {
-        load_block(source + row * row_stride + start, count, values);
-        uint32_t largest = largest_magnitude(values);
-        if (largest >= 0x7f800000u) {
-          finite = false;
-          largest = finite_amax(values);
+        for (int64_t b = 0; b < wide; ++b) {
+          const int64_t start = (panel + b) * kBlock, count = k - start < kBlock ? k - start : kBlock;
+          const T* values = source + row * row_stride + start;
+          uint32_t largest = largest_magnitude(values, count);
+          if (largest >= 0x7f800000u) {
+            finite[b] = false;
+            largest = finite_amax(values, count);
+          }
+          amax[b] = largest > amax[b] ? largest : amax[b];
         }
-        amax = largest > amax ? largest : amax;
       }
-      const float s = fp8::block_scale(amax, eps, pow2);
-      scale[i * blocks + block] = s;
+      for (int64_t b = 0; b < wide; ++b) {
+        s[b] = fp8::block_scale(amax[b], eps, pow2);
+        scale[i * blocks + panel + b] = s[b];
+      }
       for (int64_t row = 0; row < rows; ++row) {
-        load_block(source + row * row_stride + start, count, values);
-        encode_block(values, s, finite, count, target + row * k + start);
+        for (int64_t b = 0; b < wide; ++b) {
+          const int64_t start = (panel + b) * kBlock, count = k - start < kBlock ? k - start : kBlock;
+          encode_block(source + row * row_stride + start, s[b], finite[b], count, target + row * k + start);
+        }
       }
     }
   }
@@ -70,28 +94,38 @@ static void quantize_dual(const T* x, int64_t row_stride, int64_t m, int64_t k, 
   alignas(64) static thread_local float values[kBlock * kBlock];
   alignas(64) static thread_local uint8_t codes[kBlock * kBlock], codes_t[kBlock * kBlock];
   alignas(64) uint32_t amax[kBlock];
-  alignas(64) float column_scale[kBlock];
+  alignas(64) float column_scale[kBlock], inverse[kBlock];
   for (int64_t block = begin; block < end; ++block) {
     const int64_t start = block * kBlock, count = k - start < kBlock ? k - start : kBlock;
     for (int64_t first = 0, row_block = 0; first < m; first += kBlock, ++row_block) {
       const int64_t rows = m - first < kBlock ? m - first : kBlock;
+      bool all_finite = true;
       for (int64_t c = 0; c < kBlock; ++c) amax[c] = 0;
       for (int64_t r = 0; r < rows; ++r) {
         float* row = values + r * kBlock;
         load_block(x + (first + r) * row_stride + start, count, row);
-        const uint32_t largest = largest_magnitude(row);
+        const uint32_t largest = largest_magnitude(row, kBlock);
         const bool finite = largest < 0x7f800000u;
-        const float s = fp8::block_scale(finite ? largest : finite_amax(row), eps, pow2);
+        all_finite &= finite;
+        const float s = fp8::block_scale(finite ? largest : finite_amax(row, kBlock), eps, pow2);
         scale[block * pitch + first + r] = s;
         encode_block(row, s, finite, count, q + (first + r) * k + start);
         for (int64_t c = 0; c < kBlock; ++c) {
-          const uint32_t magnitude = fp8::finite_magnitude(row[c]);
+          const uint32_t magnitude = finite ? fp8::bits_of(row[c]) & 0x7fffffffu : fp8::finite_magnitude(row[c]);
           amax[c] = magnitude > amax[c] ? magnitude : amax[c];
         }
       }
-      for (int64_t c = 0; c < kBlock; ++c) column_scale[c] = fp8::block_scale(amax[c], eps, pow2);
+      float smallest = 1.0f;
+      for (int64_t c = 0; c < kBlock; ++c) {
+        column_scale[c] = fp8::block_scale(amax[c], eps, pow2);
+        inverse[c] = 1.0f / column_scale[c];
+        smallest = column_scale[c] < smallest ? column_scale[c] : smallest;
+      }
+      const bool fast = all_finite && smallest >= kSmallestFastScale;
       for (int64_t c = 0; c < count; ++c) scale_t[row_block * pitch_t + start + c] = column_scale[c];
-      for (int64_t r = 0; r < rows; ++r) encode_columns(values + r * kBlock, column_scale, codes + r * kBlock);
+      for (int64_t r = 0; r < rows; ++r) {
+        encode_columns(values + r * kBlock, column_scale, inverse, fast, codes + r * kBlock);
+      }
       transpose_codes(codes, codes_t);
       for (int64_t c = 0; c < count; ++c) {
         std::memcpy(q_t + (start + c) * m + first, codes_t + c * kBlock, static_cast<size_t>(rows));
@@ -142,7 +176,7 @@ void fp8_dequantize(Dtype dtype, const uint8_t* q, int64_t q_g, int64_t q_m, con
 namespace tilefuse {
 
 TILEFUSE_DISPATCH(fp8_quantize_rows, (Dtype, const void*, int64_t, int64_t, uint8_t*, float*, int64_t, bool, float,
-                                      int64_t, int64_t))
+                                      bool, int64_t, int64_t))
 TILEFUSE_DISPATCH(fp8_quantize_tiles, (Dtype, const void*, int64_t, int64_t, int64_t, int64_t, uint8_t*, float*, bool,
                                        float, int64_t, int64_t))
 TILEFUSE_DISPATCH(fp8_quantize_dual, (Dtype, const void*, int64_t, int64_t, int64_t, uint8_t*, float*, int64_t,
@@ -165,9 +199,10 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, bool pow2, double eps)
   const void* data = x.const_data_ptr();
   auto* codes = static_cast<uint8_t*>(q.mutable_data_ptr());
   auto* scales = static_cast<float*>(scale.mutable_data_ptr());
+  const bool stream = fp8::past_caches(m * k);
   const auto run = fp8_quantize_rows_dispatch();
   parallel_for(0, m, fp8::grain(k), [&](int64_t begin, int64_t end) {
-    run(dtype, data, row_stride, k, codes, scales, fp8::pitch_of(m), pow2, static_cast<float>(eps), begin, end);
+    run(dtype, data, row_stride, k, codes, scales, fp8::pitch_of(m), pow2, static_cast<float>(eps), stream, begin, end);
   });
   return {q, scale};
 }

@@ -12,35 +12,53 @@ static inline float tree_sum(float* values, int64_t n) {
   return values[0];
 }
 
+// the row's float32 sum in `values`, rounded to h; elements [begin, end)
+template <typename T>
+static inline void add_residual(const T* x, const T* residual, float* values, T* h, int64_t begin, int64_t end) {
+  if (residual != nullptr) {
+    for (int64_t i = begin; i < end; ++i) {
+      values[i] = to_float(x[i]) + to_float(residual[i]);
+      h[i] = from_float<T>(values[i]);
+    }
+  } else {
+    for (int64_t i = begin; i < end; ++i) {
+      values[i] = to_float(x[i]);
+      h[i] = x[i];
+    }
+  }
+}
+
 template <typename T, typename W>
 static void rms_norm_quantize(const T* x, int64_t x_stride, const W* weight, const T* residual, int64_t residual_stride,
                               int64_t k, float norm_eps, uint8_t* q, float* scale, int64_t pitch, T* h, bool pow2,
                               float eps, float* scratch, int64_t padded, int64_t begin, int64_t end) {
+  constexpr int64_t RUN = kRun * kBlock;
+  alignas(64) float normed[RUN], scales[kRun];
   float* values = scratch;
   float* squares = scratch + padded;
+  const int64_t quarter = padded / 4;
+  for (int64_t i = k; i < padded; ++i) values[i] = 0.0f;
   for (int64_t row = begin; row < end; ++row) {
-    const T* source = x + row * x_stride;
-    T* target = h + row * k;
-    if (residual != nullptr) {
-      const T* other = residual + row * residual_stride;
-      for (int64_t i = 0; i < k; ++i) {
-        values[i] = to_float(source[i]) + to_float(other[i]);
-        target[i] = from_float<T>(values[i]);
+    const T* other = residual == nullptr ? nullptr : residual + row * residual_stride;
+    // in pieces that are still in L1 when their squares are taken; the tree's first two levels need all four quarters
+    constexpr int64_t PIECE = 1024;
+    for (int64_t start = 0; start < quarter; start += PIECE) {
+      const int64_t stop = start + PIECE < quarter ? start + PIECE : quarter;
+      for (int64_t part = 0; part < 4; ++part) {
+        const int64_t from = part * quarter + start, to = part * quarter + stop;
+        add_residual(x + row * x_stride, other, values, h + row * k, from < k ? from : k, to < k ? to : k);
       }
-    } else {
-      for (int64_t i = 0; i < k; ++i) {
-        values[i] = to_float(source[i]);
-        target[i] = source[i];
-      }
+      const float *a = values, *b = values + quarter, *c = b + quarter, *d = c + quarter;
+      for (int64_t i = start; i < stop; ++i) squares[i] = (a[i] * a[i] + c[i] * c[i]) + (b[i] * b[i] + d[i] * d[i]);
     }
-    for (int64_t i = 0; i < k; ++i) squares[i] = values[i] * values[i];
-    for (int64_t i = k; i < padded; ++i) squares[i] = 0.0f;
-    const float mean = tree_sum(squares, padded) / static_cast<float>(k);
+    const float mean = tree_sum(squares, quarter) / static_cast<float>(k);
     const float factor = 1.0f / std::sqrt(mean + norm_eps);
-    for (int64_t i = 0; i < k; ++i) values[i] = values[i] * factor * to_float(weight[i]);
-    for (int64_t start = 0, block = 0; start < k; start += kBlock, ++block) {
-      const int64_t count = k - start < kBlock ? k - start : kBlock;
-      scale[block * pitch + row] = quantize_block(values + start, count, pow2, eps, q + row * k + start);
+    for (int64_t start = 0; start < k; start += RUN) {
+      const int64_t count = k - start < RUN ? k - start : RUN;
+      for (int64_t i = 0; i < count; ++i) normed[i] = values[start + i] * factor * to_float(weight[start + i]);
+      quantize_run<float>(normed, count, pow2, eps, q + row * k + start, scales, nullptr, false);
+      float* target = scale + start / kBlock * pitch + row;
+      for (int64_t block = 0; block * kBlock < count; ++block) target[block * pitch] = scales[block];
     }
   }
 }

@@ -7,15 +7,17 @@ namespace TILEFUSE_ISA {
 template <typename T>
 static void silu_mul_quantize(const T* gate_up, int64_t row_stride, int64_t k, uint8_t* q, float* scale, int64_t pitch,
                               bool pow2, float eps, int64_t begin, int64_t end) {
-  alignas(64) float gate[kBlock], up[kBlock];
+  constexpr int64_t RUN = kRun * kBlock;
+  alignas(64) float values[RUN], scales[kRun];
   for (int64_t row = begin; row < end; ++row) {
-    const T* source = gate_up + row * row_stride;
-    for (int64_t start = 0, block = 0; start < k; start += kBlock, ++block) {
-      const int64_t count = k - start < kBlock ? k - start : kBlock;
-      load_block(source + start, count, gate);
-      load_block(source + k + start, count, up);
-      for (int64_t i = 0; i < kBlock; ++i) gate[i] = fp8::silu_mul(gate[i], up[i]);
-      scale[block * pitch + row] = quantize_block(gate, count, pow2, eps, q + row * k + start);
+    for (int64_t start = 0; start < k; start += RUN) {
+      const int64_t count = k - start < RUN ? k - start : RUN;
+      const T* gate = gate_up + row * row_stride + start;
+      const T* up = gate + k;
+      for (int64_t i = 0; i < count; ++i) values[i] = fp8::silu_mul(to_float(gate[i]), to_float(up[i]));
+      quantize_run<float>(values, count, pow2, eps, q + row * k + start, scales, nullptr, false);
+      float* target = scale + start / kBlock * pitch + row;
+      for (int64_t block = 0; block * kBlock < count; ++block) target[block * pitch] = scales[block];
     }
   }
 }

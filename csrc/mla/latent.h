@@ -29,14 +29,20 @@ static inline int64_t index_at(const void* data, bool wide, int64_t i) {
 
 // 1 / sqrt(mean(x^2) + eps); the float64 sum makes the result independent of its order
 static inline float rstd_of(const float* x, int64_t n, float eps) {
-  constexpr int64_t kLanes = 16;
-  double lanes[kLanes] = {};
+  typedef float Narrow __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef double Wide __attribute__((vector_size(64)));
+  // independent sums: one alone would wait for each addition
+  Wide lanes[4] = {};
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += static_cast<double>(x[i + j]) * static_cast<double>(x[i + j]);
+  for (; i + 32 <= n; i += 32) {
+    for (int j = 0; j < 4; ++j) {
+      const Wide values = __builtin_convertvector(*reinterpret_cast<const Narrow*>(x + i + 8 * j), Wide);
+      lanes[j] += values * values;
+    }
   }
+  const Wide sums = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
   double total = 0.0;
-  for (int64_t j = 0; j < kLanes; ++j) total += lanes[j];
+  for (int j = 0; j < 8; ++j) total += sums[j];
   for (; i < n; ++i) total += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   const float mean = static_cast<float>(total / static_cast<double>(n));
   return 1.0f / std::sqrt(mean + eps);

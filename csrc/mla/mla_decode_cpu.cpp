@@ -56,7 +56,7 @@ static inline int64_t padded(int64_t n) { return (n + 31) / 32 * 32; }
 // bytes of scratch that one item needs
 static inline int64_t scratch_bytes(const DecodeCall& call) {
   const int64_t width = padded(call.rank + call.rope), rank = padded(call.rank);
-  return 4 * (kRows * width + kKeys * width + kKeys * rank + kRows * rank + 2 * kRows * kKeys + 4 * kRows) + 256;
+  return 4 * (kRows * width + kKeys * width + kRows * rank + 2 * kRows * kKeys) + 64;
 }
 
 namespace TILEFUSE_ISA {
@@ -104,22 +104,20 @@ static inline void load_key(const DecodeCall& call, const uint8_t* row, float* t
   }
 }
 
-// The two products of a block of keys; `Element` is what queries, keys and weights are held as.
+// The two products of a block of keys, for L query rows at a time: rows lie in the lanes of a vector, and a key's
+// values are broadcast, so that no product ends in a sum across lanes. `Element` is what queries, keys and weights are
+// held as; kStep of them are multiplied at once, and lie side by side.
 
 // float32, with vectors that the compiler maps to whatever the CPU has
 struct Float32 {
   using Element = float;
-  typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-
-  static inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-  static inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
-  static inline float sum(Vector value) {
-    float total = 0.0f;
-    for (int i = 0; i < kLanes; ++i) total += value[i];
-    return total;
-  }
-
-  static inline float weight(float x) { return x; }
+  static constexpr int64_t kStep = 1;
+  // as many as registers hold
+#if defined(__AVX512F__)
+  static constexpr int64_t kKeysAtOnce = 8, kRowsAtOnce = 8;
+#else
+  static constexpr int64_t kKeysAtOnce = 4, kRowsAtOnce = 4;
+#endif
 
   template <typename T>
   static inline const float* key(const DecodeCall& call, const uint8_t* row, float* buffer) {
@@ -127,78 +125,45 @@ struct Float32 {
     return buffer;
   }
 
-  // scores [kRows, kKeys] of rows [0, rows) and keys [0, keys)
-  static void scores(const float* q, const float* const* keys_at, int64_t rows, int64_t keys, int64_t width,
-                     float* scores) {
-    int64_t m = 0;
-    for (; m + 4 <= rows; m += 4) {
-      for (int64_t n = 0; n < keys; n += 2) {
-        // an odd last key is computed twice
-        const float *k0 = keys_at[n], *k1 = keys_at[n + 1 < keys ? n + 1 : n];
-        Vector acc[4][2] = {};
-        for (int64_t i = 0; i < width; i += kLanes) {
-          const Vector a = load(k0 + i), b = load(k1 + i);
-          for (int r = 0; r < 4; ++r) {
-            const Vector x = load(q + (m + r) * width + i);
-            acc[r][0] += x * a;
-            acc[r][1] += x * b;
-          }
-        }
-        for (int r = 0; r < 4; ++r) {
-          scores[(m + r) * kKeys + n] = sum(acc[r][0]);
-          if (n + 1 < keys) scores[(m + r) * kKeys + n + 1] = sum(acc[r][1]);
-        }
+  template <int64_t L>
+  static inline void scores(const float* q, const float* const* keys_at, const float* const*, int64_t width,
+                            float* scores) {
+    typedef float Vector __attribute__((vector_size(4 * L), aligned(4), may_alias));
+    Vector acc[kKeysAtOnce] = {};
+    // sums of sums of 32 products: one sum of them all would round too often
+    for (int64_t part = 0; part < width; part += 32) {
+      Vector sums[kKeysAtOnce] = {};
+      for (int64_t i = part; i < part + 32; ++i) {
+        const Vector x = *reinterpret_cast<const Vector*>(q + i * L);
+        for (int64_t j = 0; j < kKeysAtOnce; ++j) sums[j] += x * keys_at[j][i];
       }
+      for (int64_t j = 0; j < kKeysAtOnce; ++j) acc[j] += sums[j];
     }
-    for (; m < rows; ++m) {
+    for (int64_t j = 0; j < kKeysAtOnce; ++j) *reinterpret_cast<Vector*>(scores + j * L) = acc[j];
+  }
+
+  template <int64_t L>
+  static inline void accumulate(const float* weights, const float* const* keys_at, int64_t keys, int64_t rank,
+                                int64_t d, float* acc) {
+    typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+    for (int64_t m = 0; m < L; m += kRowsAtOnce) {
+      Vector sums[kRowsAtOnce];
+      for (int64_t r = 0; r < kRowsAtOnce; ++r) sums[r] = *reinterpret_cast<Vector*>(acc + (m + r) * rank + d);
       for (int64_t n = 0; n < keys; ++n) {
-        Vector acc = {};
-        for (int64_t i = 0; i < width; i += kLanes) acc += load(q + m * width + i) * load(keys_at[n] + i);
-        scores[m * kKeys + n] = sum(acc);
+        const Vector x = *reinterpret_cast<const Vector*>(keys_at[n] + d);
+        for (int64_t r = 0; r < kRowsAtOnce; ++r) sums[r] += x * weights[n * L + m + r];
       }
+      for (int64_t r = 0; r < kRowsAtOnce; ++r) *reinterpret_cast<Vector*>(acc + (m + r) * rank + d) = sums[r];
     }
   }
-
-  static void prepare(const float* const*, int64_t, int64_t, float*) {}
-
-  // acc [kRows, rank] += weights [kRows, kKeys] @ values
-  static void accumulate(const float* weights, const float* const* keys_at, const float*, int64_t rows, int64_t keys,
-                         int64_t rank, float* acc) {
-    for (int64_t d = 0; d < rank; d += 2 * kLanes) {
-      for (int64_t m = 0; m < rows; m += 4) {
-        const int64_t count = rows - m < 4 ? rows - m : 4;
-        Vector sums[4][2];
-        for (int64_t r = 0; r < 4; ++r) {
-          // rows past the tile's last are computed and dropped: their weights are zero
-          sums[r][0] = load(acc + (m + r) * rank + d);
-          sums[r][1] = load(acc + (m + r) * rank + d + kLanes);
-        }
-        for (int64_t n = 0; n < keys; ++n) {
-          const Vector a = load(keys_at[n] + d), b = load(keys_at[n] + d + kLanes);
-          for (int64_t r = 0; r < 4; ++r) {
-            const float w = weights[(m + r) * kKeys + n];
-            sums[r][0] += a * w;
-            sums[r][1] += b * w;
-          }
-        }
-        for (int64_t r = 0; r < count; ++r) {
-          store(acc + (m + r) * rank + d, sums[r][0]);
-          store(acc + (m + r) * rank + d + kLanes, sums[r][1]);
-        }
-      }
-    }
-  }
-
-  static inline int64_t place(int64_t i) { return i; }
 };
 
 #if defined(__AVX512BF16__)
 // bfloat16 pairs into float32
 struct Bfloat16 {
   using Element = bf16;
-
-  static inline bf16 weight(float x) { return from_float<bf16>(x); }
-  static inline __m512bh pairs(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static constexpr int64_t kStep = 2;
+  static constexpr int64_t kKeysAtOnce = 8;
 
   template <typename T>
   static inline const bf16* key(const DecodeCall& call, const uint8_t* row, bf16* buffer) {
@@ -218,96 +183,69 @@ struct Bfloat16 {
     return buffer;
   }
 
-  // sums of four vectors each, in one register of four
-  static inline __m128 sum4(__m512 a, __m512 b, __m512 c, __m512 d) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    const __m512 all = _mm512_add_ps(
-        _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-        _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  static inline int32_t pair(const bf16* from) {
+    int32_t both;
+    std::memcpy(&both, from, 4);
+    return both;
   }
 
-  static void scores(const bf16* q, const bf16* const* keys_at, int64_t rows, int64_t keys, int64_t width,
-                     float* scores) {
-    for (int64_t n = 0; n < keys; n += 4) {
-      const bf16* k[4];
-      // past the last key the last one is computed again; its scores are overwritten or unused
-      for (int64_t j = 0; j < 4; ++j) k[j] = keys_at[n + j < keys ? n + j : keys - 1];
-      for (int64_t m = 0; m < rows; m += 4) {
-        __m512 acc[4][4];
-        for (int r = 0; r < 4; ++r) {
-          for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
-        }
-        for (int64_t i = 0; i < width; i += 32) {
-          const __m512bh b0 = pairs(k[0] + i), b1 = pairs(k[1] + i), b2 = pairs(k[2] + i), b3 = pairs(k[3] + i);
-#pragma GCC unroll 4
-          for (int r = 0; r < 4; ++r) {
-            const __m512bh a = pairs(q + (m + r) * width + i);
-            acc[r][0] = _mm512_dpbf16_ps(acc[r][0], a, b0);
-            acc[r][1] = _mm512_dpbf16_ps(acc[r][1], a, b1);
-            acc[r][2] = _mm512_dpbf16_ps(acc[r][2], a, b2);
-            acc[r][3] = _mm512_dpbf16_ps(acc[r][3], a, b3);
+  template <int64_t L>
+  static inline void scores(const bf16* q, const bf16* const* keys_at, const bf16* const* ahead, int64_t width,
+                            float* scores) {
+    const bf16* k[kKeysAtOnce];
+    for (int64_t j = 0; j < kKeysAtOnce; ++j) k[j] = keys_at[j];
+    if constexpr (L == 16) {
+      __m512 acc[kKeysAtOnce];
+      for (int64_t j = 0; j < kKeysAtOnce; ++j) acc[j] = _mm512_setzero_ps();
+      for (int64_t line = 0; line < width; line += 32) {
+        for (int64_t j = 0; j < kKeysAtOnce; ++j) __builtin_prefetch(ahead[j] + line);
+        for (int64_t i = line; i < line + 32; i += 2) {
+          const __m512bh x = (__m512bh)_mm512_loadu_si512(q + i * L);
+#pragma GCC unroll 8
+          for (int64_t j = 0; j < kKeysAtOnce; ++j) {
+            acc[j] = _mm512_dpbf16_ps(acc[j], x, (__m512bh)_mm512_set1_epi32(pair(k[j] + i)));
           }
         }
-#pragma GCC unroll 4
-        for (int r = 0; r < 4; ++r) {
-          _mm_storeu_ps(scores + (m + r) * kKeys + n, sum4(acc[r][0], acc[r][1], acc[r][2], acc[r][3]));
+      }
+      for (int64_t j = 0; j < kKeysAtOnce; ++j) _mm512_storeu_ps(scores + j * L, acc[j]);
+    } else {
+      __m256 acc[kKeysAtOnce];
+      for (int64_t j = 0; j < kKeysAtOnce; ++j) acc[j] = _mm256_setzero_ps();
+      for (int64_t line = 0; line < width; line += 32) {
+        for (int64_t j = 0; j < kKeysAtOnce; ++j) __builtin_prefetch(ahead[j] + line);
+        for (int64_t i = line; i < line + 32; i += 2) {
+          const __m256bh x = (__m256bh)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q + i * L));
+#pragma GCC unroll 8
+          for (int64_t j = 0; j < kKeysAtOnce; ++j) {
+            acc[j] = _mm256_dpbf16_ps(acc[j], x, (__m256bh)_mm256_set1_epi32(pair(k[j] + i)));
+          }
         }
       }
+      for (int64_t j = 0; j < kKeysAtOnce; ++j) _mm256_storeu_ps(scores + j * L, acc[j]);
     }
   }
 
-  // values of two keys side by side, [keys / 2, rank] pairs; columns in the order that unpacking leaves (see `place`)
-  static void prepare(const bf16* const* keys_at, int64_t keys, int64_t rank, float* to) {
+  template <int64_t L>
+  static inline void accumulate(const bf16* weights, const bf16* const* keys_at, int64_t keys, int64_t rank, int64_t d,
+                                float* acc) {
+    // columns of two keys, side by side
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512 sums[L];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < L; ++r) sums[r] = _mm512_loadu_ps(acc + r * rank + d);
     for (int64_t n = 0; n < keys; n += 2) {
-      const bf16* a = keys_at[n];
-      const bf16* b = keys_at[n + 1 < keys ? n + 1 : n];
-      float* row = to + n / 2 * rank;
-      for (int64_t d = 0; d < rank; d += 32) {
-        const __m512i x = _mm512_loadu_si512(a + d), y = _mm512_loadu_si512(b + d);
-        _mm512_storeu_si512(row + d, _mm512_unpacklo_epi16(x, y));
-        _mm512_storeu_si512(row + d + 16, _mm512_unpackhi_epi16(x, y));
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys_at[n] + d));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys_at[n + 1] + d));
+      const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+      const __m512bh x = (__m512bh)_mm512_permutexvar_epi16(order, both);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < L; ++r) {
+        sums[r] = _mm512_dpbf16_ps(sums[r], x, (__m512bh)_mm512_set1_epi32(pair(weights + n * L + 2 * r)));
       }
     }
-  }
-
-  static void accumulate(const bf16* weights, const bf16* const*, const float* values, int64_t rows, int64_t keys,
-                         int64_t rank, float* acc) {
-    for (int64_t d = 0; d < rank; d += 32) {
-      for (int64_t m = 0; m < rows; m += 8) {
-        __m512 sums[8][2];
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
-          sums[r][0] = _mm512_loadu_ps(acc + (m + r) * rank + d);
-          sums[r][1] = _mm512_loadu_ps(acc + (m + r) * rank + d + 16);
-        }
-        for (int64_t n = 0; n < keys; n += 2) {
-          const __m512bh lo = (__m512bh)_mm512_loadu_si512(values + n / 2 * rank + d);
-          const __m512bh hi = (__m512bh)_mm512_loadu_si512(values + n / 2 * rank + d + 16);
-#pragma GCC unroll 8
-          for (int r = 0; r < 8; ++r) {
-            int32_t both;
-            std::memcpy(&both, weights + (m + r) * kKeys + n, 4);
-            const __m512bh w = (__m512bh)_mm512_set1_epi32(both);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w, lo);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], w, hi);
-          }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < 8; ++r) {
-          _mm512_storeu_ps(acc + (m + r) * rank + d, sums[r][0]);
-          _mm512_storeu_ps(acc + (m + r) * rank + d + 16, sums[r][1]);
-        }
-      }
-    }
-  }
-
-  // where column i of the values lies in the accumulator
-  static inline int64_t place(int64_t i) {
-    const int64_t in_block = i % 32, lane = in_block / 8, column = in_block % 8;
-    return i - in_block + (column < 4 ? 4 * lane + column : 16 + 4 * lane + column - 4);
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < L; ++r) _mm512_storeu_ps(acc + r * rank + d, sums[r]);
   }
 };
 #endif
@@ -327,41 +265,65 @@ static inline float with_sink(const DecodeCall& call, int64_t head, float top, f
   return total + std::exp(call.sinks[head] - top);
 }
 
-template <typename Path, typename T>
+// The cache rows of a block of keys, and their numbers counted from its first.
+struct Block {
+  const uint8_t* rows[kKeys];
+  int32_t numbers[kKeys];
+  int64_t keys;
+};
+
+// table: where the sequence's entries begin
+static inline void find_keys(const DecodeCall& call, int64_t table, int64_t begin, int64_t end, Block& block) {
+  block.keys = 0;
+  for (int64_t key = begin; key < end; ++key) {
+    const int64_t found = entry(call.table, call.table_wide, table + (call.sparse ? key : key / call.page_size));
+    const int64_t page = call.sparse ? found / call.page_size : found;
+    const int64_t row = call.sparse ? found % call.page_size : key % call.page_size;
+    // an entry outside of the pool is a key that does not exist
+    if (found < 0 || page >= call.pages) continue;
+    block.rows[block.keys] = call.cache + page * call.page_stride + row * call.row_stride;
+    block.numbers[block.keys++] = static_cast<int32_t>(key - begin);
+  }
+}
+
+// where element i of row r lies among L rows that are multiplied `step` elements at a time
+template <int64_t L, int64_t step>
+static inline int64_t packed(int64_t i, int64_t r) {
+  return i / step * step * L + r * step + i % step;
+}
+
+// L: rows of the tile that are computed, the last of them for nothing where there are fewer
+template <typename Path, typename T, int64_t L>
 static void decode_item(const DecodeCall& call, int64_t item, char* scratch) {
   using Element = typename Path::Element;
+  constexpr int64_t step = Path::kStep;
   const int64_t rows = rows_of(call), tiles = tiles_of(call);
   const int64_t tile = item % tiles, split = item / tiles % call.splits, b = item / tiles / call.splits;
   const Span span = span_of(call, b);
   const int64_t start = span.first + split * span.size;
   const int64_t stop = start + span.size < span.length ? start + span.size : span.length;
-  const int64_t first_row = tile * kRows, count = rows - first_row < kRows ? rows - first_row : kRows;
+  const int64_t first_row = tile * kRows, count = rows - first_row < L ? rows - first_row : L;
   const int64_t sequence = call.sparse ? b / call.queries : b;
   const int64_t raw_width = call.rank + call.rope, width = padded(raw_width), rank = padded(call.rank);
 
   float* acc = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t{63});
-  float* values = acc + kRows * rank;
-  float* scores = values + kKeys * rank;
-  float* top = scores + kRows * kKeys;
-  float* total = top + kRows;
-  Element* q = reinterpret_cast<Element*>(total + kRows);
-  Element* weights = q + kRows * width;
-  Element* key_buffer = weights + kRows * kKeys;
-  std::memset(static_cast<void*>(acc), 0, kRows * rank * sizeof(float));
-  std::memset(static_cast<void*>(q), 0, kRows * width * sizeof(Element));
-  std::memset(static_cast<void*>(weights), 0, kRows * kKeys * sizeof(Element));
-  for (int64_t r = 0; r < kRows; ++r) {
+  float* scores = acc + L * rank;
+  Element* q = reinterpret_cast<Element*>(scores + L * kKeys);
+  Element* weights = q + L * width;
+  Element* key_buffer = weights + L * kKeys;
+  std::memset(static_cast<void*>(acc), 0, L * rank * sizeof(float));
+  std::memset(static_cast<void*>(q), 0, L * width * sizeof(Element));
+  float top[L], total[L];
+  int64_t last[L] = {}, lowest[L] = {};
+  for (int64_t r = 0; r < L; ++r) {
     top[r] = -INFINITY;
     total[r] = 0.0f;
   }
-  int64_t last[kRows] = {}, lowest[kRows] = {};
   for (int64_t r = 0; r < count; ++r) {
     const int64_t m = first_row + r, head = m % call.heads;
     const int64_t query = call.sparse ? b % call.queries : m / call.heads;
     const T* from = static_cast<const T*>(call.q) + sequence * call.q_batch + query * call.q_query + head * call.q_head;
-    for (int64_t i = 0; i < raw_width; ++i) {
-      q[r * width + i] = from_float<Element>(to_float(from[i]));
-    }
+    for (int64_t i = 0; i < raw_width; ++i) q[packed<L, step>(i, r)] = from_float<Element>(to_float(from[i]));
     // the newest key is the last query row's own
     const int64_t own = span.length - call.queries + query;
     last[r] = call.sparse || !call.causal ? span.length : own + 1;
@@ -370,58 +332,88 @@ static void decode_item(const DecodeCall& call, int64_t item, char* scratch) {
   const int64_t table = call.sparse ? sequence * call.table_batch + b % call.queries * call.table_query
                                     : sequence * call.table_batch;
 
-  const Element* keys_at[kKeys];
-  int64_t numbers[kKeys];
-  for (int64_t block = start; block < stop; block += kKeys) {
+  Block blocks[2];
+  find_keys(call, table, start, start + kKeys < stop ? start + kKeys : stop, blocks[0]);
+  int64_t turn = 0;
+  for (int64_t block = start; block < stop; block += kKeys, ++turn) {
+    const Block& here = blocks[turn % 2];
+    Block& next = blocks[(turn + 1) % 2];
     const int64_t end = block + kKeys < stop ? block + kKeys : stop;
-    int64_t keys = 0;
-    for (int64_t key = block; key < end; ++key) {
-      const int64_t found = entry(call.table, call.table_wide, table + (call.sparse ? key : key / call.page_size));
-      const int64_t page = call.sparse ? found / call.page_size : found;
-      const int64_t row = call.sparse ? found % call.page_size : key % call.page_size;
-      // an entry outside of the pool is a key that does not exist
-      if (found < 0 || page >= call.pages) continue;
-      const uint8_t* at = call.cache + page * call.page_stride + row * call.row_stride;
-      Element* buffer = key_buffer + keys * width;
-      for (int64_t i = raw_width; i < width; ++i) buffer[i] = from_float<Element>(0.0f);
-      keys_at[keys] = Path::template key<T>(call, at, buffer);
-      numbers[keys++] = key;
-    }
+    find_keys(call, table, end, end + kKeys < stop ? end + kKeys : stop, next);
+    const int64_t keys = here.keys;
     if (keys == 0) continue;
-    Path::scores(q, keys_at, count, keys, width, scores);
-    bool any = false;
-    for (int64_t r = 0; r < count; ++r) {
-      float* row = scores + r * kKeys;
-      float largest = -INFINITY;
-      bool nan = false;
-      for (int64_t n = 0; n < keys; ++n) {
-        const bool visible = numbers[n] < last[r] && numbers[n] >= lowest[r];
-        row[n] = visible ? row[n] * call.scale : -INFINITY;
-        largest = row[n] > largest ? row[n] : largest;
-        nan |= row[n] != row[n];
+    const Element* keys_at[kKeys + Path::kKeysAtOnce];
+    for (int64_t n = 0; n < keys; ++n) {
+      Element* buffer = key_buffer + n * width;
+      for (int64_t i = raw_width; i < width; ++i) buffer[i] = from_float<Element>(0.0f);
+      keys_at[n] = Path::template key<T>(call, here.rows[n], buffer);
+    }
+    // past the last key the last one is computed again, with no weight
+    const int64_t whole = (keys + Path::kKeysAtOnce - 1) / Path::kKeysAtOnce * Path::kKeysAtOnce;
+    for (int64_t n = keys; n < whole; ++n) keys_at[n] = keys_at[keys - 1];
+    // while the last keys are scored the next block's first ones are fetched
+    for (int64_t n = 0; n < Path::kKeysAtOnce; ++n) {
+      keys_at[whole + n] = n < next.keys ? reinterpret_cast<const Element*>(next.rows[n]) : keys_at[0];
+    }
+    for (int64_t n = 0; n < whole; n += Path::kKeysAtOnce) {
+      Path::template scores<L>(q, keys_at + n, keys_at + n + Path::kKeysAtOnce, width, scores + n * L);
+    }
+
+    // rows' first and last visible key, counted from the block's first
+    int32_t from[L], to[L];
+    for (int64_t r = 0; r < L; ++r) {
+      const int64_t low = lowest[r] - block, high = last[r] - block;
+      from[r] = static_cast<int32_t>(low < 0 ? 0 : low > kKeys ? kKeys : low);
+      to[r] = static_cast<int32_t>(high < 0 ? 0 : high > kKeys ? kKeys : high);
+    }
+    float largest[L], base[L], shrink[L], sum[L];
+    for (int64_t r = 0; r < L; ++r) largest[r] = top[r];
+    for (int64_t n = 0; n < keys; ++n) {
+      for (int64_t r = 0; r < L; ++r) {
+        const float score = scores[n * L + r] * call.scale;
+        const float x = (here.numbers[n] >= from[r]) & (here.numbers[n] < to[r]) ? score : -INFINITY;
+        scores[n * L + r] = x;
+        // a NaN stays the largest
+        largest[r] = (x > largest[r]) | (x != x) ? x : largest[r];
       }
-      const float new_top = nan ? NAN : largest > top[r] ? largest : top[r];
-      Element* to = weights + r * kKeys;
-      if (new_top == -INFINITY) {
-        for (int64_t n = 0; n < kKeys; ++n) to[n] = from_float<Element>(0.0f);
-        continue;
-      }
-      any = true;
-      float sum = 0.0f;
-      for (int64_t n = 0; n < keys; ++n) row[n] = exp_f32(row[n] - new_top);
-      for (int64_t n = 0; n < keys; ++n) sum += row[n];
-      for (int64_t n = 0; n < keys; ++n) to[n] = Path::weight(row[n]);
-      for (int64_t n = keys; n < kKeys; ++n) to[n] = from_float<Element>(0.0f);
-      const float shrink = exp_f32(top[r] - new_top);
-      total[r] = total[r] * shrink + sum;
-      top[r] = new_top;
-      if (shrink != 1.0f) {
-        for (int64_t i = 0; i < rank; ++i) acc[r * rank + i] *= shrink;
-      }
+    }
+    bool any = false, rescale = false;
+    for (int64_t r = 0; r < L; ++r) {
+      // of a row that has seen no key yet all weights are zero
+      base[r] = largest[r] == -INFINITY ? 0.0f : largest[r];
+      shrink[r] = exp_f32(top[r] - base[r]);
+      top[r] = largest[r];
+      sum[r] = 0.0f;
+      any |= largest[r] != -INFINITY;
+      rescale |= shrink[r] != 1.0f;
     }
     if (!any) continue;
-    Path::prepare(keys_at, keys, rank, values);
-    Path::accumulate(weights, keys_at, values, count, keys, rank, acc);
+    for (int64_t n = 0; n < keys; ++n) {
+      for (int64_t r = 0; r < L; ++r) {
+        const float weight = exp_f32(scores[n * L + r] - base[r]);
+        sum[r] += weight;
+        scores[n * L + r] = weight;
+      }
+    }
+    for (int64_t i = keys * L; i < whole * L; ++i) scores[i] = 0.0f;
+    for (int64_t n = 0; n < whole; n += step) {
+      for (int64_t r = 0; r < L; ++r) {
+        for (int64_t j = 0; j < step; ++j) {
+          weights[(n * L + r * step) + j] = from_float<Element>(scores[(n + j) * L + r]);
+        }
+      }
+    }
+    for (int64_t r = 0; r < L; ++r) total[r] = total[r] * shrink[r] + sum[r];
+    if (rescale) {
+      for (int64_t r = 0; r < count; ++r) {
+        if (shrink[r] == 1.0f) continue;
+        for (int64_t i = 0; i < rank; ++i) acc[r * rank + i] *= shrink[r];
+      }
+    }
+    const int64_t used = (keys + step - 1) / step * step;
+    for (int64_t d = 0; d < rank; d += kLanes) {
+      Path::template accumulate<L>(weights, keys_at, used, rank, d, acc);
+    }
   }
 
   for (int64_t r = 0; r < count; ++r) {
@@ -429,16 +421,24 @@ static void decode_item(const DecodeCall& call, int64_t item, char* scratch) {
     if (call.splits > 1) {
       float* to = call.partial + (row * call.splits + split) * call.rank;
       const float divisor = total[r] > 0.0f ? total[r] : 1.0f;
-      for (int64_t i = 0; i < call.rank; ++i) to[i] = acc[r * rank + Path::place(i)] / divisor;
+      for (int64_t i = 0; i < call.rank; ++i) to[i] = acc[r * rank + i] / divisor;
       call.partial_lse[row * call.splits + split] = natural_lse(top[r], total[r]);
       continue;
     }
     const int64_t head = m % call.heads, query = call.sparse ? b % call.queries : m / call.heads;
     const float divisor = total[r] == 0.0f ? 1.0f : with_sink(call, head, top[r], total[r]);
-    for (int64_t i = 0; i < call.rank; ++i) {
-      store_out<T>(call, row, i, acc[r * rank + Path::place(i)] / divisor);
-    }
+    for (int64_t i = 0; i < call.rank; ++i) store_out<T>(call, row, i, acc[r * rank + i] / divisor);
     call.lse[(sequence * call.heads + head) * call.queries + query] = natural_lse(top[r], total[r]);
+  }
+}
+
+template <typename Path, typename T>
+static void decode_tile(const DecodeCall& call, int64_t item, char* scratch) {
+  const int64_t left = rows_of(call) - item % tiles_of(call) * kRows;
+  if (left > kRows / 2) {
+    decode_item<Path, T, kRows>(call, item, scratch);
+  } else {
+    decode_item<Path, T, kRows / 2>(call, item, scratch);
   }
 }
 
@@ -447,11 +447,11 @@ void mla_decode_items(const DecodeCall& call, char* scratch, int64_t begin, int6
     for (int64_t item = begin; item < end; ++item) {
 #if defined(__AVX512BF16__)
       if (call.dtype == Dtype::bf16) {
-        decode_item<Bfloat16, T>(call, item, scratch);
+        decode_tile<Bfloat16, T>(call, item, scratch);
         continue;
       }
 #endif
-      decode_item<Float32, T>(call, item, scratch);
+      decode_tile<Float32, T>(call, item, scratch);
     }
   })
 }

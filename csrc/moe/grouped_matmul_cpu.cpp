@@ -16,36 +16,39 @@ struct GroupedArgs {
 namespace TILEFUSE_ISA {
 
 void grouped_dot([[maybe_unused]] const GroupedArgs& args, [[maybe_unused]] const Tile* tiles,
-                 [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end, [[maybe_unused]] const void* zeros) {
+                 [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
 #if defined(TILEFUSE_MOE_DOT)
-  const bf16* rows[TILE_ROWS];
-  float product[TILE_ROWS * DOT_COLS];
+  PackedRows packed = packed_rows(args.k);
+  alignas(64) float product[TILE_ROWS * PANEL_COLS];
+  DotState states[DOT_STATES];
   for (int64_t t = begin; t < end; ++t) {
     const Tile& tile = tiles[t];
     const int64_t count = tile.row_end - tile.row_begin;
-    tile_rows(args.a, tile, static_cast<const bf16*>(zeros), rows);
+    pack(packed, args.a, tile, args.k);
     const bf16* w = static_cast<const bf16*>(args.b) + tile.expert * args.b_expert;
     const bf16* bias = args.bias == nullptr ? nullptr : static_cast<const bf16*>(args.bias) + tile.expert * args.n;
-    for (int64_t n = tile.n_begin; n < tile.n_end; n += DOT_COLS) {
-      const bf16* columns[DOT_COLS];
-      weight_rows(w, args.b_row, n, tile.n_end, columns);
-      const int64_t next = n + 2 * DOT_COLS <= tile.n_end ? n + DOT_COLS : n;
-      dot_panel(rows, count, columns, args.k, w + (next + DOT_COLS <= tile.n_end ? next : tile.n_begin) * args.b_row,
-                next + DOT_COLS <= tile.n_end ? args.b_row : 0, product);
-      const int64_t width = tile.n_end - n < DOT_COLS ? tile.n_end - n : DOT_COLS;
+    for (int64_t first = tile.n_begin; first < tile.n_end; first += PANEL_COLS) {
+      const int64_t width = tile.n_end - first < PANEL_COLS ? tile.n_end - first : PANEL_COLS;
+      if (!args.out_f32) fetch_rows(static_cast<const bf16*>(args.out) + tile.row_begin * args.n + first, args.n, count);
+      for (int64_t n = first; n < first + width; n += DOT_COLS) {
+        const bf16 *columns[DOT_COLS], *next[DOT_COLS];
+        weight_rows(w, args.b_row, n, tile.n_end, columns);
+        weight_rows(w, args.b_row, n + 2 * DOT_COLS <= tile.n_end ? n + DOT_COLS : n, tile.n_end, next);
+        dot_panel(packed.data, count, columns, next, args.k, states, product + (n - first));
+      }
+      if (bias != nullptr) add_bias(product, count, width, bias + first);
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t at = (tile.row_begin + r) * args.n + n;
-        for (int64_t c = 0; c < width; ++c) {
-          const float value = product[r * DOT_COLS + c] + (bias == nullptr ? 0.0f : to_float(bias[n + c]));
-          if (args.out_f32) {
-            static_cast<float*>(args.out)[at + c] = value;
-          } else {
-            static_cast<bf16*>(args.out)[at + c] = from_float<bf16>(value);
-          }
+        const float* row = product + r * PANEL_COLS;
+        const int64_t at = (tile.row_begin + r) * args.n + first;
+        if (args.out_f32) {
+          std::memcpy(static_cast<float*>(args.out) + at, row, static_cast<size_t>(width) * sizeof(float));
+        } else {
+          store_panel_row(row, width, static_cast<bf16*>(args.out) + at);
         }
       }
     }
   }
+  std::free(packed.data);
 #endif
 }
 
@@ -58,7 +61,7 @@ void grouped_dot([[maybe_unused]] const GroupedArgs& args, [[maybe_unused]] cons
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(grouped_dot, (const GroupedArgs&, const Tile*, int64_t, int64_t, const void*))
+TILEFUSE_DISPATCH(grouped_dot, (const GroupedArgs&, const Tile*, int64_t, int64_t))
 
 static Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, std::optional<Tensor> a_index, std::optional<Tensor> bias,
                          int64_t index_div, ScalarType out_dtype) {
@@ -71,10 +74,9 @@ static Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, std::optional<Tenso
     const GroupedArgs args{source, b.data_ptr(), b.stride(0), stride_or_zero(b, 1), bias ? bias->data_ptr() : nullptr,
                            out.data_ptr(), out_dtype == ScalarType::Float, n, k};
     const std::vector<Tile> tiles = tiles_of(bounds, n);
-    const std::vector<uint16_t> zeros(static_cast<size_t>(k));
     const auto run = grouped_dot_dispatch();
     parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
-                 [&](int64_t begin, int64_t end) { run(args, tiles.data(), begin, end, zeros.data()); });
+                 [&](int64_t begin, int64_t end) { run(args, tiles.data(), begin, end); });
     return out;
   }
   const size_t row_bytes = static_cast<size_t>(n) * static_cast<size_t>(out.element_size());

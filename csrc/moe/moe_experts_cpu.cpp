@@ -31,48 +31,49 @@ struct ActBwdArgs {
 namespace TILEFUSE_ISA {
 
 void experts_up_dot([[maybe_unused]] const UpArgs& args, [[maybe_unused]] const Tile* tiles,
-                    [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end, [[maybe_unused]] const void* zeros) {
+                    [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
 #if defined(TILEFUSE_MOE_DOT)
-  const bf16* rows[TILE_ROWS];
-  float gates[TILE_ROWS * DOT_COLS], ups[TILE_ROWS * DOT_COLS];
+  PackedRows packed = packed_rows(args.hidden);
+  alignas(64) float gates[TILE_ROWS * PANEL_COLS], ups[TILE_ROWS * PANEL_COLS];
+  DotState states[DOT_STATES];
   const int64_t inner = args.inner;
   for (int64_t t = begin; t < end; ++t) {
     const Tile& tile = tiles[t];
     const int64_t count = tile.row_end - tile.row_begin;
-    tile_rows(args.x, tile, static_cast<const bf16*>(zeros), rows);
+    pack(packed, args.x, tile, args.hidden);
     const bf16* w_gate = static_cast<const bf16*>(args.w) + tile.expert * args.w_expert;
     const bf16* w_up = w_gate + inner * args.w_row;
     const bf16* bias = args.bias == nullptr ? nullptr : static_cast<const bf16*>(args.bias) + tile.expert * 2 * inner;
-    for (int64_t n = tile.n_begin; n < tile.n_end; n += DOT_COLS) {
-      const bf16* columns[DOT_COLS];
-      // the other half of the pair, or the next block, is fetched while this one is multiplied
-      const bool another = n + 2 * DOT_COLS <= tile.n_end;
-      weight_rows(w_gate, args.w_row, n, tile.n_end, columns);
-      dot_panel(rows, count, columns, args.hidden, w_up + n * args.w_row, n + DOT_COLS <= tile.n_end ? args.w_row : 0,
-                gates);
-      weight_rows(w_up, args.w_row, n, tile.n_end, columns);
-      dot_panel(rows, count, columns, args.hidden, w_gate + (another ? n + DOT_COLS : n) * args.w_row,
-                another ? args.w_row : 0, ups);
-      const int64_t width = tile.n_end - n < DOT_COLS ? tile.n_end - n : DOT_COLS;
+    for (int64_t first = tile.n_begin; first < tile.n_end; first += PANEL_COLS) {
+      const int64_t width = tile.n_end - first < PANEL_COLS ? tile.n_end - first : PANEL_COLS;
+      fetch_rows(static_cast<const bf16*>(args.h) + tile.row_begin * inner + first, inner, count);
+      for (int64_t n = first; n < first + width; n += DOT_COLS) {
+        const int64_t after = n + 2 * DOT_COLS <= tile.n_end ? n + DOT_COLS : n;
+        const bf16 *gate_rows[DOT_COLS], *up_rows[DOT_COLS], *next[DOT_COLS];
+        weight_rows(w_gate, args.w_row, n, tile.n_end, gate_rows);
+        weight_rows(w_up, args.w_row, n, tile.n_end, up_rows);
+        weight_rows(w_gate, args.w_row, after, tile.n_end, next);
+        dot_panel(packed.data, count, gate_rows, up_rows, args.hidden, states, gates + (n - first));
+        dot_panel(packed.data, count, up_rows, next, args.hidden, states, ups + (n - first));
+      }
+      if (bias != nullptr) {
+        add_bias(gates, count, width, bias + first);
+        add_bias(ups, count, width, bias + inner + first);
+      }
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = tile.row_begin + r;
-        bf16* h = static_cast<bf16*>(args.h) + row * inner + n;
-        for (int64_t c = 0; c < width; ++c) {
-          float gate = gates[r * DOT_COLS + c], up = ups[r * DOT_COLS + c];
-          if (bias != nullptr) {
-            gate += to_float(bias[n + c]);
-            up += to_float(bias[inner + n + c]);
-          }
-          h[c] = from_float<bf16>(activate(gate, up, args.activation));
-          if (args.z != nullptr) {
-            bf16* z = static_cast<bf16*>(args.z) + row * 2 * inner + n;
-            z[c] = from_float<bf16>(gate);
-            z[inner + c] = from_float<bf16>(up);
-          }
+        float *gate = gates + r * PANEL_COLS, *up = ups + r * PANEL_COLS;
+        if (args.z != nullptr) {
+          bf16* z = static_cast<bf16*>(args.z) + row * 2 * inner + first;
+          store_panel_row(gate, width, z);
+          store_panel_row(up, width, z + inner);
         }
+        activate_row(gate, up, PANEL_COLS, args.activation, gate);
+        store_panel_row(gate, width, static_cast<bf16*>(args.h) + row * inner + first);
       }
     }
   }
+  std::free(packed.data);
 #endif
 }
 
@@ -82,9 +83,7 @@ void experts_activate(Dtype dtype, const void* z, void* h, int64_t rows, int64_t
     for (int64_t r = 0; r < rows; ++r) {
       const T* gate = static_cast<const T*>(z) + r * 2 * inner;
       T* out = static_cast<T*>(h) + r * inner;
-      for (int64_t i = 0; i < inner; ++i) {
-        out[i] = from_float<T>(activate(to_float(gate[i]), to_float(gate[inner + i]), o));
-      }
+      activate_row(gate, gate + inner, inner, o, out);
     }
   })
 }
@@ -171,7 +170,7 @@ void experts_act_bwd(const ActBwdArgs& args, int64_t begin, int64_t end) {
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(experts_up_dot, (const UpArgs&, const Tile*, int64_t, int64_t, const void*))
+TILEFUSE_DISPATCH(experts_up_dot, (const UpArgs&, const Tile*, int64_t, int64_t))
 TILEFUSE_DISPATCH(experts_activate, (Dtype, const void*, void*, int64_t, int64_t, const ActivationOptions&))
 TILEFUSE_DISPATCH(experts_act_bwd, (const ActBwdArgs&, int64_t, int64_t))
 
@@ -195,10 +194,9 @@ static std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets,
     const UpArgs args{source, w.data_ptr(), w.stride(0), stride_or_zero(w, 1), bias ? bias->data_ptr() : nullptr,
                       h.data_ptr(), save ? z.data_ptr() : nullptr, inner, hidden, options};
     const std::vector<Tile> tiles = tiles_of(bounds, inner);
-    const std::vector<uint16_t> zeros(static_cast<size_t>(hidden));
     const auto run = experts_up_dot_dispatch();
     parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
-                 [&](int64_t begin, int64_t end) { run(args, tiles.data(), begin, end, zeros.data()); });
+                 [&](int64_t begin, int64_t end) { run(args, tiles.data(), begin, end); });
     return {h, z};
   }
   const size_t element = static_cast<size_t>(x.element_size());

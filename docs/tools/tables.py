@@ -154,8 +154,12 @@ def numbers() -> str:
     out = []
     for device, lines in _by_device().items():
         out += [f"## {device}", report.measured_on(lines).replace("\n", "\n\n")]
-        for family, of_family in report.by_family(lines).items():
-            out.append(f"### {TITLES.get(family, family)}: {device}")
+        ops, whole = report.apart(lines)
+        if whole:
+            table = report.markdown_table(*report.model_rows(whole, bold="**"))
+            out += [f"### Whole models: {device}", "Stock Hugging Face -> patched.", table]
+        for family, of_family in report.by_family(ops).items():
+            out.append(f"### {TITLES[family]}: {device}")
             picture = _picture_name(lines[0], family)
             if any(line["status"] == "ok" and not line.get("call_cost") for line in of_family):
                 out.append(f"![% of the machine's roof, {family} on {device}](pictures/{picture})")

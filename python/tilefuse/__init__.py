@@ -10,6 +10,7 @@ from .library import explain
 from .ops import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "explain", "ops", *_ops_package.__all__]
+__all__ = ["__version__", "backend", "explain", "nn", "ops", *_ops_package.__all__]
 
+from . import nn
 from .library import ops

@@ -14,6 +14,7 @@ the same all-to-all with the splits exchanged.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import errors
-from .ops.moe.moe_combine import moe_combine
+from .ops.moe.moe_combine import moe_combine, moe_combine_fwd
 from .ops.moe.moe_plan import moe_plan
 
 __all__ = ["Dispatched", "ExpertParallel"]
@@ -63,7 +64,8 @@ class ExpertParallel:
         timeout: seconds that a collective may take before it raises; None takes the group's own limit. On NCCL the
             group's watchdog enforces the limit.
 
-    Every rank of the group must make the same calls, also with zero tokens.
+    Every rank of the group must make the same calls, also with zero tokens. Deterministic: results and gradients of a
+    token's rows are summed in float32 in slot order, without atomics.
 
     Raises:
         ValueError: E is not a multiple of the group's size, or capacity < 1.
@@ -119,19 +121,19 @@ class ExpertParallel:
         counts = offsets.diff()
         sources = order.long() // max(ids.shape[1], 1)
         if self.capacity is not None:
-            return self._dispatch_fixed(x, sources, inverse, counts)
+            return self._dispatch_fixed(x, sources, inverse, counts, ids.shape[1])
 
         received = self._exchange(counts.view(self.world, -1), None, None, "dispatch (row counts)").view(self.world, -1)
         # the one synchronisation: torch.distributed takes the splits from the host
         per_rank = torch.stack([counts.view(self.world, -1).sum(1), received.sum(1)]).tolist()
         send, receive = ([int(n) for n in row] for row in per_rank)
-        rows = x.index_select(0, sources[: sum(send)])
+        rows = _gather(x, sources[: sum(send)], None, inverse, ids.shape[1])
         arrived = _AllToAll.apply(rows, self, send, receive, "dispatch")
         local = torch.arange(self.local_experts, device=x.device, dtype=torch.int32).repeat(self.world)
         local_ids = local.repeat_interleave(received.reshape(-1).long(), output_size=sum(receive))
         return Dispatched(arrived, local_ids[:, None], inverse, send, receive)
 
-    def _dispatch_fixed(self, x: Tensor, sources: Tensor, inverse: Tensor, counts: Tensor) -> Dispatched:
+    def _dispatch_fixed(self, x: Tensor, sources: Tensor, inverse: Tensor, counts: Tensor, top_k: int) -> Dispatched:
         capacity, total = self.capacity, sources.shape[0]
         per_rank = counts.view(self.world, -1).sum(1).long()
         first = per_rank.cumsum(0) - per_rank
@@ -142,7 +144,7 @@ class ExpertParallel:
         kept = (rank < self.world) & (within < capacity)
         slots = self.world * capacity
         target = torch.where(kept, rank * capacity + within, slots)
-        # gather form, so that its backward is a plain scatter: which plan row fills each slot, `total` for none
+        # gather form: which plan row fills each slot, `total` for none
         filled = torch.full((slots + 1,), total, device=x.device, dtype=torch.long)
         filled.scatter_(0, target, position)
         filled[slots] = total
@@ -150,11 +152,10 @@ class ExpertParallel:
         expert = torch.searchsorted(counts.long().cumsum(0), filled[:slots], right=True)
         used = filled[:slots] < total
         ids = torch.where(used, expert % self.local_experts, -1).to(torch.int32)
-        rows = _rows_or_zero(x, sources, used)
-        arrived = _AllToAll.apply(rows, self, None, None, "dispatch")
-        ids = self._exchange(ids, None, None, "dispatch (ids)")
         inverse = torch.where(inverse >= 0, target[inverse.long().clamp(min=0)] if total else inverse.long(), slots)
         inverse = torch.where(inverse < slots, inverse, -1).to(torch.int32)
+        arrived = _AllToAll.apply(_gather(x, sources, used, inverse, top_k), self, None, None, "dispatch")
+        ids = self._exchange(ids, None, None, "dispatch (ids)")
         return Dispatched(arrived, ids[:, None], inverse, None, None)
 
     def combine(self, y: Tensor, weights: Tensor, dispatched: Dispatched) -> Tensor:
@@ -185,16 +186,40 @@ class ExpertParallel:
         return out.view(rows.dtype)
 
 
-def _rows_or_zero(x: Tensor, sources: Tensor, used: Tensor) -> Tensor:
-    """``x[sources]`` with unused rows zero; selects instead of multiplying, so that NaN cannot leak in."""
+def _gather(x: Tensor, sources: Tensor, used: Tensor | None, inverse: Tensor, top_k: int) -> Tensor:
+    """``x[sources]`` with unused rows zero; ``inverse [T * k]`` is the row of each slot, for the gradient."""
+    if not x.is_floating_point() or x.dtype in _FP8:
+        bits = x.view(torch.uint8) if x.dtype in _FP8 else x
+        return _rows_or_zero(bits, sources, used).view(x.dtype)
+    return _Gather.apply(x, sources, used, inverse, top_k)
+
+
+def _rows_or_zero(x: Tensor, sources: Tensor, used: Tensor | None) -> Tensor:
     if x.shape[0] == 0:
         return x.new_zeros((sources.shape[0], *x.shape[1:]))
-    mask = used.view(-1, *[1] * (x.dim() - 1))
-    if x.dtype in _FP8:
-        rows = x.view(torch.uint8).index_select(0, sources)
-        return torch.where(mask, rows, rows.new_zeros(())).view(x.dtype)
     rows = x.index_select(0, sources)
-    return torch.where(mask, rows, rows.new_zeros(()))
+    if used is None:
+        return rows
+    # selects instead of multiplying, so that NaN cannot leak in
+    return torch.where(used.view(-1, *[1] * (x.dim() - 1)), rows, rows.new_zeros(()))
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of tokens; a token's gradient is the sum of its rows in slot order, where an index_add would be atomic."""
+
+    @staticmethod
+    def forward(ctx, x, sources, used, inverse, top_k):
+        ctx.save_for_backward(inverse)
+        ctx.options = (top_k, x.shape)
+        return _rows_or_zero(x, sources, used)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        top_k, shape = ctx.options
+        rows = grad.reshape(grad.shape[0], math.prod(shape[1:]))
+        return moe_combine_fwd(rows, inverse, None, top_k).view(shape), None, None, None, None
 
 
 class _AllToAll(torch.autograd.Function):

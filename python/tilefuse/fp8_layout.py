@@ -69,7 +69,7 @@ def to_deepgemm(scale: Tensor, block: Sequence[int] = (1, 128), *, packed: bool 
     if not packed:
         return row_layout(scale) if rows == 1 else scale.contiguous()
     bits = scale.contiguous().view(torch.int32)
-    if bool(((bits & 0x7FFFFF) != 0).any()) or bool((bits <= 0).any()):
+    if bool(((bits & 0x7FFFFF) != 0).any()) or bool(((bits <= 0) | (bits >= 0x7F800000)).any()):
         errors.value_error(name, "scale", "positive powers of two to be packed", scale)
     mn, blocks = scale.shape
     exponents = bits.new_zeros((mn, _round_up(blocks, 4)))
@@ -81,10 +81,17 @@ def to_deepgemm(scale: Tensor, block: Sequence[int] = (1, 128), *, packed: bool 
 
 
 def from_deepgemm(scale: Tensor, block: Sequence[int] = (1, 128), *, k: int | None = None) -> Tensor:
-    """The inverse of ``to_deepgemm``; packed int32 scales need ``k``, the elements of K."""
+    """The inverse of ``to_deepgemm``; packed int32 scales need ``k``, the elements of K.
+
+    Raises:
+        ValueError: wrong number of dims or block, or packed scales without a k that fits them.
+        TypeError: scale is neither float32 nor int32.
+    """
     name = "fp8_layout.from_deepgemm"
     rows = check_block(name, block)
     if scale.dtype == torch.int32:
+        if scale.ndim != 2:
+            errors.value_error(name, "scale", "2-D", scale)
         if k is None or blocks_of(k) > 4 * scale.shape[1]:
             errors.value_error(name, "k", "the K that packed scales belong to", k)
         # one column counts as contiguous whatever its stride is
@@ -116,7 +123,12 @@ def to_scaled_mm(scale: Tensor, block: Sequence[int] = (1, 128)) -> Tensor:
 
 
 def from_scaled_mm(scale: Tensor, block: Sequence[int] = (1, 128), *, k: int) -> Tensor:
-    """The inverse of ``to_scaled_mm`` for operands with ``k`` elements along K."""
+    """The inverse of ``to_scaled_mm`` for operands with ``k`` elements along K.
+
+    Raises:
+        ValueError: wrong number of dims or block, or fewer K-blocks than k has.
+        TypeError: scale is not float32.
+    """
     name = "fp8_layout.from_scaled_mm"
     _check(name, scale)
     if check_block(name, block) == 1:
@@ -127,7 +139,11 @@ def from_scaled_mm(scale: Tensor, block: Sequence[int] = (1, 128), *, k: int) ->
 
 
 def to_huggingface(scale: Tensor) -> Tensor:
-    """``weight_scale_inv`` of a (128, 128)-quantised weight: despite its name the dequantisation scale, row-major."""
+    """``weight_scale_inv`` of a (128, 128)-quantised weight: despite its name the dequantisation scale, row-major.
+
+    Raises:
+        TypeError: scale is not float32.
+    """
     _check("fp8_layout.to_huggingface", scale, None)
     return scale.contiguous()
 

@@ -184,6 +184,89 @@ def test_20_deterministic_and_25_batch_invariant(device):
 
 
 @QUICK
+@pytest.mark.parametrize(("dim", "group"), [(40, 3), (80, 7), (112, 8), (192, 1), (256, 2)])
+def test_12_head_dims_and_13_group_sizes(dim, group, device):
+    tensors = qkv(1, 20, 20, group, 1, dim, 48, device=device, dtype=torch.bfloat16)
+    check(list(tensors), torch.tensor([[2, 17]], device=device), None, {"window": (6, 3)})
+
+
+def test_14_offsets_past_int32(device):
+    """Tokens 2**30 elements apart, in the inputs and in the gradient that comes in; untouched pages cost nothing."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    memory = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
+    near = [normal(3, 1, 16, device=device, dtype=torch.bfloat16, seed=i) for i in range(7)]
+    far = [memory[16 * i :].as_strided((3, 1, 16), (2**30, 16, 1)).copy_(x) for i, x in enumerate(near)]
+    index = torch.tensor([[2]], device=device)
+    results = []
+    for tensors in (near, far):
+        *leaves, dout = (x[None] for x in tensors)
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        out, lse = tilefuse.global_attention(*leaves[:3], index, *leaves[3:], window=(1, 0))
+        results.append([out, lse, *torch.autograd.grad(out, leaves, dout)])
+    for a, b in zip(*results):
+        assert_bit_equal(a, b)
+
+
+def test_15_strides(device):
+    """Transposed heads, an expanded key, a value that is not contiguous; dout and dlse of any strides."""
+    q, k, v = qkv(2, 33, 33, 2, 2, 16, device=device)
+    index = torch.tensor([[0, 30], [7, -1]], device=device).t().contiguous().t()
+    k = k[:1]
+    views = (
+        q.transpose(1, 2).contiguous().transpose(1, 2),
+        k.expand(2, -1, -1, -1),
+        v.transpose(2, 3).contiguous().transpose(2, 3),
+    )
+    dout = normal(2, 2, 33, 16, device=device, seed=1).transpose(1, 2)
+    dlse = normal(2, 33, 2, device=device, seed=2).transpose(1, 2)
+    results = []
+    for tensors, grads in (
+        (views, (dout, dlse)),
+        ((q, k.repeat(2, 1, 1, 1), v), (dout.contiguous(), dlse.contiguous())),
+    ):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out, lse = tilefuse.global_attention(*leaves, index, window=(8, 2))
+        results.append([out, lse, *torch.autograd.grad((out, lse), leaves, grads)])
+    for a, b in zip(*results):
+        assert_bit_equal(a, b)
+
+
+@pytest.mark.gpu
+def test_23_graph_capture():
+    """Forward and backward follow what their inputs hold at replay, the list of globals included."""
+    leaves = [x.requires_grad_() for x in qkv(2, 256, 256, 4, 2, 64, device="cuda", dtype=torch.bfloat16)]
+    index = torch.tensor([[0, 100], [7, -1]], device="cuda")
+
+    def step():
+        out, lse = tilefuse.global_attention(*leaves, index, window=(63, 0))
+        return [out, lse, *torch.autograd.grad(out.float().sum() + lse.sum(), leaves)]
+
+    with tilefuse.backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        index.copy_(torch.tensor([[200, -1], [3, 9]]))
+        graph.replay()
+        for a, b in zip(captured, step()):
+            assert_bit_equal(a, b)
+
+
+def test_second_derivatives_are_refused():
+    tensors, index, _, options = case("per_batch")
+    q = tensors[0].requires_grad_()
+    out, _ = tilefuse.global_attention(*tensors, index, **options)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@QUICK
 def test_compiled_training_step(device):
     tensors, index, _, options = case("per_batch", device)
     leaves = [x.requires_grad_() for x in tensors]
@@ -209,24 +292,44 @@ def test_opcheck(device):
 
 
 def _errors():
+    """name, the argument that the message names, kind, arguments and options."""
     q, k, v = qkv(2, 32, 32, 4, 2, 8)
     index = torch.tensor([[0], [1]])
-    yield "q", ValueError, lambda: ((q[0], k, v, index), {})
-    yield "k", ValueError, lambda: ((q, k[:, :9], v[:, :9], index), {})
-    yield "index", ValueError, lambda: ((q, k, v, index[:, 0]), {})
-    yield "index_batch", ValueError, lambda: ((q, k, v, index[:1]), {})
-    yield "index_dtype", TypeError, lambda: ((q, k, v, index.float()), {})
-    yield "q_global", ValueError, lambda: ((q, k, v, index, q[:, :3]), {})
-    yield "k_global", TypeError, lambda: ((q, k, v, index, None, k.half()), {})
-    yield "v_global", ValueError, lambda: ((q, k, v, index, None, None, v.to("meta")), {})
-    yield "mask", ValueError, lambda: ((q, k, v, index, None, None, None, torch.ones(2, 3, dtype=torch.bool)), {})
-    yield "mask_dtype", TypeError, lambda: ((q, k, v, index, None, None, None, torch.ones(2, 32)), {})
-    for options in ({"window": (-2, 0)}, {"window": (3, 3), "dilation": 0}, {"window": (3, 3), "scale": float("inf")}):
-        yield str(options), ValueError, lambda options=options: ((q, k, v, index), options)
+    none, mask = (None,) * 3, torch.ones(2, 32, dtype=torch.bool)
+    yield "q", "q", ValueError, (q[0], k, v, index), {}
+    yield "q_dtype", "q", TypeError, (q.int(), k, v, index), {}
+    yield "k", "k", ValueError, (q, k[:, :9], v[:, :9], index), {}
+    yield "k_dtype", "k", TypeError, (q, k.half(), v, index), {}
+    yield "v", "v", ValueError, (q, k, v[:, :9], index), {}
+    yield "v_device", "v", ValueError, (q, k, v.to("meta"), index), {}
+    yield "index", "global_index", ValueError, (q, k, v, index[:, 0]), {}
+    yield "index_batch", "global_index", ValueError, (q, k, v, index[:1]), {}
+    yield "index_dtype", "global_index", TypeError, (q, k, v, index.float()), {}
+    yield "index_device", "global_index", ValueError, (q, k, v, index.to("meta")), {}
+    for i, x in enumerate((q, k, v)):
+        name = ("q_global", "k_global", "v_global")[i]
+        before = (None,) * i
+        yield name, name, ValueError, (q, k, v, index, *before, x[:, :3]), {}
+        yield f"{name}_dtype", name, TypeError, (q, k, v, index, *before, x.half()), {}
+        yield f"{name}_device", name, ValueError, (q, k, v, index, *before, x.to("meta")), {}
+    yield "mask", "key_mask", ValueError, (q, k, v, index, *none, mask[:, :3]), {}
+    yield "mask_dtype", "key_mask", TypeError, (q, k, v, index, *none, mask.float()), {}
+    yield "mask_device", "key_mask", ValueError, (q, k, v, index, *none, mask.to("meta")), {}
+    for options in ({"window": (-2, 0)}, {"window": (1, 2, 3)}, {"dilation": 0}, {"scale": float("inf")}):
+        yield str(options), next(iter(options)), ValueError, (q, k, v, index), options
 
 
-@pytest.mark.parametrize(("kind", "build"), [pytest.param(e[1], e[2], id=e[0]) for e in _errors()])
-def test_errors(kind, build):
-    args, options = build()
-    with pytest.raises(kind, match=r"tilefuse\.global_attention: \w+"):
-        tilefuse.global_attention(*args, **{"window": (3, 3), **options})
+@pytest.mark.parametrize(("arg", "kind", "args", "options"), [pytest.param(*e[1:], id=e[0]) for e in _errors()])
+def test_errors(arg, kind, args, options):
+    for call in (tilefuse.global_attention, torch.ops.tilefuse.global_attention):
+        with pytest.raises(kind, match=rf"^tilefuse\.global_attention: {arg} must be "):
+            call(*args, **{"window": (3, 3), **options})
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+def test_memory_is_linear(backend, check_memory):
+    prepare = """
+index = torch.arange(0, 65536, 4096)[None]
+call = lambda q, k, v: tilefuse.global_attention(q, k, v, index, window=(64, 64))
+"""
+    check_memory(backend, prepare)

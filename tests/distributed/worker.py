@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 import tilefuse
 from tilefuse.distributed import ExpertParallel
+from tilefuse.testing import assert_close
 
 EXPERTS, HIDDEN, INNER, TOP_K = 8, 24, 16, 3
 
@@ -48,6 +49,16 @@ def run_experts(gate_up, down):
     return experts
 
 
+def loop(x, gate_up, down, weights, ids):
+    """The expert loop that models run eagerly, in x's dtype."""
+    out = torch.zeros_like(x)
+    for e in range(EXPERTS):
+        token, slot = torch.where(ids == e)
+        gate, up = (x[token] @ gate_up[e].T).chunk(2, -1)
+        out = out.index_add(0, token, ((F.silu(gate) * up) @ down[e].T) * weights[token, slot, None])
+    return out
+
+
 def check(counts, *, dtype=torch.float32, capacity=None, experts=None, exact=True):
     """Outputs and all gradients of the parallel layer against the single-process layer on every rank's tokens."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -68,13 +79,27 @@ def check(counts, *, dtype=torch.float32, capacity=None, experts=None, exact=Tru
     expected.backward(grad)
     tolerance = {"rtol": 0, "atol": 0} if exact else {}
     torch.testing.assert_close(out, expected, **tolerance)
-    torch.testing.assert_close(mine[0].grad, x_ref.grad)
-    torch.testing.assert_close(mine[1].grad, weights_ref.grad)
-    # the weights of an expert see the tokens of all ranks
-    for shard_weight, single in zip(shard, whole):
-        total = single.grad.clone()
-        dist.all_reduce(total)
-        torch.testing.assert_close(shard_weight.grad, total[rank * local : (rank + 1) * local], rtol=1e-4, atol=1e-5)
+    if dtype == torch.float32:
+        torch.testing.assert_close(mine[0].grad, x_ref.grad)
+        torch.testing.assert_close(mine[1].grad, weights_ref.grad)
+        # the weights of an expert see the tokens of all ranks
+        for shard_weight, single in zip(shard, whole):
+            total = single.grad.clone()
+            dist.all_reduce(total)
+            here = total[rank * local : (rank + 1) * local]
+            torch.testing.assert_close(shard_weight.grad, here, rtol=1e-4, atol=1e-5)
+        return
+    results = []
+    for wide in (torch.float64, dtype):
+        leaves = [t.to(wide, copy=True).requires_grad_() for t in (x, gate_up, down, weights)]
+        loop(*leaves, ids).backward(grad.to(wide))
+        grads = [leaf.grad for leaf in leaves]
+        for i in (1, 2):
+            dist.all_reduce(grads[i])
+            grads[i] = grads[i][rank * local : (rank + 1) * local]
+        results.append(grads)
+    for ours, right, naive in zip((mine[0], *shard, mine[1]), *results):
+        assert_close(ours.grad, right, naive, rows=False)
 
 
 def case_uneven():
@@ -172,6 +197,63 @@ def case_router_gradient_reaches_weights():
     out.sum().backward()
     reference = F.normalize(weights.grad, dim=-1)
     assert torch.isfinite(reference).all() and weights.grad.abs().sum() > 0
+
+
+def case_bfloat16():
+    check([5 + 3 * r for r in range(dist.get_world_size())], dtype=torch.bfloat16)
+
+
+def case_gradient_of_dispatch_is_one_rounded_sum():
+    """The gradients of a token's rows are summed in float32 in slot order, as ``moe_combine`` sums, not in bf16."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, _, ids = tokens(11, [9] * world, torch.bfloat16)[rank]
+    local = EXPERTS // world
+    for capacity in (None, 9 * TOP_K, 4):
+        leaf = x.clone().requires_grad_()
+        got = ExpertParallel(EXPERTS, capacity=capacity).dispatch(leaf, ids)
+        got.x.backward((got.x.detach().float() * (1 + 0.37 * (got.ids + rank * local))).bfloat16())
+        expected = torch.zeros(x.shape)
+        for j in range(TOP_K):
+            row = (x.float() * (1 + 0.37 * ids[:, j, None])).bfloat16().float()
+            expected += torch.where((got.inverse.view(ids.shape)[:, j, None] >= 0), row, 0.0)
+        torch.testing.assert_close(leaf.grad, expected.bfloat16(), rtol=0, atol=0)
+
+
+# float32 sums in an order that depends on timing, on a GPU
+ATOMIC = (torch.ops.aten.index_add, torch.ops.aten.scatter_add, torch.ops.aten.index_add_, torch.ops.aten.scatter_add_)
+
+
+class _Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Which operations would wait for values on the host, and which would add atomically."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.atomic = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # indexing has the tag for boolean masks alone
+        integers = func is torch.ops.aten.index.Tensor and all(i is None or i.dtype != torch.bool for i in args[1])
+        if torch.Tag.data_dependent_output in func.tags or (
+            torch.Tag.dynamic_output_shape in func.tags and not integers
+        ):
+            self.waits.add(func)
+        if func.overloadpacket in ATOMIC:
+            self.atomic.add(func)
+        return func(*args, **kwargs or {})
+
+
+def case_no_host_reads_with_capacity_and_no_atomics():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x, weights, ids = tokens(12, [5] * world)[rank]
+    leaves = [t.requires_grad_() for t in (x, weights)]
+    for capacity in (5 * TOP_K, None):
+        parallel = ExpertParallel(EXPERTS, capacity=capacity)
+        with _Watch() as watch:
+            dispatched = parallel.dispatch(x, ids)
+            torch.autograd.grad(parallel.combine(dispatched.x.square(), weights, dispatched).sum(), leaves)
+        assert not watch.atomic, watch.atomic
+        # the exact variant needs the counts
+        assert bool(watch.waits) == (capacity is None), watch.waits
 
 
 def case_arguments():

@@ -90,6 +90,21 @@ def test_garbage_in_unused_rows_10(device):
     assert_bit_equal(tilefuse.fp8_grouped_matmul(*args), expected)
 
 
+def test_offsets_beyond_int32_12(device):
+    """Experts, and rows of a, 2^30 bytes apart, a stride that fits int32; untouched pages cost nothing."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    stride = 2**30
+    memory = torch.empty(2 * stride + 2048, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    a, a_scale, b, b_scale, offsets = operands(3, 5, 130, [0, 1, 2, 3], device)
+    far_a = memory.as_strided((3, 130), (stride, 1)).copy_(a)
+    far_b = memory[256:].as_strided((3, 5, 130), (stride, 256, 1)).copy_(b)
+    assert_bit_equal(
+        tilefuse.fp8_grouped_matmul(far_a, a_scale, far_b, b_scale, offsets),
+        tilefuse.fp8_grouped_matmul(a, a_scale, b, b_scale, offsets),
+    )
+
+
 def test_strides_13(device):
     a, a_scale, b, b_scale, offsets = operands(20, 70, 130, [0, 7, 20], device)
     expected = tilefuse.fp8_grouped_matmul(a, a_scale, b, b_scale, offsets)
@@ -105,9 +120,10 @@ def test_opcheck_18(opcheck):
 
 def test_compile_18():
     torch._dynamo.reset()
-    step = torch.compile(tilefuse.fp8_grouped_matmul, backend="aot_eager", fullgraph=True)
-    args = operands(20, 70, 130, [0, 7, 20])
-    assert_bit_equal(step(*args), tilefuse.fp8_grouped_matmul(*args))
+    step = torch.compile(tilefuse.fp8_grouped_matmul, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (20, 33):
+        args = operands(rows, 70, 130, [0, 7, rows])
+        assert_bit_equal(step(*args), tilefuse.fp8_grouped_matmul(*args))
 
 
 def test_errors():
@@ -118,6 +134,12 @@ def test_errors():
         ((a[0], a_scale, b, b_scale, offsets), {}, ValueError, r"a must be \[T, K\]"),
         ((a, a_scale, b[0], b_scale, offsets), {}, ValueError, r"b must be \[E, N, 130\]"),
         ((a, a_scale[:2], b, b_scale, offsets), {}, ValueError, r"a_scale must be \[20, 2\] float32"),
+        ((a, a_scale.half(), b, b_scale, offsets), {}, TypeError, r"a_scale must be \[20, 2\] float32"),
+        ((a, a_scale.to("meta"), b, b_scale, offsets), {}, ValueError, "a_scale must be on the device of a"),
+        ((a, a_scale.clone().requires_grad_(), b, b_scale, offsets), {}, RuntimeError, ".*a_scale requires grad"),
+        ((a, a_scale, b, b_scale.half(), offsets), {}, TypeError, "b_scale must be"),
+        ((a, a_scale, b, b_scale.to("meta"), offsets), {}, ValueError, "b_scale must be on the device of b"),
+        ((a, a_scale, b, b_scale.clone().requires_grad_(), offsets), {}, RuntimeError, ".*b_scale requires grad"),
         ((a, a_scale, b, b_scale[:, :1], offsets), {}, ValueError, r"b_scale must be \[2, 2, 2\] or \[2, 140, 2\]"),
         ((a, a_scale, b, b_scale, offsets[:2]), {}, ValueError, r"offsets must be \[3\] int32 or int64"),
         ((a, a_scale, b, b_scale, offsets.float()), {}, TypeError, r"offsets must be \[3\] int32 or int64"),

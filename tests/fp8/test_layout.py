@@ -72,13 +72,31 @@ def test_huggingface():
 
 def test_errors():
     scale = torch.ones(4, 3)
+    words = fp8_layout.to_deepgemm(scale, packed=True)
+    infinite = scale.clone()
+    infinite[1, 2] = float("inf")
     for call, error, message in (
+        (lambda: fp8_layout.row_layout(scale.half()), TypeError, "row_layout: scale must be float32"),
         (lambda: fp8_layout.to_deepgemm(scale.half()), TypeError, "to_deepgemm: scale must be float32"),
         (lambda: fp8_layout.to_deepgemm(scale[0]), ValueError, "to_deepgemm: scale must be 2-D"),
         (lambda: fp8_layout.to_deepgemm(scale, (1, 64)), ValueError, "to_deepgemm: block must be"),
         (lambda: fp8_layout.to_deepgemm(scale * 3, packed=True), ValueError, "powers of two"),
+        (lambda: fp8_layout.to_deepgemm(-scale, packed=True), ValueError, "positive powers of two"),
+        (lambda: fp8_layout.to_deepgemm(infinite, packed=True), ValueError, "positive powers of two"),
         (lambda: fp8_layout.from_deepgemm(scale.int()), ValueError, "from_deepgemm: k must be"),
+        (lambda: fp8_layout.from_deepgemm(words, k=4 * 128 + 1), ValueError, "from_deepgemm: k must be"),
+        (lambda: fp8_layout.from_deepgemm(words[0], k=128), ValueError, "from_deepgemm: scale must be 2-D"),
+        (lambda: fp8_layout.from_deepgemm(scale[0]), ValueError, "from_deepgemm: scale must be 2-D"),
+        (lambda: fp8_layout.from_deepgemm(scale.half()), TypeError, "from_deepgemm: scale must be float32"),
+        (lambda: fp8_layout.from_deepgemm(scale, (64, 1)), ValueError, "from_deepgemm: block must be"),
+        (lambda: fp8_layout.to_scaled_mm(scale.half()), TypeError, "to_scaled_mm: scale must be float32"),
+        (lambda: fp8_layout.to_scaled_mm(scale[0]), ValueError, "to_scaled_mm: scale must be 2-D"),
+        (lambda: fp8_layout.to_scaled_mm(scale, (128, 1)), ValueError, "to_scaled_mm: block must be"),
         (lambda: fp8_layout.from_scaled_mm(scale, (128, 128), k=1024), ValueError, r"scale must be \[8, ceil"),
+        (lambda: fp8_layout.from_scaled_mm(scale.half(), k=300), TypeError, "from_scaled_mm: scale must be float32"),
+        (lambda: fp8_layout.from_scaled_mm(scale[0], k=300), ValueError, "from_scaled_mm: scale must be 2-D"),
+        (lambda: fp8_layout.from_scaled_mm(scale, (2, 128), k=300), ValueError, "from_scaled_mm: block must be"),
+        (lambda: fp8_layout.to_huggingface(scale.half()), TypeError, "to_huggingface: scale must be float32"),
         (lambda: fp8_layout.from_huggingface(scale, (200, 300)), ValueError, r"weight_scale_inv must be \[2, 3\]"),
         (lambda: fp8_layout.from_huggingface(scale.int(), (512, 300)), TypeError, "weight_scale_inv must be"),
     ):

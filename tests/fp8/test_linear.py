@@ -109,6 +109,14 @@ def test_compile_18():
         weight.grad = None
 
 
+def test_second_derivatives_are_refused():
+    x, weight = torch.randn(9, 130, requires_grad=True), torch.randn(64, 130, requires_grad=True)
+    grads = torch.autograd.grad(tilefuse.fp8_linear(x, weight).square().sum(), (x, weight), create_graph=True)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.sum().backward(retain_graph=True)
+
+
 def test_opcheck_18(opcheck):
     for sample in samples("fp8_linear"):
         opcheck("fp8_linear", sample)

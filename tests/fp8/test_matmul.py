@@ -187,6 +187,22 @@ def test_strides_13(device):
         )
 
 
+def test_offsets_beyond_int32_12(device):
+    """Rows of both operands 2^30 bytes apart, a stride that fits int32; untouched pages cost nothing."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    stride = 2**30
+    memory = torch.empty(2 * stride + 512, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+    a, a_scale, b, b_scale = operands(3, 3, 256, device)
+    far_a = memory.as_strided((3, 256), (stride, 1)).copy_(a)
+    far_b = memory[256:].as_strided((3, 256), (stride, 1)).copy_(b)
+    assert_bit_equal(
+        tilefuse.fp8_matmul(far_a, a_scale, far_b, b_scale), tilefuse.fp8_matmul(a, a_scale, b, b_scale)
+    )  # fmt: skip
+    expected = tilefuse.fp8_dequantize(a, a_scale)
+    assert_bit_equal(tilefuse.fp8_dequantize(far_a, a_scale), expected)
+
+
 def test_quantised_activation_layout_2(device):
     """The M-major scales that ``fp8_quantize`` returns, M not a multiple of 4."""
     x, w = torch.randn(7, 300, device=device), torch.randn(70, 300, device=device)
@@ -233,6 +249,23 @@ def test_cuda_graph_on_first_call_16():
         args[0].copy_(quantized((m, 512), 1, "cuda", 9)[0])
         graph.replay()
         assert_close(out.cpu(), exact(*args), naive(*args))
+
+
+@pytest.mark.gpu
+def test_two_streams_16():
+    """Calls on two streams at once do not share scratch memory."""
+    calls = [operands(m, 256, 512, "cuda", seed=m) for m in (4, 300)]
+    expected = [tilefuse.fp8_matmul(*args) for args in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    outs = []
+    for stream, args in zip(streams, calls, strict=True):
+        with torch.cuda.stream(stream):
+            outs.append([tilefuse.fp8_matmul(*args) for _ in range(20)])
+    torch.cuda.synchronize()
+    for out, one in zip(outs, expected, strict=True):
+        for again in out:
+            assert_bit_equal(again, one)
 
 
 def test_upcast_path_of_sm80(monkeypatch, triton_backend):
@@ -303,6 +336,9 @@ def test_errors():
         ((a, a_scale, b, b_scale.double()), {}, TypeError, "b_scale must be"),
         ((a, a_scale, b.to("meta"), b_scale), {}, ValueError, "b must be on the device of a"),
         ((a, a_scale.to("meta"), b, b_scale), {}, ValueError, "a_scale must be on the device of a"),
+        ((a, a_scale, b, b_scale.to("meta")), {}, ValueError, "b_scale must be on the device of b"),
+        ((a, a_scale, b[0], b_scale), {}, ValueError, r"b must be \[N, 300\], got \[300\] float8_e4m3fn"),
+        ((a, a_scale, b, b_scale.clone().requires_grad_()), {}, RuntimeError, ".*b_scale requires grad"),
         ((a, a_scale, b, b_scale, bias[:3]), {}, ValueError, r"bias must be \[140\]"),
         ((a, a_scale, b, b_scale, bias.int()), {}, TypeError, "bias must be float32"),
         ((a, a_scale, b, b_scale, bias.to("meta")), {}, ValueError, "bias must be on the device of a"),

@@ -98,6 +98,32 @@ def test_dual_random_bits_15(device, dtype, scale_format, reference):
             assert [t.stride() for t in got] == [t.stride() for t in expected]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale_format", FORMATS)
+@pytest.mark.parametrize("eps", [1e-12, 1.0, 5.3e-36], ids=str)
+def test_next_to_midpoints(device, dtype, scale_format, eps):
+    """Values whose quotient lies within a few ulp of the middle of two codes: a division that is not exact shows."""
+    generator = torch.Generator().manual_seed(0)
+    rows = 96
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = torch.cat([(codes[1:] + codes[:-1]) / 2, torch.tensor([448.0])])
+    tiny = {torch.float32: -110, torch.bfloat16: -110, torch.float16: -20}[dtype]
+    exponent = torch.randint(tiny, 16, (rows, 1), generator=generator)
+    amax = torch.ldexp(1 + torch.rand((rows, 1), generator=generator), exponent).to(dtype)
+    scale = tilefuse.fp8_quantize(amax.expand(rows, 128).contiguous(), scale_format=scale_format, eps=eps)[1]
+    parts = []
+    for steps in range(-2, 3):
+        x = (middles * scale).to(dtype)
+        for _ in range(abs(steps)):
+            x = torch.nextafter(x, torch.full_like(x, math.copysign(math.inf, steps)))
+        sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
+        # the first element makes the block's scale that of its row
+        parts += [amax, (x * sign.to(dtype)).clamp(-amax, amax)]
+    x = torch.cat(parts, -1)
+    assert x.shape == (rows, 640)
+    same(tilefuse.fp8_quantize(x.to(device), scale_format=scale_format, eps=eps), rule(x, (1, 128), scale_format, eps))
+
+
 @hypothesis.given(
     st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=200),
     st.sampled_from(FORMATS),
@@ -216,12 +242,12 @@ def test_empty_11(device, shape):
 
 
 def test_offsets_beyond_int32_12(device, reference):
-    """Rows more than 2^31 elements apart; untouched pages of the allocation cost nothing."""
+    """Rows 2^30 elements apart, a stride that fits int32; untouched pages of the allocation cost nothing."""
     if device == "cuda" and torch.cuda.mem_get_info()[0] < 10 * 2**30:
         pytest.skip("needs 10 GiB of free GPU memory")
-    stride = 2**31 + 128
-    x = torch.empty(stride + 256, dtype=torch.bfloat16, device=device).as_strided((2, 256), (stride, 1))
-    x.copy_(magnitudes((2, 256), torch.bfloat16))
+    stride = 2**30
+    x = torch.empty(2 * stride + 256, dtype=torch.bfloat16, device=device).as_strided((3, 256), (stride, 1))
+    x.copy_(magnitudes((3, 256), torch.bfloat16))
     dense = x.cpu().contiguous()
     same(tilefuse.fp8_quantize(x), reference(tilefuse.fp8_quantize, dense))
     same(tilefuse.fp8_quantize_dual(x), reference(tilefuse.fp8_quantize_dual, dense))
@@ -322,10 +348,11 @@ def test_requantising_pow2_is_exact_20(device, block):
     assert_bit_equal(third, again)
 
 
-def test_square_blocks_transpose_20(device):
+@pytest.mark.parametrize("scale_format", FORMATS)
+def test_square_blocks_transpose_20(device, scale_format):
     x = magnitudes((200, 300), torch.bfloat16).to(device)
-    q, scale = tilefuse.fp8_quantize(x, block=(128, 128))
-    q_t, scale_t = tilefuse.fp8_quantize(x.t(), block=(128, 128))
+    q, scale = tilefuse.fp8_quantize(x, block=(128, 128), scale_format=scale_format)
+    q_t, scale_t = tilefuse.fp8_quantize(x.t(), block=(128, 128), scale_format=scale_format)
     assert_bit_equal(q.t().contiguous(), q_t, nan_bits=True)
     assert_bit_equal(scale.t().contiguous(), scale_t)
 
@@ -342,6 +369,16 @@ def test_dequantize(device, out_dtype, block, reference):
     full = scale.repeat_interleave(128, 1)[:, :300]
     full = full if block[0] == 1 else full.repeat_interleave(128, 0)[:130]
     assert_bit_equal(out.cpu(), (codes.float() * full).to(out_dtype))
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_dequantize_random_scales(device, out_dtype, block, reference):
+    """Scales of any bits: NaN payloads, infinities, subnormals, negative ones."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).repeat(130, 2)[:, :300]
+    scale = random_bits((-(-130 // block[0]), 3), torch.float32)
+    out = tilefuse.fp8_dequantize(codes.to(device), scale.to(device), block=block, out_dtype=out_dtype)
+    assert_bit_equal(out.cpu(), reference(tilefuse.fp8_dequantize, codes, scale, block=block, out_dtype=out_dtype))
 
 
 def test_dequantize_strides_13(device):
@@ -418,6 +455,7 @@ def test_dequantize_errors():
         ((q, scale.to("meta")), {}, ValueError, "scale must be on the device of q"),
         ((q, scale), {"out_dtype": torch.int8}, TypeError, "out_dtype must be"),
         ((q[0], scale), {"block": (128, 128)}, ValueError, r"q must be \[\.\.\., M, K\]"),
+        ((q[0, 0], scale), {}, ValueError, r"q must be \[\.\.\., K\]"),
     ):
         with pytest.raises(error, match=f"tilefuse.fp8_dequantize: {message}"):
             tilefuse.fp8_dequantize(*args, **kwargs)

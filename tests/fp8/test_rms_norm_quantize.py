@@ -1,5 +1,7 @@
 """``rms_norm_quantize``."""
 
+import math
+
 import pytest
 import torch
 
@@ -97,6 +99,21 @@ def test_strides_13(device, reference):
         same(tilefuse.rms_norm_quantize(x, weight, residual), expected)
 
 
+def test_offsets_beyond_int32_12(device, reference):
+    """Rows 2^30 elements apart, a stride that fits int32; untouched pages of the allocation cost nothing."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    stride = 2**30
+    memory = torch.empty(2 * stride + 1024, dtype=torch.bfloat16, device=device)
+    x, residual = (memory[i:].as_strided((3, 256), (stride, 1)) for i in (0, 256))
+    for i, t in enumerate((x, residual)):
+        t.copy_(magnitudes((3, 256), torch.bfloat16, i))
+    args = x, torch.rand(256, device=device), residual
+    same(
+        tilefuse.rms_norm_quantize(*args), reference(tilefuse.rms_norm_quantize, *(t.cpu().contiguous() for t in args))
+    )  # fmt: skip
+
+
 def test_batch_invariant_17(device):
     x, weight = magnitudes((19, 400), torch.bfloat16).to(device), torch.rand(400, device=device)
     whole = tilefuse.rms_norm_quantize(x, weight, x)
@@ -134,12 +151,24 @@ def test_long_rows_leave_triton(monkeypatch):
         ((torch.zeros(2, 4), torch.ones(4), torch.zeros(4)), {}, ValueError, "residual must be of x's shape"),
         ((torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4).half()), {}, TypeError, "residual must be of x's dtype"),
         ((torch.zeros(2, 4).int(), torch.ones(4)), {}, TypeError, "x must be float32"),
+        ((torch.tensor(1.0), torch.ones(4)), {}, ValueError, r"x must be \[\.\.\., K\], got \[\] float32"),
+        (
+            (torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, device="meta")), {}, ValueError,
+            "residual must be on the device of x",
+        ),
+        ((torch.zeros(2, 4), torch.ones(4)), {"norm_eps": math.nan}, ValueError, "norm_eps must be finite and >= 0"),
+        ((torch.zeros(2, 4), torch.ones(4)), {"norm_eps": math.inf}, ValueError, "norm_eps must be finite and >= 0"),
+        ((torch.zeros(2, 4, requires_grad=True), torch.ones(4)), {}, RuntimeError, ".*x requires grad"),
+        (
+            (torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, requires_grad=True)), {}, RuntimeError,
+            ".*residual requires grad",
+        ),
         ((torch.zeros(2, 4), torch.ones(4)), {"norm_eps": -1.0}, ValueError, "norm_eps must be finite and >= 0"),
         ((torch.zeros(2, 4), torch.ones(4)), {"eps": 0.0}, ValueError, "eps must be"),
         ((torch.zeros(2, 4), torch.ones(4)), {"scale_format": ""}, ValueError, "scale_format must be"),
         ((torch.zeros(2, 4), torch.ones(4, requires_grad=True)), {}, RuntimeError, ".*weight requires grad"),
     ],
-)
+)  # fmt: skip
 def test_errors(args, kwargs, error, message):
     with pytest.raises(error, match=f"tilefuse.rms_norm_quantize: {message}"):
         tilefuse.rms_norm_quantize(*args, **kwargs)

@@ -72,6 +72,16 @@ def test_strides_13(device, reference):
         same(tilefuse.silu_mul_quantize(x), reference(tilefuse.silu_mul_quantize, x.cpu().contiguous()))
 
 
+def test_offsets_beyond_int32_12(device, reference):
+    """Rows 2^30 elements apart, a stride that fits int32; untouched pages of the allocation cost nothing."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    stride = 2**30
+    x = torch.empty(2 * stride + 512, dtype=torch.bfloat16, device=device).as_strided((3, 512), (stride, 1))
+    x.copy_(magnitudes((3, 512), torch.bfloat16))
+    same(tilefuse.silu_mul_quantize(x), reference(tilefuse.silu_mul_quantize, x.cpu().contiguous()))
+
+
 def test_batch_invariant_17(device):
     x = magnitudes((19, 400), torch.bfloat16).to(device)
     q, scale = tilefuse.silu_mul_quantize(x)
@@ -95,6 +105,7 @@ def test_compile_18():
     ("x", "kwargs", "error", "message"),
     [
         (torch.zeros(2, 5), {}, ValueError, "gate_up must be .* an even last dim"),
+        (torch.tensor(1.0), {}, ValueError, r"gate_up must be \[\.\.\., K\], got \[\] float32"),
         (torch.zeros(2, 4, dtype=torch.int8), {}, TypeError, "gate_up must be float32"),
         (torch.zeros(2, 4), {"scale_format": "x"}, ValueError, "scale_format must be"),
         (torch.zeros(2, 4), {"eps": -1.0}, ValueError, "eps must be"),

@@ -269,6 +269,18 @@ def test_gradient_of_many_experts_in_pieces(monkeypatch):
     torch.testing.assert_close(pieces, whole)
 
 
+def test_experts_compile():
+    module = fp8_experts()
+    integration.patch(module)
+    x, ids, weights = routed(20, torch.float32)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert_bit_equal(compiled(x, ids, weights), module(x, ids, weights))
+    x.requires_grad_()
+    grads = [torch.autograd.grad(f(x, ids, weights).sum(), x)[0] for f in (module, compiled)]
+    assert_bit_equal(*grads)
+
+
 @pytest.mark.parametrize(
     ("changes", "attribute", "why"),
     [
@@ -377,6 +389,31 @@ def test_deepseek_v3_checkpoint(dtype, tmp_path, monkeypatch, kernel):
         assert torch.equal(step, new[0, 23:])
         integration.unpatch(model)
         assert_bit_equal(model(ids).logits, naive)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_training_over_a_checkpoint(dtype, tmp_path, monkeypatch, kernel):
+    """What adapters see: gradients pass through frozen FP8 layers and experts to everything before them."""
+    torch.manual_seed(5)
+    checkpoint(tmp_path, dtype)
+    load, eager = transformers.AutoModelForCausalLM.from_pretrained, {"experts_implementation": "eager"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain = load(tmp_path, dtype=torch.float32, **eager).double()
+    monkeypatch.setattr(quantizer.FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    model = load(tmp_path, dtype=dtype, **eager).train()
+    ids = torch.randint(0, 64, (2, 23))
+
+    def gradients(model):
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        names = ("embed_tokens", "layers.0.input_layernorm", "layers.1.post_attention_layernorm", "layers.1.mlp.gate")
+        return {name: model.model.get_submodule(name).weight.grad for name in names}
+
+    exact, naive = gradients(plain), gradients(model)
+    integration.patch(model)
+    for name, grad in gradients(model).items():
+        assert_close(grad, exact[name], naive[name], rows=False, name=name)
+    assert not [name for name, p in model.named_parameters() if p.dtype == CODES and p.grad is not None]
 
 
 def test_dequantised_checkpoint_is_an_ordinary_model(tmp_path, monkeypatch):

@@ -69,6 +69,29 @@ def test_question_answering(dtype, against_stock):
     against_stock(model, run)
 
 
+def test_led(against_stock):
+    """The encoder of LED is Longformer's attention; its decoder is plain."""
+    options = {"vocab_size": 100, "d_model": 48, "encoder_layers": 2, "decoder_layers": 1, "attention_window": 8}
+    options |= {
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "decoder_ffn_dim": 64,
+    }
+    options |= {"max_encoder_position_embeddings": 96, "dropout": 0.0}
+    options |= {"max_decoder_position_embeddings": 32, "attention_dropout": 0.0, "activation_dropout": 0.0}
+    model = transformers.LEDForConditionalGeneration(transformers.LEDConfig(**options)).train()
+    ids, mask, of_globals = tokens()
+    labels = ids[:, :10].contiguous()
+
+    def run(model):
+        out = model(ids, attention_mask=mask, global_attention_mask=of_globals, labels=labels)
+        return {"logits": out.logits, "loss": out.loss}
+
+    report = against_stock(model, run)
+    assert "global_attention" in report["led.encoder.layers.1.self_attn.longformer_self_attn"].changed
+
+
 @pytest.mark.parametrize(
     ("length", "padded", "globals_at"),
     [

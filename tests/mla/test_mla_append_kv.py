@@ -95,6 +95,23 @@ def test_7_bytes_of_an_fp8_row(where):
     assert_bit_equal(rotated, latent[0, 512:].bfloat16())
 
 
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (96, 0)])
+def test_many_rows_have_the_bytes_of_few(rank, rope):
+    """Above 2 MiB of whole cache lines the CPU kernel writes past the caches."""
+    tokens = 2**21 // (2 * (rank + rope)) + 5
+    cos, sin = tables(rope, tokens)
+    kv_a = normal(tokens, rank + rope, device="cpu", dtype=torch.bfloat16, seed=1)
+    weight = normal(rank, device="cpu", dtype=torch.bfloat16, seed=2)
+    positions = torch.arange(tokens)
+    slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(3))
+    slots[7] = -1
+    many, few = torch.zeros(2, -(-tokens // 16), 16, rank + rope, dtype=torch.bfloat16).unbind()
+    tilefuse.mla_append_kv(kv_a, weight, cos, sin, positions, many, slots)
+    for part in torch.arange(tokens).chunk(5):
+        tilefuse.mla_append_kv(kv_a[part], weight, cos, sin, positions[part], few, slots[part])
+    assert_bit_equal(many, few)
+
+
 def test_7_layout_in_one_place():
     row = row_layout("fp8", 512, 656)
     assert (row.rope_dim, row.scale_offset, row.rope_offset, row.width) == (64, 512, 528, 656)

@@ -128,6 +128,22 @@ def test_weight_gradient_of_many_tokens(device):
         assert_close(a, b, c)
 
 
+def test_9_offsets_past_int32(device):
+    """Tokens 2**30 elements apart, a stride that fits int32; gradients too. Untouched pages cost nothing."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    storage = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
+    far = [storage[64 * i :].as_strided((3, 1, 64), (2**30, 64, 1)) for i in (0, 1)]
+    for i, x in enumerate(far):
+        x.copy_(normal(3, 1, 64, seed=i))
+    weights = [normal(64, device=device, seed=i) for i in (2, 3)]
+    rest = tables(64, 4, device)
+    near = [x.contiguous() for x in far]
+    for a, b in zip(*(run(tilefuse.qk_norm_rope, (*qk, *weights), rest, {}) for qk in (far, near))):
+        for x, y in zip(a, b):
+            assert_bit_equal(x, y)
+
+
 def test_nan_stays_in_its_row(device):
     tensors, rest, options = case("batched", device)
     q, *others = tensors

@@ -178,11 +178,19 @@ def test_8_position_outside_of_the_table(index, device):
 
 
 def test_8_far_positions(device):
-    """Rows past 2**20, through an int64 offset."""
-    x = normal(2, 2, 4, device=device, dtype=torch.float32)
-    cos, sin = (t.expand(2**21, 2) for t in tables(4, 1, device))
-    far = torch.tensor([2**21 - 1, 2**20 + 1], device=device)
-    assert_bit_equal(tilefuse.rope(x, cos, sin, far), x)
+    """Rows past 2**20 of a table whose rows lie so far apart that their offsets need int64."""
+    x = normal(3, 2, 4, device=device, dtype=torch.float32)
+    far = torch.tensor([2**20 + 1, 2**20 + 7, 3], device=device)
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    # untouched pages of the allocation cost nothing
+    memory = torch.empty(2112 * (2**20 + 8), device=device)
+    cos, sin = (memory[i:].as_strided((2**20 + 8, 2), (2112, 1)) for i in (0, 2))
+    assert cos.stride(0) * int(far[0]) > 2**31
+    angles = normal(3, 2, device=device, dtype=torch.float32, seed=4)
+    cos[far], sin[far] = angles.cos(), angles.sin()
+    expected = tilefuse.rope(x, angles.cos(), angles.sin())
+    assert_bit_equal(tilefuse.rope(x, cos, sin, far), expected)
 
 
 def test_12_packed_equals_batched(device):
@@ -252,6 +260,17 @@ def test_15_second_gpu(device):
     for a, b in zip(out, expected):
         assert a.device == q.device
         assert_bit_equal(a, b)
+
+
+def test_many_heads(device):
+    """More heads than a power of two of them, in both, and a head dim that is none (anchors 5)."""
+    q, k = normal(1, 73, 92, device=device), normal(1, 213, 92, device=device)
+    cos, sin = tables(92, 1, device)
+    q_out, k_out = tilefuse.rope_qk(q, k, cos, sin)
+    with tilefuse.backend("reference"):
+        exact = tilefuse.rope_qk(q.double(), k.double(), cos, sin)
+    for x, out, e in zip((q, k), (q_out, k_out), exact):
+        assert_close(out, e, naive(x, (cos, sin), {}))
 
 
 def test_a_row_does_not_depend_on_its_batch(device):
@@ -335,14 +354,21 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("call", [tilefuse.rope, torch.ops.tilefuse.rope], ids=["function", "op"])
-def test_errors(name, call):
+@pytest.mark.parametrize("op", ["rope", "rope_", "rope_qk", "rope_qk_"])
+@pytest.mark.parametrize("where", [tilefuse, torch.ops.tilefuse], ids=["function", "op"])
+def test_errors(name, op, where):
     change, error, message = ERRORS[name]
     cos, sin = tables(64, 8)
     arguments = {"x": x3(5, 2, 64), "cos": cos, "sin": sin}
     change(arguments)
-    with pytest.raises(error, match=f"^tilefuse.rope: {message}"):
-        call(**arguments)
+    if "qk" in op:
+        arguments["q"] = arguments.pop("x")
+        arguments["k"] = arguments["q"].clone()
+        message = (
+            message.replace("x must", "q must").replace("device of x", "device of q").replace("unless x", "unless q")
+        )
+    with pytest.raises(error, match=f"^tilefuse.{op}: {message}"):
+        getattr(where, op)(**arguments)
 
 
 def test_errors_of_k_and_tables():
@@ -351,6 +377,10 @@ def test_errors_of_k_and_tables():
     for k, error in ((x3(4, 2, 64), ValueError), (x3(5, 2, 32), ValueError), (q.bfloat16(), TypeError)):
         with pytest.raises(error, match=r"^tilefuse.rope_qk: k must be of q's"):
             tilefuse.rope_qk(q, k, cos, sin)
+    four = x3(2, 5, 2, 64)
+    for k in (four[:1], four[:, :4], four[0], x3(2, 5, 2, 32)):
+        with pytest.raises(ValueError, match=r"^tilefuse.rope_qk: k must be of q's shape but for the number of heads"):
+            tilefuse.rope_qk(four, k, cos, sin)
     with pytest.raises(ValueError, match="k must be on the device of q"):
         tilefuse.rope_qk(q, q.to("meta"), cos, sin)
     for i, name in enumerate(("cos", "sin")):
@@ -538,15 +568,19 @@ def test_11_compile_in_place_views_of_one_tensor():
     assert_bit_equal(out, expected * 2)
 
 
-@pytest.mark.slow
-def test_9_offsets_past_int32():
-    """A batch stride of 2**31 elements over memory that is never touched in between."""
-    storage = torch.empty(2**31 + 64, dtype=torch.bfloat16)
-    x = storage.as_strided((2, 1, 1, 64), (2**31, 64, 64, 1))
-    x.copy_(normal(2, 1, 1, 64))
-    cos, sin = tables(64, 4)
-    positions = torch.tensor([[3], [2]])
-    expected = tilefuse.rope(x.clone(), cos, sin, positions)
-    for name in ("reference", "cpu", "triton"):
-        with tilefuse.backend(name):
-            assert_bit_equal(tilefuse.rope(x, cos, sin, positions), expected)
+def test_9_offsets_past_int32(device):
+    """Batches 2**30 elements apart, a stride that fits int32, over memory that is never touched in between."""
+    if device == "cuda" and torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    storage = torch.empty(2**31 + 128, dtype=torch.bfloat16, device=device)
+    q, k = (storage[64 * i :].as_strided((3, 1, 1, 64), (2**30, 64, 64, 1)) for i in (0, 1))
+    q.copy_(normal(3, 1, 1, 64))
+    k.copy_(normal(3, 1, 1, 64, seed=1))
+    cos, sin = tables(64, 4, device)
+    positions = torch.tensor([[3], [2], [1]], device=device)
+    expected = tilefuse.rope_qk(q.contiguous(), k.contiguous(), cos, sin, positions)
+    for out, e in zip(tilefuse.rope_qk(q, k, cos, sin, positions), expected):
+        assert_bit_equal(out, e)
+    tilefuse.rope_qk_(q, k, cos, sin, positions)
+    for out, e in zip((q, k), expected):
+        assert_bit_equal(out, e)

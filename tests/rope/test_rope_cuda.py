@@ -107,13 +107,15 @@ def test_8_hostile_boundaries_stay_in_the_table(kernels):
     assert out.tensor.isfinite().all()
 
 
-def test_heads_that_share_a_thread(kernels):
+@pytest.mark.parametrize("dim, interleaved", [(64, False), (72, True)])
+def test_2_heads_that_share_a_thread(dim, interleaved, kernels):
     """Enough tokens that a thread walks over several heads, with a last group that is not full."""
-    q, k = packed_qkv(1300, 37, 3, 64, "cpu", torch.bfloat16)
-    cos, sin = tables(64, 1300)
-    outs = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k)]
-    emulated(kernels, q, k, outs, cos, sin)
+    q, k = packed_qkv(1300, 37, 3, dim, "cpu", torch.bfloat16)
+    cos, sin = tables(dim, 1300)
+    outs = [canary(t.shape, t.dtype) for t in (q, k)]
+    emulated(kernels, q, k, [out.tensor for out in outs], cos, sin, interleaved=interleaved)
     with tilefuse.backend("reference"):
-        expected = tilefuse.rope_qk(q, k, cos, sin)
+        expected = tilefuse.rope_qk(q, k, cos, sin, interleaved=interleaved)
     for out, e in zip(outs, expected):
-        torch.testing.assert_close(out, e, rtol=0.008, atol=1e-6)
+        out.check()
+        torch.testing.assert_close(out.tensor, e, rtol=0.008, atol=1e-6)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from ...reference.rope.rope import token_positions
+from ..common import aot
 from ..common.launch import on_device, vector_width
-from .rope import LAYOUTS, config, load_tables, position_strides, rotate_half, signature_of, strides_of, token_rows
+from .rope import LAYOUTS, config, load_tables, position_strides, rotate_half, strides_of, token_rows
 
 
 @triton.jit
@@ -288,23 +289,21 @@ def qk_norm_rope_bwd(
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
-
     for kernel, elements in ((qk_norm_rope_kernel, 4096), (qk_norm_rope_bwd_kernel, 2048)):
         for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
             tile = config(heads, rotary, dim - rotary, elements)
-            options = {"num_warps": tile.pop("num_warps")}
             constants = {
                 "HQ": heads[0], "HK": heads[1], "D": dim, "HALF": rotary // 2, "OFFSET": offset,
                 "INTERLEAVED": interleaved, "VEC": 8, "TABLE_VEC": 4, "pos_ptr": None, "cu_ptr": None, **tile,
             }  # fmt: skip
             pointers = {f"{name}_ptr": "bf16" for name in ("qg", "q", "qo", "kg", "k", "ko", "q_weight", "k_weight")}
             pointers |= {f"{name}_ptr": "fp32" for name in ("cos", "sin", "q_partial", "k_partial")}
-            yield AotCase(
+            yield aot.case(
                 f"{layout}_{'bwd' if elements == 2048 else 'fwd'}",
                 kernel,
-                signature=signature_of(kernel, pointers, constants, floats=("eps", "weight_offset")),
-                constexprs=constants,
-                options=options,
+                pointers,
+                constants,
+                floats=("eps", "weight_offset"),
+                odd=kernel.arg_names,
                 expect=("LDG.128", "STG.128"),
             )

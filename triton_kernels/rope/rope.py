@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ...reference.rope.rope import token_positions
+from ..common import aot
 from ..common.launch import on_device, vector_width
 
 
@@ -250,22 +251,6 @@ def rope_qk_inplace(q, k, *rest):
     _launch("rope_qk_", q, k, q, k, *rest)
 
 
-def signature_of(fn, pointers, constants, floats=()):
-    """Triton types of a kernel's arguments: those named, sizes as int32, strides as int64."""
-    signature = {}
-    for name in fn.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = f"*{pointers[name]}"
-        elif name in floats:
-            signature[name] = "fp32"
-        else:
-            wide = name.rsplit("_", 1)[-1] in ("sa", "sb", "ss", "sh", "sp", "so", "st") or name == "slots"
-            signature[name] = "i64" if wide else "i32"
-    return signature
-
-
 # name, heads, head dim, rotary dim, offset, interleaved: layouts of real models that the gate compiles
 LAYOUTS = (
     ("llama", (32, 8), 128, 128, 0, False),
@@ -278,8 +263,6 @@ LAYOUTS = (
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
-
     # (q, k?) x (in place?) x mrope
     variants = (
         ("qk", True, True, ""),
@@ -294,7 +277,6 @@ def aot_cases():
                     continue
                 half = rotary // 2
                 tile = config(heads if with_k else heads[:1], rotary, dim - rotary)
-                options = {"num_warps": tile.pop("num_warps")}
                 constants = {
                     "HQ": heads[0], "HK": heads[1] if with_k else 0, "D": dim, "HALF": half, "OFFSET": offset,
                     "INTERLEAVED": interleaved, "CONJUGATE": variant == "x", "COPY": copy, "MROPE": bool(mrope),
@@ -307,11 +289,11 @@ def aot_cases():
                 constants |= {} if variant == "x" else {"cu_ptr": None}
                 pointers = {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "cu_ptr": "i32"}
                 pointers |= {f"{name}_ptr": dtype for name in ("q", "qo", "k", "ko")}
-                yield AotCase(
+                yield aot.case(
                     f"{layout}_{variant}_{dtype}",
                     rope_kernel,
-                    signature=signature_of(rope_kernel, pointers, constants),
-                    constexprs=constants,
-                    options=options,
+                    pointers,
+                    constants,
+                    odd=rope_kernel.arg_names,
                     expect=("LDG.128", "STG.128"),
                 )

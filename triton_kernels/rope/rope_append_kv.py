@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...reference.rope.rope import token_positions
 from ...reference.rope.rope_append_kv import check_slots
+from ..common import aot
 from ..common.fp8 import encode, native_cast
 from ..common.launch import on_device, vector_width
 from .rope import (
@@ -17,7 +18,6 @@ from .rope import (
     position_strides,
     rotate_block,
     rotate_half,
-    signature_of,
     strides_of,
     token_rows,
 )
@@ -165,12 +165,10 @@ def rope_append_kv_fwd(
 
 def aot_cases():
     from ... import arch
-    from ...testing.aot import AotCase
 
     for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
         for cache, native in (("bf16", False), ("u8", True), ("u8", False)):
             tile = config(heads, rotary, dim - rotary)
-            options = {"num_warps": tile.pop("num_warps")}
             fp8 = cache == "u8"
             constants = {
                 "HQ": heads[0], "HK": heads[1], "D": dim, "DV": dim, "HALF": rotary // 2, "OFFSET": offset,
@@ -181,12 +179,13 @@ def aot_cases():
             pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "slot_ptr": "i32"}
             # the conversion instruction is there from sm_89 on
             targets = [t for t in arch.COMPILE_TARGETS if t != "sm_80"] if native else None
-            yield AotCase(
+            yield aot.case(
                 f"{layout}_{cache}{'_native' * native}",
                 rope_append_kv_kernel,
-                signature=signature_of(rope_append_kv_kernel, pointers, constants, floats=("k_scale", "v_scale")),
-                constexprs=constants,
-                options=options,
+                pointers,
+                constants,
+                floats=("k_scale", "v_scale"),
+                odd=rope_append_kv_kernel.arg_names,
                 targets=targets,
                 expect=("LDG.128", "STG.128"),
             )

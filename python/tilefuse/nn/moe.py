@@ -250,7 +250,8 @@ class MoE(nn.Module):
 
         Returns:
             x's shape and dtype; differentiable in x and all parameters. In training mode with a correction bias the
-            choices are counted for ``update_bias``.
+            choices are counted for ``update_bias``. (Activation checkpointing runs the layer twice and so counts
+            twice, which leaves the signs as they are.)
 
         Raises:
             ValueError: shapes. TypeError: dtypes.

@@ -24,8 +24,12 @@ from .common import check_positive
 __all__ = ["PagedKVCache", "PagedLatentCache"]
 
 
+# steps of decode size keep their tensors, so that a CUDA graph of one serves all
+_KEPT_TOKENS = 16
+
+
 class _Step:
-    """Where the tokens of one forward go. The tensors stay in place for a given number of tokens (CUDA graphs)."""
+    """Where the tokens of one forward go."""
 
     def __init__(self, batch: int, tokens: int, device: torch.device):
         self.positions = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
@@ -101,11 +105,12 @@ class _PagedCache:
         longest = max(bound + (tokens if n else 0) for bound, n in zip(self._bounds, grow))
         if longest > self.max_pages * self.page_size or max(map(sum, zip(self._bounds, grow))) > self.max_length:
             errors.value_error(self._name, "max_length", f"at least {longest} for these tokens", self.max_length)
-        self._prefix_bound = max(self._bounds)
+        prefix_bound = max(self._bounds)
         self._take_pages([bound + n for bound, n in zip(self._bounds, grow)])
-        step = self._steps.get(tokens)
-        if step is None:
-            step = self._steps[tokens] = _Step(self.batch_size, tokens, self.device)
+        self._prefix_bound = prefix_bound
+        step = self._steps.get(tokens) or _Step(self.batch_size, tokens, self.device)
+        if tokens <= _KEPT_TOKENS:
+            self._steps[tokens] = step
         step.starts.copy_(self.seq_lens)
         torch.add(step.starts, tokens, out=step.ends)
         offset = torch.arange(tokens, dtype=torch.int32, device=self.device)
@@ -233,6 +238,8 @@ class PagedLatentCache(_PagedCache):
 
 class PagedKVCache(_PagedCache):
     """The paged key/value cache of ``WindowAttention``.
+
+    Pages stay with their sequence also when its window has left them behind; they are not read any more.
 
     Args:
         batch_size, max_length, page_size, num_pages, num_layers, device: as in ``PagedLatentCache``.

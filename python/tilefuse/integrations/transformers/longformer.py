@@ -1,4 +1,4 @@
-"""Longformer's attention through ``global_attention``.
+"""The attention of Longformer, and of LED's encoder which is the same code, through ``global_attention``.
 
 Longformer uses neither of the attention registries: its layers slice, pad and transpose chunks of the sequence. Here
 one call does the window, the global tokens and their own projections, in O(S * (window + G)) memory.
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ...ops.attention.global_attention import global_attention
 from .swap import Left, Swap
 
-_STOCK = "transformers.models.longformer.modeling_longformer"
-_NAME = "LongformerSelfAttention"
+_STOCK = {
+    ("transformers.models.longformer.modeling_longformer", "LongformerSelfAttention"),
+    ("transformers.models.led.modeling_led", "LEDEncoderSelfAttention"),
+}
 
 
 def swap(module: nn.Module, config: Any) -> Swap | Left | None:
-    stock = next((c for c in type(module).__mro__ if (c.__module__, c.__name__) == (_STOCK, _NAME)), None)
+    stock = next((c for c in type(module).__mro__ if (c.__module__, c.__name__) in _STOCK), None)
     if stock is None:
         return None
     if type(module).forward is not stock.forward:

@@ -79,6 +79,7 @@ class BlockPattern:
         ax.set_yticks([y - 0.5 for y in range(self.rows + 1)], minor=True)
         ax.grid(which="minor", color="white", linewidth=0.5)
         ax.tick_params(which="minor", length=0)
+        ax.locator_params(integer=True)
         ax.set_xlabel(f"blocks of {self.block_size} keys")
         ax.set_ylabel(f"blocks of {self.block_size} queries")
         ax.set_title(f"{self.density:.1%} of all blocks")
@@ -133,8 +134,12 @@ def block_pattern(
         causal: drops the blocks that lie after all tokens of their row, bottom-right aligned.
         device: where the lists live; that of mask by default.
 
+    The lists of a row are in ascending order, the same in every run.
+
     Raises:
         ValueError: an unknown kind, or arguments that do not fit it.
+
+    Sources: Longformer (arXiv:2004.05150), BigBird (arXiv:2007.14062), Sparse Transformer (arXiv:1904.10509).
     """
     name = "block_pattern"
     if kind not in KINDS:

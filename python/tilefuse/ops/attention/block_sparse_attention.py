@@ -49,6 +49,7 @@ class _BlockSparseAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 9
@@ -101,8 +102,9 @@ def block_sparse_attention(
         ``out [B, Sq, Hq, Dv]`` in q's dtype and ``lse [B, Hq, Sq]`` float32, natural log. A row without a visible
         key has out 0 and lse -inf. NaN in hidden keys and unlisted blocks never reaches an output.
 
-    Differentiable in q, k and v, through out and lse. The backward walks the lists for q and the transposed lists
-    for k and v, without atomics: deterministic and batch-invariant.
+    Differentiable once, in q, k and v, through out and lse. The backward walks the lists for q and the transposed
+    lists for k and v, without atomics: deterministic and batch-invariant. Rules: Sparse Transformer
+    (arXiv:1904.10509), BigBird (arXiv:2007.14062).
 
     Raises:
         ValueError: shapes, block_size or scale.

@@ -65,13 +65,14 @@ def check_scale(op: str, scale: float | None, q: Tensor) -> float:
     """None is D ** -0.5."""
     if scale is None:
         return q.shape[-1] ** -0.5
-    if not math.isfinite(scale):
+    # comparisons, which torch.compile can trace for a float that is an input of the graph; math.isfinite is not
+    if not abs(scale) < math.inf:
         errors.value_error(op, "scale", "finite", scale)
     return float(scale)
 
 
 def check_softcap(op: str, softcap: float) -> float:
-    if not (softcap >= 0 and math.isfinite(softcap)):
+    if not 0 <= softcap < math.inf:
         errors.value_error(op, "softcap", "finite and >= 0 (0 is off)", softcap)
     return float(softcap)
 

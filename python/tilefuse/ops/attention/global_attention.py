@@ -57,6 +57,7 @@ class _GlobalAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 13
@@ -114,8 +115,8 @@ def global_attention(
         ``out [B, S, Hq, Dv]`` in q's dtype, ``lse [B, Hq, S]`` float32, natural log. NaN in padded tokens never
         reaches another row.
 
-    Differentiable in q, k, v and the global projections, through out and lse: deterministic, batch-invariant, no
-    atomics. Rule: Longformer (arXiv:2004.05150), ETC (arXiv:2004.08483).
+    Differentiable once, in q, k, v and the global projections, through out and lse: deterministic, batch-invariant,
+    no atomics. Rule: Longformer (arXiv:2004.05150), ETC (arXiv:2004.08483).
 
     Raises:
         ValueError: shapes, window, dilation or scale.

@@ -73,6 +73,7 @@ class _WindowAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *rest = ctx.saved_tensors
         if dout is None and dlse is None:
@@ -147,13 +148,14 @@ def window_attention(
         sinks), and zero gradients. NaN in keys or values past a sequence's end never reaches an output; a NaN
         value inside a window's tile may reach the tile's other rows, as in every flash kernel.
 
-    Differentiable in q, k, v and sinks, through out and lse. Two-pass backward without atomics: deterministic and
+    Differentiable once, in q, k, v and sinks, through out and lse. Two-pass backward without atomics: deterministic and
     batch-invariant. Rules: FlashAttention-2 (window, ALiBi), Gemma-2 (soft cap), gpt-oss (sinks).
 
     Raises:
         ValueError: shapes, window, dilation, scale, softcap or sink_tokens out of range, packed input without
             cu_seqlens_q, or cu_seqlens with unpacked input.
         TypeError: dtypes.
+        RuntimeError: alibi_slopes require grad and grad mode is on.
     """
     name = "window_attention"
     packed = q.dim() == 3

@@ -46,6 +46,7 @@ class _Linear(torch.autograd.Function):
         return matmul(q, scale, w, w_scale, bias, x.dtype)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_t, scale_t, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes

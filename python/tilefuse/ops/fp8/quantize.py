@@ -244,6 +244,8 @@ def fp8_dequantize(
         ValueError: wrong block or shapes.
         TypeError: wrong dtypes.
         RuntimeError: scale requires grad and grad mode is on.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3); the inverse of ``fp8_quantize`` up to its rounding.
     """
     rows = check_block("fp8_dequantize", block)
     errors.check_dtype("fp8_dequantize", "q", q, (CODES,))

@@ -43,14 +43,12 @@ merge_attention_fwd = kernel(
     "merge_attention_fwd(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake,
-    backends=("reference", "triton"),
 )
 merge_attention_bwd = kernel(
     "merge_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    backends=("reference", "triton"),
 )
 
 

@@ -57,19 +57,16 @@ def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqle
 
 
 _ARGS = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float softmax_scale, bool causal"
-_BACKENDS = ("reference", "triton")
 mla_attention_fwd = kernel(
     f"mla_attention_fwd(Tensor q, Tensor k, Tensor v, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake,
-    backends=_BACKENDS,
 )
 mla_attention_bwd = kernel(
     "mla_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_ARGS}) -> (Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    backends=_BACKENDS,
 )
 
 

@@ -48,7 +48,6 @@ mla_compress_kv_bwd = kernel(
     f"mla_compress_kv_bwd(Tensor grad, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    backends=("reference", "triton"),
 )
 
 

@@ -43,9 +43,8 @@ mla_gather_kv_fwd = kernel(
     "str layout, ScalarType out_dtype) -> Tensor",
     module=_MODULE,
     fake=_fake,
-    backends=("reference", "triton"),
-    dtypes={"triton": _CACHES},
-    when={"triton": _not_float64},
+    dtypes={"cpu": _CACHES, "triton": _CACHES},
+    when={"cpu": _not_float64, "triton": _not_float64},
 )
 
 

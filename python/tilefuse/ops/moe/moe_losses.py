@@ -177,6 +177,9 @@ def moe_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     Source: ST-MoE (2202.08906) eq. 5.
     """
     _check_logits("moe_z_loss", logits, valid)
+    if valid is None and logits.shape[0]:
+        x = logits if logits.dtype == torch.float64 else logits.float()
+        return x.logsumexp(-1).square().mean()
     x, use = _rows(logits, valid)
     return (x.logsumexp(-1).square() * use).sum() / use.sum().clamp(min=1)
 
@@ -200,6 +203,21 @@ def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tens
 
     Source: Wang et al., Auxiliary-Loss-Free Load Balancing (2408.15664); DeepSeek-V3 (2412.19437) section 2.1.2.
     """
+    if bias.dim() != 1 or bias.dtype != torch.float32 or counts.shape != bias.shape or counts.device != bias.device:
+        _check_update(bias, counts)
+    dtype = counts.dtype
+    if dtype.is_floating_point:
+        counts = counts.double()
+    elif dtype == torch.bool or dtype.is_complex:
+        _check_update(bias, counts)
+    if torch.is_grad_enabled() and (bias.requires_grad or counts.requires_grad):
+        check_not_differentiated("moe_update_bias", "it has no gradient", bias=bias, counts=counts)
+    # in float64, and without a division, so that an expert exactly at the mean stays
+    below = torch.sub(counts.sum(dtype=torch.float64), counts, alpha=bias.shape[0])
+    return torch.add(bias, below.sign_().float(), alpha=rate)
+
+
+def _check_update(bias: Tensor, counts: Tensor) -> None:
     name = "moe_update_bias"
     if bias.dim() != 1:
         value_error(name, "bias", "[E] float32", bias)
@@ -210,7 +228,3 @@ def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tens
     if counts.dtype == torch.bool or counts.dtype.is_complex:
         type_error(name, "counts", "integer or float", counts)
     check_device(name, "counts", counts, bias, "bias")
-    check_not_differentiated(name, "it has no gradient", bias=bias, counts=counts)
-    # in float64, and without a division, so that an expert exactly at the mean stays
-    exact = counts.double()
-    return bias + rate * (exact.sum() - exact * counts.shape[0]).sign().float()

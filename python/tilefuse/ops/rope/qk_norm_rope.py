@@ -121,7 +121,8 @@ def qk_norm_rope(
     bit-equal. Batch-invariant but for the weight gradients, which are sums over the batch.
 
     Raises:
-        ValueError, TypeError: as ``rope_qk``, and for weights that are not ``[D]``.
+        ValueError, TypeError: as ``rope_qk``, and for weights that are not ``[D]`` of one dtype, or a negative eps.
+        RuntimeError: cos or sin require grad and grad mode is on.
 
     Source: Zhang and Sennrich, RMSNorm (arXiv 1910.07467); Qwen3 (arXiv 2505.09388).
     """

@@ -269,6 +269,7 @@ def rope(
         ValueError: wrong shapes or combinations; on CPU also a position outside of the table, before anything is
             written. (A GPU clamps it to the table's rows: the check would cost a synchronisation.)
         TypeError: wrong dtypes.
+        RuntimeError: cos or sin require grad and grad mode is on.
 
     Example::
 
@@ -309,7 +310,7 @@ def rope_qk(
 
     The same as ``(rope(q, ...), rope(k, ...))``. ``q`` and ``k`` differ only in their number of heads (either may
     have more); their dtypes must agree. A gradient flows to each of the two that requires it.
-    See ``rope`` for the arguments and errors.
+    See ``rope`` for the arguments, gradients and errors. Deterministic and batch-invariant.
 
     Returns:
         ``(q', k')``, contiguous.

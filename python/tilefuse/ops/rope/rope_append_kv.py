@@ -35,7 +35,8 @@ def _check(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, rotary_
             errors.check_dtype(name, arg, cache, _CACHE_DTYPES)
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             errors.value_error(name, arg, "a cache with a contiguous last dim", f"strides {[*cache.stride()]}")
-        if not (scale > 0 and math.isfinite(scale)):
+        # comparisons, which torch.compile can trace for a float that is an input of the graph
+        if not 0 < scale < math.inf:
             errors.value_error(name, arg.replace("cache", "scale"), "positive and finite", scale)
         if scale != 1.0 and cache.dtype != torch.float8_e4m3fn:
             errors.value_error(name, arg.replace("cache", "scale"), "1 unless the cache is float8_e4m3fn", scale)
@@ -107,7 +108,7 @@ def rope_append_kv(
     Returns:
         The rotated q, contiguous, of q's dtype.
 
-    Not differentiable. Batch-invariant.
+    Not differentiable. Deterministic where slots are distinct, and batch-invariant.
 
     Raises:
         ValueError: wrong shapes, scales or combinations; on CPU also a position outside of the table or a slot past

@@ -176,6 +176,7 @@ def rope_tables(
 
     Raises:
         ValueError: an odd ``rotary_dim``, an unknown rule, or a key that the rule needs and ``scaling`` lacks.
+        TypeError: an ``angle_dtype`` other than float32 and float64.
 
     Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1's and Hugging Face's code.
     """

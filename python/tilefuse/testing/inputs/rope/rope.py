@@ -56,6 +56,12 @@ def cases(
                 f"dim{dim}_{rotary}_{offset}{'_interleaved' * interleaved}",
                 x(6, 3, dim), x(6, 1, dim), tables(rotary, 8, device), options,
             )  # fmt: skip
+    # an odd head dim: no row but the first starts at an even element (anchors 5)
+    for interleaved in (False, True):
+        yield (
+            f"dim41_20_13{'_interleaved' * interleaved}", x(5, 3, 41), x(5, 2, 41), tables(20, 8, device),
+            {"interleaved": interleaved, "rotary_offset": 13},
+        )  # fmt: skip
     yield "dim2", x(6, 3, 2), x(6, 1, 2), tables(2, 8, device), {}
     yield "dim512", x(2, 3, 512), x(2, 1, 512), tables(512, 8, device), {}
     # positions: both widths, not monotonic, repeated, strided (anchors 5.8)

@@ -1,0 +1,36 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, torch, tilefuse
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 65536, 2, 32, dtype=torch.bfloat16) for _ in range(3))
+{prepare}
+call(*(x[:, :256] for x in (q, k, v)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+leaves = [x.requires_grad_() for x in (q, k, v)]
+out, lse = call(*leaves)
+out.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, q.nbytes)
+"""
+
+
+@pytest.fixture
+def check_memory():
+    """Forward and backward over 65,536 tokens, whose scores alone would take 17 GB per head, in a process of its own.
+
+    ``prepare`` is code that defines ``call(q, k, v)``; the process may grow by a few times the inputs.
+    """
+
+    def check(backend, prepare):
+        environment = {**os.environ, "TILEFUSE_BACKEND": backend, "TRITON_INTERPRET": "0"}
+        code = PROGRAM.format(prepare=prepare)
+        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        grown, one = map(int, ran.stdout.split())
+        assert grown < 24 * one, f"grew by {grown / one:.1f} x the size of q"
+
+    return check

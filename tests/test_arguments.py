@@ -1,0 +1,77 @@
+"""Every tensor argument of every op: another device, another dtype, a gradient that would be lost."""
+
+import inspect
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import tilefuse
+from tilefuse.testing import samples
+
+OPS = tilefuse.ops()
+
+
+def tensor_arguments():
+    """(op, argument, position among the op's tensors)."""
+    for name in sorted(OPS):
+        schema = getattr(torch.ops.tilefuse, name).default._schema
+        found = [a.name for a in schema.arguments if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        yield from ((name, argument, i) for i, argument in enumerate(found))
+
+
+CASES = list(tensor_arguments())
+IDS = [f"{name}-{argument}" for name, argument, _ in CASES]
+
+
+def bound(name, argument):
+    """The arguments of the first sample that has this one."""
+    signature = inspect.signature(OPS[name].function)
+    for sample in samples(name):
+        call = signature.bind(*sample.args, **sample.kwargs)
+        if isinstance(call.arguments.get(argument), Tensor):
+            return call
+    pytest.fail(f"no sample of {name} has {argument}")
+
+
+@pytest.mark.parametrize(("name", "argument", "position"), CASES, ids=IDS)
+def test_another_device(name, argument, position):
+    call = bound(name, argument)
+    others = [a for a, value in call.arguments.items() if isinstance(value, Tensor) and a != argument]
+    if not others:
+        return
+    call.arguments[argument] = call.arguments[argument].to("meta")
+    # the first tensor gives the device: then it is one of the others that lies elsewhere
+    named = re.escape(argument) if position else "|".join(map(re.escape, others))
+    with pytest.raises(ValueError, match=rf"^tilefuse\.{name}: ({named}) must be on the device of"):
+        OPS[name].function(*call.args, **call.kwargs)
+
+
+@pytest.mark.parametrize(("name", "argument", "position"), CASES, ids=IDS)
+def test_another_dtype(name, argument, position):
+    call = bound(name, argument)
+    call.arguments[argument] = torch.zeros_like(call.arguments[argument], dtype=torch.complex64)
+    with pytest.raises(TypeError, match=rf"^tilefuse\.{name}: {re.escape(argument)} must be "):
+        OPS[name].function(*call.args, **call.kwargs)
+
+
+# documented: steers the choice only
+NO_GRADIENT = {("moe_route", "bias")}
+SILENT = [
+    (name, argument)
+    for name, argument, _ in CASES
+    if argument not in OPS[name].differentiable and "cache" not in argument and (name, argument) not in NO_GRADIENT
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), SILENT, ids=[f"{n}-{a}" for n, a in SILENT])
+def test_no_gradient_is_lost_silently(name, argument):
+    """But for data by nature: caches, codes, integers."""
+    call = bound(name, argument)
+    value = call.arguments[argument]
+    if not value.dtype.is_floating_point or value.dtype.itemsize == 1:
+        return
+    call.arguments[argument] = value.detach().clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=rf"^tilefuse\.{name}: .*but {re.escape(argument)} requires grad"):
+        OPS[name].function(*call.args, **call.kwargs)

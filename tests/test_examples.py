@@ -1,0 +1,84 @@
+"""The examples, run as a new user runs them, with small settings."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="needs a source checkout")
+
+SETTINGS = {"batch": 2, "length": 32, "width": 64, "layers": 1, "steps": 6, "save-every": 2, "sample": 30}
+TINY = [f"--{name}={value}" for name, value in SETTINGS.items()]
+
+
+def run(name, *arguments, launcher=()):
+    # a user's shell does not ask for Triton's interpreter
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_training_and_resume(tmp_path):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    out = run("train_deepseek_style_lm.py", "--out", whole, *TINY)
+    assert "parameters" in out and "Day 7." in out
+    run("train_deepseek_style_lm.py", "--out", parts, *TINY, "--stop", 3)
+    assert torch.load(parts / "checkpoint.pt")["step"] == 3
+    resumed = run("train_deepseek_style_lm.py", "--out", parts, *TINY, "--resume")
+    assert "resumed from step 3" in resumed
+    states = [torch.load(folder / "checkpoint.pt", map_location="cpu") for folder in (whole, parts)]
+    assert states[0]["step"] == states[1]["step"] == 6
+    assert len(states[0]["losses"]) == 6 and states[0]["losses"][-1] < states[0]["losses"][0]
+    if not torch.cuda.is_available():
+        # an interruption leaves no trace
+        assert states[0]["losses"] == states[1]["losses"]
+        assert out.split("loss.png")[-1] == resumed.split("loss.png")[-1]
+        for name, tensor in states[0]["model"].items():
+            assert torch.equal(tensor, states[1]["model"][name]), name
+    assert is_png(whole / "loss.png") and is_png(parts / "loss.png")
+
+
+def test_text_is_what_its_generator_makes():
+    done = subprocess.run(
+        [sys.executable, "-c", "import make_text; print(make_text.text(), end='')"],
+        cwd=EXAMPLES, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    text = (EXAMPLES / "lighthouse.txt").read_text()
+    assert done.stdout == text and 50_000 < len(text) < 100_000
+
+
+def test_expert_parallel():
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    out = run("expert_parallel.py", "--steps", 4, "--tokens", 64, launcher=launcher)
+    assert "2 processes on" in out and "4 of 8 experts each" in out
+    assert "the same training" in out
+
+
+def test_expert_parallel_says_how_to_start_it():
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "expert_parallel.py")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2 and "torchrun --nproc-per-node 2" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [(), ("--kind", "bigbird", "--length", 1024)], ids=["all", "one"])
+def test_show_pattern(tmp_path, arguments):
+    pytest.importorskip("matplotlib")
+    out = run("show_pattern.py", "--out", tmp_path / "pictures" / "patterns.png", *arguments)
+    assert is_png(tmp_path / "pictures" / "patterns.png")
+    assert ("bigbird" in out) and ("strided" in out) == (not arguments)
