@@ -157,6 +157,38 @@ def test_common_masks_are_not_dense(size, kind, window, rows):
     assert found is None if rows is None else attention.is_code(found) and found.shape[2] == rows
 
 
+@pytest.mark.parametrize("kind", ["none", "left", "right", "both", "nothing", "hole"])
+@pytest.mark.parametrize("size", [(9, 0, None), (3, 7, None), (1, 8, 6)], ids=str)
+def test_sinks(size, kind):
+    """gpt-oss: outputs and gradients, those of the sinks too, against the eager function of its file."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, eager_attention_forward
+
+    class Sinks(GptOssAttention):
+        num_key_value_groups = 2
+        is_causal = True
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.sinks = torch.nn.Parameter(torch.tensor([0.3, -1.0, 2.0, 0.0]))
+
+    Sinks.__module__ = GptOssAttention.__module__
+    arguments = ask(*size, kind, None)
+    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
+    found = attention.mask(**arguments)
+    additive = torch.zeros(()).masked_fill(~wanted(arguments), torch.finfo(torch.float32).min)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, q_length, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, 2, kv_length, 8, generator=generator, requires_grad=True) for _ in range(2))
+    weight = torch.randn(2, q_length, 4, 8, generator=generator)
+    module = Sinks()
+    results = []
+    for run, mask in ((attention.attention_over_eager, found), (eager_attention_forward, additive)):
+        out, _ = run(module, q, k, v, mask, scaling=0.3, s_aux=module.sinks)
+        results.append((out, *torch.autograd.grad(out, (q, k, v, module.sinks), weight)))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_packed_sequences(window):
     ids = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1]])

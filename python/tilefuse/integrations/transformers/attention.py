@@ -346,7 +346,7 @@ def _full(start: Tensor, end: Tensor, batch: int, q_length: int, kv_length: int,
 
 def is_code(attention_mask: Tensor | None) -> bool:
     """Masks of users are bool or floating point."""
-    return attention_mask is not None and attention_mask.dtype == torch.int32
+    return attention_mask is not None and attention_mask.dtype == torch.int32 and attention_mask.dim() == 4
 
 
 def dense_mask(code: Tensor | None, batch: int, q_length: int, kv_length: int, causal: bool, device: Any) -> Any:
@@ -398,12 +398,10 @@ def _stock(
 ) -> tuple[Tensor, Tensor | None]:
     """Hugging Face's own function for this module, on the mask that a code stands for."""
     function = eager_function(module) if eager else None
-    if function is None or is_code(attention_mask):
-        code = attention_mask if is_code(attention_mask) else None
-        if code is not None:
-            attention_mask = dense_mask(
-                code, query.shape[0], query.shape[2], key.shape[2], is_causal, query.device
-            )  # fmt: skip
+    if is_code(attention_mask):
+        attention_mask = dense_mask(
+            attention_mask, query.shape[0], query.shape[2], key.shape[2], is_causal, query.device
+        )  # fmt: skip
     if function is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **options)
     if attention_mask is None:
@@ -458,11 +456,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    wants_weights = options.get("output_attentions", False)
+    rows = attention_mask.shape[2] if is_code(attention_mask) else None
+    needs_grad = errors.needs_grad(query, key, value, s_aux)
     if (
-        options.get("dropout", 0.0) > 0
-        or (attention_mask is not None and not is_code(attention_mask))
-        or (wants_weights and eager)
+        (options.get("dropout") or 0.0) > 0
+        or (attention_mask is not None and rows is None)
+        or (eager and options.get("output_attentions"))
+        # the kernel of decoding has no backward
+        or (rows == _DECODE and needs_grad)
         or options.get("position_bias") is not None
         or options.get("cache") is not None
         or query.device.type not in ("cpu", "cuda")
@@ -479,7 +480,6 @@ def _attention(
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     batch, q_length, kv_length = q.shape[0], q.shape[1], k.shape[1]
     settings = {"scale": scaling, "softcap": softcap or 0.0}
-    rows = None if attention_mask is None else attention_mask.shape[2]
 
     if rows is not None and rows >= _CAUSAL:
         code = attention_mask[0, 0]
@@ -507,12 +507,9 @@ def _attention(
     else:
         window = (attention_mask.shape[3] - 1, 0) if rows == _BOTTOM_RIGHT else (-1, 0)
         few = q_length <= _FEW
-    if few and not errors.needs_grad(q, k, v, s_aux):
+    if few and not needs_grad:
         # every sequence is one page of the cache, wherever that lies
         pages = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
         lengths = attention_mask.view(batch) if rows == _DECODE else torch.full_like(pages[:, 0], kv_length)
         return paged_attention(q, k, v, pages, lengths, s_aux, window=(window[0], 0), **settings)[0], None
-    if rows == _DECODE:
-        options["scaling"] = scaling
-        return _stock(eager or s_aux is not None, module, query, key, value, attention_mask, is_causal, options)
     return window_attention(q, k, v, s_aux, window=window, **settings)[0], None
