@@ -160,7 +160,9 @@ def main():
     ax.grid(alpha=0.3)
     ax.legend()
     figure.savefig(args.out / "loss.png", dpi=120)
-    console.print(f"loss {losses[-1]:.3f}, held-out {checked[-1][1]:.3f}; {checkpoint}, {args.out / 'loss.png'}\n")
+    done = f"loss {losses[-1]:.3f}, held-out {checked[-1][1]:.3f}; {checkpoint}, {args.out / 'loss.png'}\n"
+    # a path that is broken over two lines cannot be copied
+    console.print(done, soft_wrap=True)
     with autocast:
         dtype = torch.bfloat16 if bf16 else torch.float32
         # positions past the training length would be new to the model
