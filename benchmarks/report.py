@@ -277,6 +277,15 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
     return True
 
 
+def series_of(lines: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    """(op, series) -> its lines by length, where there are at least three."""
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in sorted(_drawn(lines), key=lambda line: line.get("length", 0)):
+        if "series" in line:
+            found.setdefault((line["op"], line["series"]), []).append(line)
+    return {key: of_series for key, of_series in found.items() if len(of_series) >= 3}
+
+
 def draw_growth(lines: Sequence[Line], path: Path) -> bool:
     """A panel per series: time over length on logarithmic axes, with a line of proportional growth through the first.
 
@@ -286,11 +295,7 @@ def draw_growth(lines: Sequence[Line], path: Path) -> bool:
         import matplotlib
     except ImportError:
         return False
-    series: dict[tuple[str, str], list[Line]] = {}
-    for line in sorted(_drawn(lines), key=lambda line: line.get("length", 0)):
-        if "series" in line:
-            series.setdefault((line["op"], line["series"]), []).append(line)
-    series = {key: found for key, found in series.items() if len(found) >= 3}
+    series = series_of(lines)
     if not series:
         return False
     matplotlib.use("Agg")
@@ -303,6 +308,7 @@ def draw_growth(lines: Sequence[Line], path: Path) -> bool:
         axes.plot(lengths, ours, "s-", color=COLOURS["tilefuse"], label="tilefuse", zorder=3)
         linear = [ours[0] * length / lengths[0] for length in lengths]
         axes.plot(lengths, linear, ":", color="#555555", label="proportional to the length", zorder=2)
+        colours = itertools.cycle((COLOURS["library"], "#8e5ea2", "#c0a000"))
         for peer in dict.fromkeys(peer for line in found for peer in line["peers"]):
             points = [
                 (line["length"], line["peers"][peer]["median_us"] / 1e3)
@@ -310,7 +316,8 @@ def draw_growth(lines: Sequence[Line], path: Path) -> bool:
                 if "median_us" in line["peers"].get(peer, {})
             ]
             if points:
-                axes.plot(*zip(*points), "o-", markersize=4, linewidth=1, label=peer)
+                colour = COLOURS.get(peer) or next(colours)
+                axes.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1, label=peer)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])

@@ -164,6 +164,11 @@ def numbers() -> str:
             if any(line["status"] == "ok" and not line.get("call_cost") for line in of_family):
                 out.append(f"![% of the machine's roof, {family} on {device}](pictures/{picture})")
             out.append(report.markdown_table(*report.rows(of_family, bold="**")))
+        if report.series_of(ops):
+            out += [
+                f"### Growth with the length: {device}",
+                f"![Time over length on {device}](pictures/{_picture_name(lines[0], 'growth')})",
+            ]
         if absent := report.missing(lines):
             rows = [[name, reason] for name, reason in sorted(absent.items())]
             out += [f"### Peers that did not run: {device}", report.markdown_table(["peer", "why"], rows)]
@@ -184,6 +189,9 @@ def benchmark_pictures(folder: Path) -> list[Path]:
             path = folder / _picture_name(lines[0], family)
             if report.draw(of_family, path, cases=True):
                 paths.append(path)
+        path = folder / _picture_name(lines[0], "growth")
+        if report.draw_growth(lines, path):
+            paths.append(path)
     return paths
 
 
