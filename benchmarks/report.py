@@ -396,12 +396,16 @@ def labels(lines: Sequence[Line], cases: bool = False) -> list[str]:
 
 def op_table(ops: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The README's table of ops: what the registry says, and what the result lines hold."""
+    from tilefuse import library
+
     table = []
     for name, op in sorted(ops.items(), key=lambda item: (item[1].module.split("/")[0], item[0])):
         cells = [f"`{name}`", op.family, "yes" if op.differentiable else "-"]
         for backend in ("cpu", "triton", "cuda"):
             verified = ", ".join(op.architectures.get(backend, ()))
-            cells.append((f"yes ({verified})" if verified else "yes") if backend in op.backends else "-")
+            there = [backend in library.kernels()[kernel].backends for kernel in op.kernels]
+            have = "yes" if there and all(there) else "in part" if any(there) else "-"
+            cells.append(f"{have} ({verified})" if verified else have)
         table.append([*cells, _best_of_op(name, lines)])
     header = ["op", "family", "backward", "C++ CPU", "Triton", "CUDA C++", "speed against the fastest peer"]
     return markdown_table(header, table) + "\n"

@@ -419,6 +419,16 @@ def test_op_table_says_which_peer(monkeypatch):
     assert report.op_table(tilefuse.ops(), []).count("not measured") == len(tilefuse.ops())
 
 
+def test_op_table_says_where_some_kernels_of_an_op_are_missing():
+    import tilefuse
+
+    rows = {row.split("`")[1]: row.split(" | ") for row in report.op_table(tilefuse.ops(), []).splitlines()[2:]}
+    # backward, C++ CPU, Triton, CUDA C++
+    assert rows["rope_qk"][2:6] == ["yes", "yes", "yes", "yes"]
+    assert rows["fp8_quantize"][2:6] == ["-", "yes", "yes", "in part"]
+    assert rows["moe_z_loss"][2:6] == ["yes", "-", "-", "-"]
+
+
 def test_plots_are_drawn_from_lines(tmp_path):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     lines = [line_of(), line_of("toy | b", name="b"), line_of("slow | c", op="slow", family="second", suite="full")]
