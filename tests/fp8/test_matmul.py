@@ -73,7 +73,6 @@ def test_columns_5(device, n, b_rows):
     check(operands(67, n, 128, device, b_rows=b_rows), torch.float32)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("n", "k"), [(2112, 7168), (24576, 1536), (7168, 1152), (129280, 128)])
 def test_model_shapes_4_5(device, n, k):
     if device == "cpu" and tilefuse.backend() == "triton":
