@@ -37,13 +37,12 @@ def test_training_and_resume(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     out = run("train_deepseek_style_lm.py", "--out", whole, *TINY)
     assert "parameters" in out and "Day 301. Wind from the" in out
-    run("train_deepseek_style_lm.py", "--out", parts, *TINY, "--stop", 3)
-    assert torch.load(parts / "checkpoint.pt")["step"] == 3
+    run("train_deepseek_style_lm.py", "--out", parts, *TINY, "--steps=4")
+    assert len(torch.load(parts / "checkpoint.pt")["losses"]) == 4
     resumed = run("train_deepseek_style_lm.py", "--out", parts, *TINY, "--resume")
-    assert "resumed from step 3" in resumed
     states = [torch.load(folder / "checkpoint.pt", map_location="cpu") for folder in (whole, parts)]
-    assert states[0]["step"] == states[1]["step"] == 6
-    assert len(states[0]["losses"]) == 6 and states[0]["losses"][-1] < states[0]["losses"][0]
+    assert len(states[0]["losses"]) == len(states[1]["losses"]) == 6
+    assert states[0]["losses"][-1] < states[0]["losses"][0]
     if not torch.cuda.is_available():
         # an interruption leaves no trace
         assert states[0]["losses"] == states[1]["losses"]

@@ -10,6 +10,7 @@ from tilefuse.testing import assert_bit_equal, assert_close
 pytest.importorskip("transformers", reason="needs transformers (pip install tilefuse[transformers])")
 
 from tilefuse.integrations.transformers import patch, register, unpatch
+from tilefuse.testing.numeric import NOISE_ULPS
 
 NAMES = (
     "llama", "mistral", "qwen3", "gemma3", "gpt_oss", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3",
@@ -42,6 +43,16 @@ def step(model, ids, mask):
     out.loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return out.logits.detach()[mask.bool()], out.loss.detach(), gradients
+
+
+def assert_loss_close(out, oracle, naive, logits_error):
+    """By the rule, but for errors below naive's RMS error over the logits, or of a float32 rounding or two.
+
+    The loss is one number, whose error in naive may happen to be nothing at all; and an error of the logits carries
+    over at most twofold, since the gradient of a token's cross-entropy sums to two in absolute values.
+    """
+    tiny = max(logits_error.item(), 2 * torch.finfo(torch.float32).eps * oracle.abs().item())
+    assert_close(out[None].float(), oracle[None].double(), naive[None].float(), tiny=tiny, rows=False, name="loss")
 
 
 def routes(model, ids, mask):
@@ -86,13 +97,15 @@ def test_logits_loss_and_gradients(tiny, name, dtype):
     results = [step(each, ids, mask) for each in (exact, model, patched)]
     (logits, loss, gradients), (stock_logits, stock_loss, stock_gradients), (out, out_loss, out_gradients) = results
     assert_close(out, logits, stock_logits, rows=False, name="logits")
-    assert_close(out_loss[None].float(), loss[None].double(), stock_loss[None], rows=False, name="loss")
+    assert_loss_close(out_loss, loss, stock_loss, (stock_logits.double() - logits).square().mean().sqrt())
     assert set(out_gradients) == set(stock_gradients)
     few = [], [], []
     for parameter, gradient in out_gradients.items():
         triple = gradient, gradients[parameter], stock_gradients[parameter]
         if gradient.numel() >= 64:
-            assert_close(*triple, rows=False, name=parameter)
+            # a router's gradient is a small difference of terms of order one: its float32 noise is theirs
+            router = parameter.endswith((".gate.weight", ".router.weight"))
+            assert_close(*triple, tiny=NOISE_ULPS * 2.0**-24 if router else None, rows=False, name=parameter)
         else:
             # the largest of four errors is luck: small gradients are judged together, each at its own scale
             scale = triple[1].square().mean().sqrt()

@@ -23,14 +23,17 @@ def float_bits(value: float) -> int:
 
 
 def native_cast(device: torch.device) -> bool:
-    """Whether ``.to(tl.float8e4nv)`` exists and rounds once: sm_90 and newer, gfx950, gfx12, the repaired interpreter.
+    """Whether ``.to(tl.float8e4nv)`` exists and rounds once on the device; so it does in the repaired interpreter."""
+    return (backends.interpreting() and device.type == "cpu") or _casts(arch.of(device))
 
-    On sm_89 Triton converts through float16, which rounds twice.
-    """
-    if backends.interpreting() and device.type == "cpu":
-        return True
-    name = arch.of(device)
+
+def _casts(name: str) -> bool:
+    # on sm_89 triton converts through float16, which rounds twice
     return arch.capability(name) >= 90 or name.startswith(("gfx95", "gfx12"))
+
+
+# whether a kernel casts (NATIVE) -> the compile targets where it is launched so
+CAST_TARGETS = {native: tuple(t for t in arch.COMPILE_TARGETS if _casts(t) == native) for native in (True, False)}
 
 
 @triton.jit

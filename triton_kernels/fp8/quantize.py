@@ -159,7 +159,7 @@ def aot_cases():
     from ...testing.aot import AotCase
 
     scales = {"scale_ptr": "*fp32", "scale_t_ptr": "*fp32", "q_ptr": "*u8", "qt_ptr": "*u8"}
-    for native, targets in ((True, ("sm_89", "sm_90", "sm_100", "sm_120")), (False, ("sm_80", "gfx942"))):
+    for native, targets in fp8.CAST_TARGETS.items():
         for dtype in ("bf16", "fp32"):
             for pow2 in (False, True):
                 rule = {"POW2": pow2, "NATIVE": native}

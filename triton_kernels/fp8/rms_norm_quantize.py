@@ -75,7 +75,7 @@ def rms_norm_quantize_fwd(x, weight, residual, norm_eps, pow2, eps):
 def aot_cases():
     from ...testing.aot import AotCase
 
-    for native, targets in ((True, ("sm_89", "sm_90", "sm_100", "sm_120")), (False, ("sm_80", "gfx942"))):
+    for native, targets in fp8.CAST_TARGETS.items():
         for k in (2048, 7168):
             for with_residual in (False, True):
                 tile = config(k)

@@ -54,7 +54,7 @@ def aot_cases():
     from ...testing.aot import AotCase
 
     pointers = {"scale_ptr": "*fp32", "q_ptr": "*u8"}
-    for native, targets in ((True, ("sm_89", "sm_90", "sm_100", "sm_120")), (False, ("sm_80", "gfx942"))):
+    for native, targets in fp8.CAST_TARGETS.items():
         for dtype in ("bf16", "fp32"):
             constants = {"POW2": False, "NATIVE": native, "BM": TILE["BM"]}
             signature = fp8.aot_signature(silu_mul_quantize_kernel, pointers | {"x_ptr": f"*{dtype}"}, constants)

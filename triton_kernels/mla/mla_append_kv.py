@@ -158,6 +158,6 @@ def aot_cases():
             yield aot.case(
                 f"{layout}{'_native' * native}", append_kernel, pointers, constants, floats=("eps",),
                 odd=("scale_page", "scale_row", "rotated_page", "rotated_row", "quantize_eps"),
-                targets=("sm_89", "sm_90", "sm_100", "sm_120", "gfx942") if native else None,
+                targets=fp8.CAST_TARGETS[native] if is_fp8 else None,
                 expect=("LDG.128",) if is_fp8 else ("LDG.128", "STG.128"),
             )  # fmt: skip

@@ -280,23 +280,25 @@ def combine_kernel(
     tl.store(lse + (sequence * HEADS + head) * queries + query, value)
 
 
-def tile(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, capability: int) -> dict[str, int]:
+def tile(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, target: str) -> dict[str, int]:
     """A tile of query rows no larger than there are, and the keys per step.
 
     The accumulator is BM x R float32: 64 x 512 takes 128 registers of each of 256 threads. Shared memory holds two
     steps of keys, which leaves sm_89 and sm_120 (99 KiB) no room for more than 32 rows; on sm_100, and with the slots
-    of sparse decode, more rows spill.
+    of sparse decode, more rows spill, and so do longer steps on AMD.
     Three stages, because keys are found through the page table: one for its entry, one for the row.
     """
+    capability, amd = arch.capability(target), target.startswith("gfx")
     if itemsize > 2:
-        return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
+        return {"BM": 16, "BN": 16, "num_warps": 4 if amd else 8, "num_stages": 1}
+    block_n = 16 if amd else 32
     if is_fp8:
         # codes are widened in registers: only sm_90, whose products read shared memory, has room for a large tile
         block_m = 64 if capability == 90 and rows > 32 and not sparse else 16
-        return {"BM": block_m, "BN": 32, "num_warps": 8, "num_stages": 3}
+        return {"BM": block_m, "BN": block_n, "num_warps": 8, "num_stages": 3}
     block_m = min(64 if capability in (80, 90) and not sparse else 32, max(16, triton.next_power_of_2(rows)))
     warps = 8 if block_m * triton.next_power_of_2(rank) >= 16384 else 4
-    return {"BM": block_m, "BN": 32, "num_warps": warps, "num_stages": 3}
+    return {"BM": block_m, "BN": block_n, "num_warps": warps, "num_stages": 3}
 
 
 # what `python -m tilefuse tune` tries
@@ -365,7 +367,7 @@ def attend(
     capacity = columns if sparse else columns * page_size
     rows = heads if sparse else queries * heads
     sequences = batch * queries if sparse else batch
-    config = tile(rows, row.rank, q.element_size(), row.is_fp8, sparse, arch.capability(arch.of(q.device)))
+    config = tile(rows, row.rank, q.element_size(), row.is_fp8, sparse, arch.of(q.device))
     key = f"rows<={min(64, triton.next_power_of_2(rows))},rank={row.rank},layout={layout},sparse={sparse}"
     config = tuned.choose("mla_decode", key, q.device, config)
     tiles = triton.cdiv(rows, config["BM"])
@@ -478,7 +480,6 @@ def mla_sparse_decode_fwd(
 
 
 def aot_cases():
-    natives = ("sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
     for name, kind, layout, heads, sparse, direct, rank in (
         ("h16", "bf16", "bf16", 16, False, False, 512),
         ("h128", "bf16", "bf16", 128, False, False, 512),
@@ -497,8 +498,8 @@ def aot_cases():
         pointers |= dict(zip(("latent", "scales", "rotated"), stored)) | {"out": kind if direct else "fp32"}
         targets_of: dict[tuple, list[str]] = {}
         for target in arch.COMPILE_TARGETS:
-            config = tile(heads, rank, itemsize, is_fp8, sparse, arch.capability(target))
-            targets_of.setdefault((is_fp8 and target in natives, *config.items()), []).append(target)
+            config = tile(heads, rank, itemsize, is_fp8, sparse, target)
+            targets_of.setdefault((is_fp8 and target in fp8.CAST_TARGETS[True], *config.items()), []).append(target)
         for (native, *config), targets in targets_of.items():
             if direct and dict(config)["BM"] == 64:
                 continue

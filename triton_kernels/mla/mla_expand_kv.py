@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilefuse import arch
+
 from ..common import aot
 from ..common.launch import on_device
 from .mla_absorb_query import tile
@@ -196,6 +198,12 @@ def latent_tile(tokens: int, rank: int, depth: int, itemsize: int) -> dict[str, 
     return config | {"num_warps": 8} if itemsize > 2 else config
 
 
+def weight_tile(rows: int, rank: int, tokens: int, itemsize: int, target: str) -> dict[str, int]:
+    """For the gradient of the weight, whose two branches keep stages of their own: AMD's 64 KiB hold two of each."""
+    config = tile(rows, rank, tokens, itemsize)
+    return config | {"num_stages": 2} if target.startswith("gfx") else config
+
+
 def mla_expand_kv_fwd(
     latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
 ) -> tuple[Tensor, Tensor]:
@@ -256,7 +264,8 @@ def mla_expand_kv_bwd(
                 **shape,
                 **config,
             )
-        config = tile(max(nope_dim, v_dim), kv_lora_rank, max(tokens, 1), latent.element_size())
+        target = arch.of(latent.device)
+        config = weight_tile(max(nope_dim, v_dim), kv_lora_rank, max(tokens, 1), latent.element_size(), target)
         blocks = triton.cdiv(nope_dim, config["BM"]) + triton.cdiv(v_dim, config["BM"])
         expand_weight_kernel[(heads * blocks, triton.cdiv(kv_lora_rank, config["BN"]))](
             grad_k, grad_v, latent, grad_w, tokens, *strides, latent.stride(0), **shape, **config
@@ -277,5 +286,7 @@ def aot_cases():
         constants = {**shape, **rope, **latent_tile(4096, 512, 128, itemsize)}
         yield aot.case(f"latent_{kind}", expand_backward_kernel, pointers, constants, expect=expect)
         pointers = dict.fromkeys(("grad_k", "grad_v", "latent", "grad_w"), kind)
-        constants = {**shape, **tile(128, 512, 4096, itemsize)}
-        yield aot.case(f"weight_{kind}", expand_weight_kernel, pointers, constants, expect=expect)
+        nvidia = tuple(t for t in arch.COMPILE_TARGETS if arch.capability(t))
+        for name, targets in (("weight", nvidia), ("weight_amd", ("gfx942",))):
+            constants = {**shape, **weight_tile(128, 512, 4096, itemsize, targets[0])}
+            yield aot.case(f"{name}_{kind}", expand_weight_kernel, pointers, constants, targets=targets, expect=expect)

@@ -183,6 +183,6 @@ def aot_cases():
             yield aot.case(
                 f"{layout}{'_native' * native}", gather_kernel, pointers, constants,
                 odd=("table_stride", "scale_page", "scale_row", "rotated_page", "rotated_row"),
-                targets=("sm_89", "sm_90", "sm_100", "sm_120", "gfx942") if native else None,
+                targets=fp8.CAST_TARGETS[native] if is_fp8 else None,
                 expect=("LDG.128", "STG.128"),
             )  # fmt: skip

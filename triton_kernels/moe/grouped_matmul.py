@@ -204,7 +204,12 @@ def budget_of(device: torch.device) -> int:
 
 
 def fitted(tile: Config, matrices: int, itemsize: int, budget: int) -> Config:
-    """The tile with as many stages of its rows and `matrices` column blocks as the budget holds."""
+    """The tile with as many stages of its rows and `matrices` column blocks as the budget holds.
+
+    A small budget also means matrix instructions that read registers: 256 columns of sums beside them would spill.
+    """
+    if budget <= 96 * 1024:
+        tile = replace(tile, BLOCK_N=min(tile.BLOCK_N, 128))
 
     def stage(t: Config) -> int:
         return (t.BLOCK_M + matrices * t.BLOCK_N) * t.BLOCK_K * itemsize

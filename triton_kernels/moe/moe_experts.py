@@ -138,10 +138,10 @@ def moe_experts_act_bwd_kernel(
 
 
 def narrowed(tile: Config) -> Config:
-    """A tile holds a gate and an up column block: two accumulators of 128 x 128 would not fit the registers."""
-    if tile.BLOCK_M < 128:
-        return replace(tile, BLOCK_N=min(tile.BLOCK_N, 128))
-    return replace(tile, BLOCK_N=min(tile.BLOCK_N, 64), num_warps=8)
+    """A tile holds a gate and an up column block: from 64 rows on, their sums fit the registers of twice the warps."""
+    if tile.BLOCK_M < 64:
+        return tile
+    return replace(tile, BLOCK_N=min(tile.BLOCK_N, 128 if tile.BLOCK_M < 128 else 64), num_warps=8)
 
 
 CONFIGS = {"moe_experts_up": TRIED}

@@ -9,7 +9,7 @@ import triton.language as tl
 from ...reference.rope.rope import token_positions
 from ...reference.rope.rope_append_kv import check_slots
 from ..common import aot
-from ..common.fp8 import encode, native_cast
+from ..common.fp8 import CAST_TARGETS, encode, native_cast
 from ..common.launch import on_device, vector_width
 from .rope import (
     LAYOUTS,
@@ -88,8 +88,8 @@ def rope_append_kv_kernel(
     tokens, seq_len, table_rows,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr, VEC: tl.constexpr, CACHE_VEC: tl.constexpr, TABLE_VEC: tl.constexpr, FP8: tl.constexpr,
-    NATIVE: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    NATIVE: tl.constexpr, WIDE_SLOTS: tl.constexpr,
+    BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     mask = token < tokens
@@ -103,8 +103,14 @@ def rope_append_kv_kernel(
     slot = tl.load(slot_ptr + batch * slot_sb + place * slot_ss, mask, -1).to(tl.int64)
     # a slot past the cache is skipped like a negative one
     valid = mask & (slot >= 0) & (slot < slots)
-    page = slot // page_size
-    offset = slot % page_size
+    if WIDE_SLOTS:
+        page = slot // page_size
+        offset = slot % page_size
+    else:
+        # a 64-bit division is a subroutine, whose calling convention costs registers and a stack frame
+        narrow = tl.where(valid, slot, 0).to(tl.int32)
+        page = (narrow // page_size).to(tl.int64)
+        offset = (narrow % page_size).to(tl.int64)
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (HQ + BH - 1) // BH
     k_blocks: tl.constexpr = (HK + BH - 1) // BH
@@ -147,6 +153,7 @@ def rope_append_kv_fwd(
     cache_vec = vector_width(max(k_cache.element_size(), 2), *k_cache.stride()[:3], *v_cache.stride()[:3])
     table_vec = vector_width(4, cos.stride(0), sin.stride(0))
     tile = config(heads, 2 * half, dim - 2 * half)
+    slots = k_cache.shape[0] * k_cache.shape[1]
     grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in (*heads, heads[1])))
     with on_device(q):
         rope_append_kv_kernel[grid](
@@ -155,17 +162,15 @@ def rope_append_kv_fwd(
             v_cache, *(s // cache_vec for s in v_cache.stride()[:3]), k_scale, v_scale,
             cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec,
             positions, *position_strides(positions, q, ()), slot_mapping, *position_strides(slot_mapping, q, ()),
-            k_cache.shape[0] * k_cache.shape[1], k_cache.shape[1], tokens, seq_len, cos.shape[0],
+            slots, k_cache.shape[1], tokens, seq_len, cos.shape[0],
             HQ=heads[0], HK=heads[1], D=dim, DV=dim_v, HALF=half, OFFSET=rotary_offset, INTERLEAVED=interleaved,
             VEC=vec, CACHE_VEC=cache_vec, TABLE_VEC=table_vec, FP8=fp8, NATIVE=fp8 and native_cast(q.device),
-            BLOCK_V=min(128, triton.next_power_of_2(max(dim_v, 1))), **tile,
+            WIDE_SLOTS=slots >= 2**31, BLOCK_V=min(128, triton.next_power_of_2(max(dim_v, 1))), **tile,
         )  # fmt: skip
     return q_out
 
 
 def aot_cases():
-    from ... import arch
-
     for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
         for cache, native in (("bf16", False), ("u8", True), ("u8", False)):
             tile = config(heads, rotary, dim - rotary)
@@ -173,12 +178,10 @@ def aot_cases():
             constants = {
                 "HQ": heads[0], "HK": heads[1], "D": dim, "DV": dim, "HALF": rotary // 2, "OFFSET": offset,
                 "INTERLEAVED": interleaved, "VEC": 8, "CACHE_VEC": 8, "TABLE_VEC": 4, "FP8": fp8, "NATIVE": native,
-                "BLOCK_V": 128, **tile,
+                "WIDE_SLOTS": False, "BLOCK_V": 128, **tile,
             }  # fmt: skip
             pointers = {f"{name}_ptr": "bf16" for name in ("q", "qo", "k", "v")} | {"kc_ptr": cache, "vc_ptr": cache}
             pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "slot_ptr": "i32"}
-            # the conversion instruction is there from sm_89 on
-            targets = [t for t in arch.COMPILE_TARGETS if t != "sm_80"] if native else None
             yield aot.case(
                 f"{layout}_{cache}{'_native' * native}",
                 rope_append_kv_kernel,
@@ -186,6 +189,6 @@ def aot_cases():
                 constants,
                 floats=("k_scale", "v_scale"),
                 odd=rope_append_kv_kernel.arg_names,
-                targets=targets,
+                targets=CAST_TARGETS[native] if fp8 else None,
                 expect=("LDG.128", "STG.128"),
             )
