@@ -5,16 +5,20 @@ import sys
 import pytest
 
 PROGRAM = """
-import resource, torch, tilefuse
+import re, torch, tilefuse
 torch.set_num_threads(1)
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
 q, k, v = (torch.randn(1, 65536, 2, 32, dtype=torch.bfloat16) for _ in range(3))
 {prepare}
 call(*(x[:, :256] for x in (q, k, v)))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# a process starts with its parent's peak: begin again
+open("/proc/self/clear_refs", "w").write("5")
+before = kilobytes("VmRSS")
 leaves = [x.requires_grad_() for x in (q, k, v)]
 out, lse = call(*leaves)
 out.sum().backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, q.nbytes)
+print((kilobytes("VmHWM") - before) * 1024, q.nbytes)
 """
 
 
@@ -22,7 +26,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, q.nb
 def check_memory():
     """Forward and backward over 65,536 tokens, whose scores alone would take 17 GB per head, in a process of its own.
 
-    ``prepare`` is code that defines ``call(q, k, v)``; the process may grow by a few times the inputs.
+    ``prepare`` is code that defines ``call(q, k, v)``; the process may grow by a few times the inputs, twice as much
+    in the reference, which gathers and computes in float32.
     """
 
     def check(backend, prepare):
@@ -31,6 +36,6 @@ def check_memory():
         ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         grown, one = map(int, ran.stdout.split())
-        assert grown < 24 * one, f"grew by {grown / one:.1f} x the size of q"
+        assert grown < (48 if backend == "reference" else 24) * one, f"grew by {grown / one:.1f} x the size of q"
 
     return check

@@ -499,7 +499,9 @@ def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, capability: in
             return {"BM": 64, "BN": 16, "num_warps": 8, "num_stages": 1}
         return {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
     # operands of the matrix unit are registers: anything larger spills
-    return {"BM": 32, "BN": 32, "num_warps": 8 if capability == 120 and over == "kv" else 4, "num_stages": 2}
+    if capability == 120 and over == "kv":
+        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+    return {"BM": 32, "BN": 32, "num_warps": 4, "num_stages": 2}
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
