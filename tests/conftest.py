@@ -85,7 +85,64 @@ def triton_backend():
         yield
 
 
-@pytest.fixture(scope="session")
-def device():
-    """Where kernels run in this session: a GPU if there is one."""
-    return torch.device("cuda" if HAS_GPU else "cpu")
+def backend_params(kernel, slow_in_interpreter=False):
+    """(backend, device) for every backend of a kernel, as test parameters."""
+    from tilefuse import library, native
+
+    slow = [pytest.mark.slow] * slow_in_interpreter
+    no_cuda = native.load("cuda").missing
+    known = {
+        "reference": [pytest.param(("reference", "cpu"), id="reference")],
+        "cpu": [pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library)],
+        "triton": [
+            pytest.param(("triton", "cpu"), id="interpreter", marks=slow),
+            pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
+        ],
+        "cuda": [
+            pytest.param(
+                ("cuda", "cuda"),
+                id="cuda",
+                marks=[pytest.mark.gpu, pytest.mark.skipif(bool(no_cuda), reason=str(no_cuda))],
+            )
+        ],
+    }
+    backends = library.kernels()[kernel].backends
+    return [param for name, params in known.items() if name in ("reference", *backends) for param in params]
+
+
+def pytest_generate_tests(metafunc):
+    """A module names its kernel in KERNEL and, for gradients, BACKWARD."""
+    slow, on_gpu = (metafunc.definition.get_closest_marker(m) is not None for m in ("slow_in_interpreter", "gpu"))
+    own = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    own = {name.strip() for names in own for name in (names.split(",") if isinstance(names, str) else names)}
+    for fixture, name in (("device", "KERNEL"), ("where", "KERNEL"), ("grad_where", "BACKWARD")):
+        kernel = getattr(metafunc.module, name, None)
+        if fixture in metafunc.fixturenames and fixture not in own and kernel:
+            params = [p for p in backend_params(kernel, slow) if p.values[0][1] == "cuda" or not on_gpu]
+            metafunc.parametrize(fixture, params, indirect=True)
+
+
+def _forced(request):
+    import tilefuse
+
+    name, device = request.param
+    with tilefuse.backend(name):
+        yield device
+
+
+@pytest.fixture
+def device(request):
+    """Runs the test once per backend of KERNEL, which is forced; the value is the device its tensors live on."""
+    yield from _forced(request)
+
+
+@pytest.fixture
+def where(request):
+    """The same."""
+    yield from _forced(request)
+
+
+@pytest.fixture
+def grad_where(request):
+    """The same for the backends of BACKWARD."""
+    yield from _forced(request)

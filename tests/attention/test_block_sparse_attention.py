@@ -13,28 +13,11 @@ from tilefuse.testing.inputs.attention.block_sparse_attention import cases, list
 from tilefuse.testing.inputs.attention.dense import dense_attention, dense_blocks
 from tilefuse.testing.inputs.attention.window_attention import normal, qkv
 
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-]
-# everywhere but in the interpreter, where the same code paths run in the other tests
-QUICK = pytest.mark.parametrize(
-    "device",
-    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
-    indirect=True,
-)
+KERNEL = "block_sparse_attention_fwd"
+# the same code paths run in the other tests
+QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 GRADS = ("q", "k", "v")
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32):
@@ -380,7 +363,7 @@ def test_errors(arg, kind, args, options):
             call(*args, **{"block_size": 16, **options})
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)])
 def test_memory_is_linear(backend, check_memory):
     prepare = """
 def call(q, k, v):

@@ -9,28 +9,11 @@ from tilefuse.testing.inputs.attention.dense import dense_global
 from tilefuse.testing.inputs.attention.global_attention import cases
 from tilefuse.testing.inputs.attention.window_attention import normal, qkv
 
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-]
-# everywhere but in the interpreter, where the same code paths run in the other tests
-QUICK = pytest.mark.parametrize(
-    "device",
-    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
-    indirect=True,
-)
+KERNEL = "global_attention_fwd"
+# the same code paths run in the other tests
+QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 GRADS = ("q", "k", "v", "q_global", "k_global", "v_global")
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32):
@@ -324,7 +307,7 @@ def test_errors(arg, kind, args, options):
             call(*args, **{"window": (3, 3), **options})
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)])
 def test_memory_is_linear(backend, check_memory):
     prepare = """
 index = torch.arange(0, 65536, 4096)[None]

@@ -10,27 +10,10 @@ from tilefuse.testing.inputs.attention.dense import dense_attention
 from tilefuse.testing.inputs.attention.paged_attention import FP8, cases, paged
 from tilefuse.testing.inputs.attention.window_attention import normal
 
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-]
-# everywhere but in the interpreter, where the same code paths run in the other tests
-QUICK = pytest.mark.parametrize(
-    "device",
-    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
-    indirect=True,
-)
+KERNEL = "paged_attention_fwd"
+# the same code paths run in the other tests
+QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32):

@@ -11,29 +11,12 @@ from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.attention.dense import dense_attention, dense_window
 from tilefuse.testing.inputs.attention.window_attention import cases, normal, qkv
 
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-]
-# everywhere but in the interpreter, where the same code paths run in the other tests
-QUICK = pytest.mark.parametrize(
-    "device",
-    [*BACKENDS[:2], pytest.param(("triton", "cpu"), id="interpreter", marks=pytest.mark.slow), BACKENDS[3]],
-    indirect=True,
-)
+KERNEL = "window_attention_fwd"
+# the same code paths run in the other tests
+QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 HALF = [torch.bfloat16, torch.float16]
 GRADS = ("q", "k", "v", "sinks")
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32):
@@ -171,7 +154,7 @@ def semantics(device, lengths, windows, dilations, sinks):
 SIDES = [-1, 0, 1, 2, 5]
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)])
 def test_4_window_semantics_exhaustively(backend):
     lengths = [(1, 1), (1, 5), (5, 2), (4, 7), (6, 6)]
     with tilefuse.backend(backend):
@@ -179,7 +162,7 @@ def test_4_window_semantics_exhaustively(backend):
 
 
 @pytest.mark.parametrize(
-    "backend", [pytest.param("reference", marks=pytest.mark.slow), pytest.param("cpu", marks=BACKENDS[1].marks)]
+    "backend", [pytest.param("reference", marks=pytest.mark.slow), pytest.param("cpu", marks=pytest.mark.cpu_library)]
 )
 def test_4_window_semantics_across_tiles(backend):
     """Edges of the window at, just before and just after the edges of tiles."""
@@ -513,7 +496,7 @@ def test_14_more_than_two_to_the_31_elements():
     torch.testing.assert_close(out[:, -64:, -2:], tail)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=BACKENDS[1].marks)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)])
 def test_memory_is_linear(backend, check_memory):
     check_memory(
         backend, "call = lambda q, k, v: tilefuse.window_attention(q, k, v, window=(127, 0), sink_tokens=4)"

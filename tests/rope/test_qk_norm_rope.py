@@ -5,23 +5,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
-from tilefuse import native
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.rope.qk_norm_rope import cases
 from tilefuse.testing.inputs.rope.rope import normal, tables
 
-CUDA_MISSING = native.load("cuda").missing
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-    pytest.param(
-        ("cuda", "cuda"),
-        id="cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
-    ),
-]
+KERNEL = "qk_norm_rope_fwd"
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
 CASES_AND_DTYPES = [
@@ -30,14 +18,6 @@ CASES_AND_DTYPES = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     if dtype != torch.float16 or name in ("batched", "packed", "dim96_30_66")
 ]
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32):

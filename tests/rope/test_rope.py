@@ -5,22 +5,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
-from tilefuse import native
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.rope.rope import cases, in_place, normal, packed_qkv, tables
 
-CUDA_MISSING = native.load("cuda").missing
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-    pytest.param(
-        ("cuda", "cuda"),
-        id="cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
-    ),
-]
+KERNEL = "rope_qk_fwd"
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
 CASES_AND_DTYPES = [
@@ -29,14 +17,6 @@ CASES_AND_DTYPES = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     if dtype != torch.float16 or name in ("batched", "packed", "factor", "dim96_30_66")
 ]
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32):
@@ -209,10 +189,7 @@ def test_13_mrope_of_equal_rows_is_rope(alternate, device):
     assert_bit_equal(out, tilefuse.rope(q, cos, sin, positions))
 
 
-ON_GPU = pytest.mark.parametrize("device", [b for b in BACKENDS if b.values[0][1] == "cuda"], indirect=True)
-
-
-@ON_GPU
+@pytest.mark.gpu
 def test_15_graph_capture(device):
     """A captured call follows what its inputs hold at replay: no host read of positions, no host allocation."""
     q, k, (cos, sin, positions), _ = case("positions_packed", device, torch.bfloat16)
@@ -231,7 +208,7 @@ def test_15_graph_capture(device):
         assert_bit_equal(captured, eager)
 
 
-@ON_GPU
+@pytest.mark.gpu
 def test_15_launches_go_to_the_current_stream(device):
     q, k, rest, _ = case("packed_qkv", device, torch.bfloat16)
     expected = tilefuse.rope_qk(q, k, *rest)
@@ -248,7 +225,7 @@ def test_15_launches_go_to_the_current_stream(device):
         assert_bit_equal(a, b)
 
 
-@ON_GPU
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_15_second_gpu(device):
     q, k, rest, _ = case("batched", "cuda:1", torch.bfloat16)

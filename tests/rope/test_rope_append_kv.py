@@ -5,23 +5,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
-from tilefuse import native
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.rope.rope import normal, tables
 from tilefuse.testing.inputs.rope.rope_append_kv import cases
 
-CUDA_MISSING = native.load("cuda").missing
-BACKENDS = [
-    pytest.param(("reference", "cpu"), id="reference"),
-    pytest.param(("cpu", "cpu"), id="cpu", marks=pytest.mark.cpu_library),
-    pytest.param(("triton", "cpu"), id="interpreter"),
-    pytest.param(("triton", "cuda"), id="triton", marks=pytest.mark.gpu),
-    pytest.param(
-        ("cuda", "cuda"),
-        id="cuda",
-        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
-    ),
-]
+KERNEL = "rope_append_kv_fwd"
 E4M3 = torch.float8_e4m3fn
 CASES = [case[0] for case in cases("cpu", torch.float32, torch.bfloat16)]
 DTYPES = [
@@ -32,14 +20,6 @@ DTYPES = [
     (torch.bfloat16, E4M3),
     (torch.float32, E4M3),
 ]
-
-
-@pytest.fixture(params=BACKENDS)
-def device(request):
-    """Runs the test once per backend; the value is the device its tensors live on."""
-    name, where = request.param
-    with tilefuse.backend(name):
-        yield where
 
 
 def case(name, device="cpu", dtype=torch.float32, cache_dtype=torch.bfloat16):
