@@ -100,6 +100,13 @@ def test_5_more_experts_than_registers_hold(experts, where):
         assert_same_routing(tilefuse.moe_route(logits, top_k=6), expected)
 
 
+def test_5_cuda_refuses_the_gradient_of_more_experts_too():
+    refuses = tilefuse.library.kernels()["moe_route_bwd"].when["cuda"]
+    for experts, reason in ((1024, None), (1025, "takes at most 1024 experts")):
+        logits = torch.empty(2, experts)
+        assert refuses(torch.empty(2, 3), logits, torch.empty(2, 3, dtype=torch.int32)) == reason
+
+
 def test_1_no_tokens(where):
     logits = torch.zeros(0, 16, device=where, requires_grad=True)
     weights, ids = tilefuse.moe_route(logits, top_k=3)
