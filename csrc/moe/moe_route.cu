@@ -1,4 +1,4 @@
-// Launch and registration of moe_route.
+// Launch and registration of moe_route and its gradient.
 #include "moe/moe_route.cuh"
 
 #include <optional>
@@ -8,6 +8,12 @@
 #include "common/launch.h"
 
 namespace tilefuse {
+
+static RouteScore score_of(const std::string& name) {
+  if (name == "softmax") return RouteScore::softmax;
+  if (name == "sigmoid") return RouteScore::sigmoid;
+  return name == "sqrtsoftplus" ? RouteScore::sqrtsoftplus : RouteScore::none;
+}
 
 static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Tensor> bias, int64_t top_k,
                                                 std::string score, bool renormalize, int64_t n_group,
@@ -27,10 +33,7 @@ static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Ten
   p.top_k = static_cast<int>(top_k);
   p.groups = static_cast<int>(n_group);
   p.topk_group = static_cast<int>(topk_group);
-  p.score = score == "softmax"        ? RouteScore::softmax
-            : score == "sigmoid"      ? RouteScore::sigmoid
-            : score == "sqrtsoftplus" ? RouteScore::sqrtsoftplus
-                                      : RouteScore::none;
+  p.score = score_of(score);
   p.renormalize = renormalize;
   p.top2 = group_score == "top2";
   p.nan_zero = nan_policy == "zero";
@@ -45,12 +48,44 @@ static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Ten
   return {weights, ids};
 }
 
+static Tensor moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, std::string score, bool renormalize, double scale,
+                            std::string nan_policy) {
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  if (logits.size(0) == 0) return out;
+  RouteBackwardParams p{};
+  p.grad = pointer<const float>(grad);
+  p.logits = logits.data_ptr();
+  p.stride = stride_or_zero(logits, 0);
+  p.ids = pointer<const int>(ids);
+  p.grad_logits = out.data_ptr();
+  p.tokens = logits.size(0);
+  p.experts = static_cast<int>(logits.size(1));
+  p.top_k = static_cast<int>(ids.size(1));
+  p.score = score_of(score);
+  p.renormalize = renormalize;
+  p.nan_zero = nan_policy == "zero";
+  p.scale = static_cast<float>(scale);
+  const CudaCall call(logits);
+  const unsigned blocks = grid_size(p.tokens, kRouteWarps);
+  const int shared = route_backward_shared_bytes(p.experts, p.top_k);
+  TILEFUSE_BY_CUDA_DTYPE(dtype_of(logits), T,
+                         { moe_route_bwd_kernel<T><<<blocks, 32 * kRouteWarps, shared, call.stream>>>(p); });
+  call.check("moe_route");
+  return out;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
   m.def(
       "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, str score, bool renormalize, int n_group,"
       " int topk_group, str group_score, float scale, str nan_policy) -> (Tensor, Tensor)");
+  m.def(
+      "moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, str score, bool renormalize, float scale,"
+      " str nan_policy) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("moe_route_fwd", TORCH_BOX(&moe_route_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {
+  m.impl("moe_route_fwd", TORCH_BOX(&moe_route_fwd));
+  m.impl("moe_route_bwd", TORCH_BOX(&moe_route_bwd));
+}
 
 }  // namespace tilefuse

@@ -1,4 +1,4 @@
-// moe_route for decode: one warp routes one row, a lane holds experts lane, lane + 32, ...
+// moe_route for decode, and its gradient: one warp per row, a lane takes experts lane, lane + 32, ...
 #pragma once
 
 #include "common/cuda.cuh"
@@ -20,6 +20,19 @@ struct RouteParams {
   float scale;
 };
 
+struct RouteBackwardParams {
+  const float* grad;  // [T, k]
+  const void* logits;
+  int64_t stride;     // of a row
+  const int* ids;     // [T, k], as the forward wrote them: distinct and in range whatever the logits hold
+  void* grad_logits;  // [T, E]
+  int64_t tokens;
+  int experts, top_k;
+  RouteScore score;
+  bool renormalize, nan_zero;
+  float scale;
+};
+
 constexpr int kRouteWarps = 4;
 constexpr int kRouteMaxExperts = 1024;
 constexpr float kNegInf = -__builtin_inff();
@@ -31,6 +44,11 @@ constexpr long long kTaken = -9223372036854775807ll - 1;
 // dynamic shared memory of a block: for each warp the groups' keys and flags, and the chosen scores
 __host__ __device__ inline int route_shared_bytes(int groups, int top_k) {
   return kRouteWarps * (2 * groups + top_k) * 4;
+}
+
+// the backward's: for each warp a value per expert and the chosen scores
+__host__ __device__ inline int route_backward_shared_bytes(int experts, int top_k) {
+  return kRouteWarps * (experts + top_k) * 4;
 }
 
 __device__ __forceinline__ int route_key(float x) {
@@ -199,6 +217,82 @@ __global__ void __launch_bounds__(32 * kRouteWarps) moe_route_kernel(const __gri
   if (row >= p.tokens) return;
   int* mine = shared + warp * (2 * p.groups + p.top_k);
   route_row<T, PerLane>(p, row, mine, mine + p.groups, reinterpret_cast<float*>(mine + 2 * p.groups));
+}
+
+// `value` [E] holds the softmax scores, then the gradient; a lane reads and writes its own experts but for the chosen
+template <typename T>
+__device__ __forceinline__ void route_backward_row(const RouteBackwardParams& p, int64_t row, float* value,
+                                                   float* chosen) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const T* source = static_cast<const T*>(p.logits) + row * p.stride;
+  const float* grad = p.grad + row * p.top_k;
+  const int* ids = p.ids + row * p.top_k;
+  const bool softmax = p.score == RouteScore::softmax;
+  if (softmax) {
+    float top = kNegInf, sum = 0.0f;
+    for (int expert = lane; expert < p.experts; expert += 32) {
+      value[expert] = to_float(source[expert]);
+      top = fmaxf(top, value[expert]);  // ignores NaN
+    }
+    top = warp_max(top);
+    for (int expert = lane; expert < p.experts; expert += 32) {
+      value[expert] = expf(value[expert] - top);
+      sum += value[expert];
+    }
+    sum = warp_sum(sum);
+    for (int expert = lane; expert < p.experts; expert += 32) value[expert] /= sum;
+    __syncwarp();
+  }
+
+  float total = 0.0f, dot = 0.0f;
+  for (int j = lane; j < p.top_k; j += 32) {
+    chosen[j] = softmax ? value[ids[j]] : route_score(to_float(source[ids[j]]), p.score);
+    total += chosen[j];
+    dot += grad[j] * p.scale * chosen[j];
+  }
+  total = warp_sum(total) + 1e-20f;
+  dot = warp_sum(dot);
+  // the sum of s_i ds_i; renormalised weights do not move with a common factor, up to eps
+  float inner = 0.0f;
+  if (softmax) inner = p.renormalize ? dot * 1e-20f / (total * total) : dot;
+  __syncwarp();
+  // elementwise scores leave the experts that were not chosen at exactly 0, whatever their logits hold
+  for (int expert = lane; expert < p.experts; expert += 32) {
+    value[expert] = softmax ? value[expert] * (0.0f - inner) : 0.0f;
+  }
+  __syncwarp();
+
+  bool bad = false;
+  for (int j = lane; j < p.top_k; j += 32) {
+    const float score = chosen[j];
+    const float weight = (p.renormalize ? score / total : score) * p.scale;
+    bad = bad || weight != weight;
+    float d = grad[j] * p.scale;
+    if (p.renormalize) d = (d - dot / total) / total;
+    float slope = 1.0f;
+    if (softmax) slope = score;
+    if (p.score == RouteScore::sigmoid) slope = score * (1.0f - score);
+    if (p.score == RouteScore::sqrtsoftplus) {
+      slope = score == 0.0f ? 0.0f : route_score(to_float(source[ids[j]]), RouteScore::sigmoid) / (2.0f * score);
+    }
+    value[ids[j]] = slope * (d - inner);
+  }
+  bad = __any_sync(kFullWarp, bad) && p.nan_zero;
+  __syncwarp();
+  T* target = static_cast<T*>(p.grad_logits) + row * p.experts;
+  for (int expert = lane; expert < p.experts; expert += 32) target[expert] = from_float<T>(bad ? 0.0f : value[expert]);
+}
+
+// any number of experts, launched like moe_route_kernel
+template <typename T>
+__global__ void __launch_bounds__(32 * kRouteWarps)
+    moe_route_bwd_kernel(const __grid_constant__ RouteBackwardParams p) {
+  TILEFUSE_DYNAMIC_SHARED(float, shared);
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRouteWarps + warp;
+  if (row >= p.tokens) return;
+  float* mine = shared + warp * (p.experts + p.top_k);
+  route_backward_row<T>(p, row, mine, mine + p.experts);
 }
 
 // calls launch(kernel) with the kernel that holds this many experts

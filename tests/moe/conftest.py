@@ -13,12 +13,9 @@ BACKENDS = [
 
 
 def pytest_generate_tests(metafunc):
-    """``grad_where`` is for tests of a backward, which CUDA C++ lacks."""
     if "where" in metafunc.fixturenames:
         cuda = [pytest.param(("cuda", "cuda"), id="cuda", marks=pytest.mark.gpu)]
         metafunc.parametrize("where", BACKENDS + cuda * hasattr(metafunc.module, "CUDA"), indirect=True)
-    if "grad_where" in metafunc.fixturenames:
-        metafunc.parametrize("grad_where", BACKENDS, indirect=True)
 
 
 @pytest.fixture
@@ -27,9 +24,6 @@ def where(request):
     name, device = request.param
     with tilefuse.backend(name):
         yield device
-
-
-grad_where = where
 
 
 @pytest.fixture

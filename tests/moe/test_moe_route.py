@@ -100,8 +100,15 @@ def test_5_more_experts_than_registers_hold(experts, where):
         assert_same_routing(tilefuse.moe_route(logits, top_k=6), expected)
 
 
-def test_1_no_tokens(grad_where):
-    logits = torch.zeros(0, 16, device=grad_where, requires_grad=True)
+def test_5_cuda_refuses_the_gradient_of_more_experts_too():
+    refuses = tilefuse.library.kernels()["moe_route_bwd"].when["cuda"]
+    for experts, reason in ((1024, None), (1025, "takes at most 1024 experts")):
+        logits = torch.empty(2, experts)
+        assert refuses(torch.empty(2, 3), logits, torch.empty(2, 3, dtype=torch.int32)) == reason
+
+
+def test_1_no_tokens(where):
+    logits = torch.zeros(0, 16, device=where, requires_grad=True)
     weights, ids = tilefuse.moe_route(logits, top_k=3)
     assert weights.shape == ids.shape == (0, 3) and ids.dtype == torch.int32
     weights.sum().backward()
@@ -219,9 +226,9 @@ def test_18_gradcheck(score, renormalize):
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_18_backward_matches_reference(score, renormalize, dtype, grad_where):
-    logits = special_rows(24, grad_where).to(dtype).requires_grad_()
-    grad = torch.randn(9, 6, device=grad_where)
+def test_18_backward_matches_reference(score, renormalize, dtype, where):
+    logits = special_rows(24, where).to(dtype).requires_grad_()
+    grad = torch.randn(9, 6, device=where)
     for policy in ("propagate", "zero"):
 
         def gradient(policy=policy):
@@ -238,14 +245,14 @@ def test_18_backward_matches_reference(score, renormalize, dtype, grad_where):
             assert not actual.isnan().any()
         if renormalize:
             chosen = tilefuse.moe_route(logits.detach(), top_k=6, score=score)[1].long()
-            others = torch.ones(9, 24, device=grad_where).scatter_(1, chosen, 0).bool()
+            others = torch.ones(9, 24, device=where).scatter_(1, chosen, 0).bool()
             others[1:8] = False
             # exactly 0, but for softmax's 1e-20 in the denominator
             assert actual[others].abs().max() <= (1e-15 if score == "softmax" else 0)
 
 
-def test_18_bias_gets_no_gradient(grad_where):
-    logits, bias, options = model_case("deepseek_v3", 4, grad_where)
+def test_18_bias_gets_no_gradient(where):
+    logits, bias, options = model_case("deepseek_v3", 4, where)
     bias.requires_grad_()
     assert not tilefuse.moe_route(logits, bias, **options)[0].requires_grad
     weights, ids = tilefuse.moe_route(logits.requires_grad_(), bias, **options)
@@ -254,8 +261,8 @@ def test_18_bias_gets_no_gradient(grad_where):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
-def test_13_14_repeatable_and_batch_invariant(name, grad_where, repeats):
-    logits, bias, options = model_case(name, 20, grad_where)
+def test_13_14_repeatable_and_batch_invariant(name, where, repeats):
+    logits, bias, options = model_case(name, 20, where)
     logits.requires_grad_()
 
     def run(x):
@@ -263,7 +270,7 @@ def test_13_14_repeatable_and_batch_invariant(name, grad_where, repeats):
         return weights.detach(), ids, torch.autograd.grad(weights, x, torch.ones_like(weights))[0]
 
     first = run(logits)
-    for _ in range(repeats(grad_where)):
+    for _ in range(repeats(where)):
         for a, b in zip(run(logits), first):
             assert_bit_equal(a, b)
     for rows in (slice(3, 4), slice(5, 18)):

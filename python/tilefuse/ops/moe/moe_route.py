@@ -69,9 +69,9 @@ def _bwd_fake(grad, logits, ids, score, renormalize, scale, nan_policy):
     return logits.new_empty(logits.shape)
 
 
-def _few_experts(most):
-    def refuse(logits, *_):
-        return f"takes at most {most} experts" if logits.shape[1] > most else None
+def _few_experts(most, position=0):
+    def refuse(*args):
+        return f"takes at most {most} experts" if args[position].shape[1] > most else None
 
     return refuse
 
@@ -89,6 +89,8 @@ moe_route_bwd = kernel(
     " str nan_policy) -> Tensor",
     module="moe/moe_route",
     fake=_bwd_fake,
+    backends=("reference", "cpu", "triton", "cuda"),
+    when={"cuda": _few_experts(1024, position=1)},
     dtype_arg=1,
 )
 
