@@ -111,6 +111,8 @@ static inline void block_product(const W* a, const W* b, int64_t row_step, int64
       for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
         for (int v = 0; v < kV; ++v) acc[r][v] = multiply_add(row[r * row_step], at + v * kWidth, acc[r][v]);
+      // gcc would write a second loop for depth_step = 1, and keep what the two share in memory
+      asm("" : "+r"(row));
     }
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r)

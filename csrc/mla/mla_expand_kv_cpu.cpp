@@ -22,8 +22,13 @@ struct ExpandGradient {
   int64_t k_token, k_head, v_token, v_head, latent_stride, weight_stride;
   Dtype dtype;
   int64_t tokens, heads, rank, nope, v_dim, rope;
+  // tokens of one item of work
+  int64_t block_tokens;
   void *grad_latent, *grad_weight;
 };
+
+// most tokens whose sums one item of work keeps
+constexpr int64_t kMostTokens = 288;
 
 namespace TILEFUSE_ISA {
 
@@ -109,32 +114,29 @@ static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
   if (call.stream) stream_done();
 }
 
-// one panel of columns of a block of tokens' gradient, summed over the heads in order; the last item of a block is
-// the part that all heads share
+// one panel of columns of a block of tokens' gradient, summed over the heads in order, and a share of the part that all
+// heads read
 template <typename T>
 static void expand_latent_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const int64_t panels = (call.rank + kColumns - 1) / kColumns, width = call.rank + call.rope;
   const int64_t widest = words(call.nope > call.v_dim ? call.nope : call.v_dim, Operand<T>::per_word);
-  Scratch scratch(4 * (widest * (kColumns + kResultRows) + kColumns * kItemTokens + call.rope) + 512);
+  Scratch scratch(4 * (widest * (kColumns + kResultRows) + kColumns * call.block_tokens + call.rope) + 512);
   W* columns = scratch.take<W>(widest * kColumns);
   W* rows = scratch.take<W>(widest * kResultRows);
-  float* c = scratch.take<float>(kColumns * kItemTokens);
+  float* c = scratch.take<float>(kColumns * call.block_tokens);
   float* shared = scratch.take<float>(call.rope);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t first = task / (panels + 1) * kItemTokens, panel = task % (panels + 1);
-    const int64_t tokens = call.tokens - first < kItemTokens ? call.tokens - first : kItemTokens;
+    const int64_t first = task / panels * call.block_tokens, panel = task % panels;
+    const int64_t tokens = call.tokens - first < call.block_tokens ? call.tokens - first : call.block_tokens;
     T* out = static_cast<T*>(call.grad_latent) + first * width;
-    if (panel == panels) {
-      for (int64_t t = 0; t < tokens && call.rope > 0; ++t) {
-        const T* grad = static_cast<const T*>(call.grad_k) + (first + t) * call.k_token + call.nope;
-        std::memset(shared, 0, call.rope * sizeof(float));
-        for (int64_t h = 0; h < call.heads; ++h, grad += call.k_head) {
-          for (int64_t i = 0; i < call.rope; ++i) shared[i] += to_float(grad[i]);
-        }
-        for (int64_t i = 0; i < call.rope; ++i) out[t * width + call.rank + i] = from_float<T>(shared[i]);
+    for (int64_t t = panel * tokens / panels; t < (panel + 1) * tokens / panels && call.rope > 0; ++t) {
+      const T* grad = static_cast<const T*>(call.grad_k) + (first + t) * call.k_token + call.nope;
+      std::memset(shared, 0, call.rope * sizeof(float));
+      for (int64_t h = 0; h < call.heads; ++h, grad += call.k_head) {
+        for (int64_t i = 0; i < call.rope; ++i) shared[i] += to_float(grad[i]);
       }
-      continue;
+      for (int64_t i = 0; i < call.rope; ++i) out[t * width + call.rank + i] = from_float<T>(shared[i]);
     }
     const int64_t r0 = panel * kColumns, n = call.rank - r0 < kColumns ? call.rank - r0 : kColumns;
     const T* weight = static_cast<const T*>(call.weight) + r0;
@@ -262,10 +264,12 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v
   call.grad_latent = grad_latent.mutable_data_ptr();
   call.grad_weight = grad_weight.mutable_data_ptr();
   using namespace baseline;
-  const int64_t blocks = (call.tokens + kItemTokens - 1) / kItemTokens, panels = (call.rank + kColumns - 1) / kColumns;
+  const int64_t blocks = (call.tokens + kMostTokens - 1) / kMostTokens, panels = (call.rank + kColumns - 1) / kColumns;
+  // blocks alike, of whole blocks of the product
+  call.block_tokens = blocks == 0 ? 0 : ((call.tokens + blocks - 1) / blocks + 5) / 6 * 6;
   const int64_t groups = (call.rank + kPanels * kColumns - 1) / (kPanels * kColumns);
   const auto of_latent = mla_expand_latent_gradient_dispatch(), of_weight = mla_expand_weight_gradient_dispatch();
-  parallel_for(0, blocks * (panels + 1), 1, [&](int64_t begin, int64_t end) { of_latent(call, begin, end); });
+  parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) { of_latent(call, begin, end); });
   parallel_for(0, call.heads * groups * 2, 1, [&](int64_t begin, int64_t end) { of_weight(call, begin, end); });
   return {grad_latent, grad_weight};
 }

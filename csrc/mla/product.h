@@ -113,15 +113,18 @@ class TokenSums {
   static constexpr int64_t kPer = Operand<T>::per_word, kChunk = kDepth * kPer;
 
  public:
-  static size_t bytes(int64_t width) { return 4 * (kDepth * (width + kColumns) + width * kColumns * kPanels) + 256; }
+  static size_t bytes(int64_t width) {
+    return 4 * (kDepth * (row_words(width) + kColumns) + width * kColumns * kPanels) + 256;
+  }
 
   // width: the largest of x
   TokenSums(Scratch& scratch, int64_t width)
-      : rows_(scratch.take<W>(kDepth * width)),
+      : rows_(scratch.take<W>(kDepth * row_words(width))),
         columns_(scratch.take<W>(kDepth * kColumns)),
         c_(scratch.take<float>(width * kColumns * kPanels)) {}
 
   void run(const TokenRows<T>& x, const TokenRows<T>& y, int64_t tokens, T* out, int64_t out_stride) {
+    const int64_t step = row_words(x.width);
     if (tokens == 0) std::memset(c_, 0, x.width * kColumns * kPanels * sizeof(float));
     for (int64_t t0 = 0; t0 < tokens; t0 += kChunk) {
       const int64_t count = tokens - t0 < kChunk ? tokens - t0 : kChunk;
@@ -129,12 +132,12 @@ class TokenSums {
         const T* from[kPer];
         const int64_t there = count - t < kPer ? count - t : kPer;
         for (int64_t i = 0; i < there; ++i) from[i] = x.data + (t0 + t + i) * x.stride;
-        pack_values(from, there, x.width, rows_ + t / kPer * x.width);
+        pack_values(from, there, x.width, rows_ + t / kPer * step);
       }
       for (int64_t r0 = 0; r0 < y.width; r0 += kColumns) {
         const int64_t n = y.width - r0 < kColumns ? y.width - r0 : kColumns;
         pack_panel(y.data + t0 * y.stride + r0, y.stride, count, n, columns_);
-        multiply(columns_, rows_, 1, x.width, words(count, kPer), x.width, c_ + r0 * x.width, t0 > 0);
+        multiply(columns_, rows_, 1, step, words(count, kPer), x.width, c_ + r0 * x.width, t0 > 0);
       }
     }
     for (int64_t r0 = 0; r0 < y.width; r0 += kColumns) {
@@ -144,6 +147,9 @@ class TokenSums {
   }
 
  private:
+  // an odd number of cache lines, so that one column's words fall into different sets of the first-level cache
+  static int64_t row_words(int64_t width) { return ((width + 15) / 16 | 1) * 16; }
+
   W *rows_, *columns_;
   float* c_;
 };
