@@ -6,6 +6,7 @@ ahead of the products of this one.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilefuse import arch
+
 from ...reference.attention.block_lists import transpose_lists
+from ..common import aot
 from ..common.flash import (
     LOG2E,
     aot_arguments,
@@ -207,7 +211,7 @@ class Config:
     stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, block_size: int) -> Config:
+def config(kernel: str, head_dim: int, element_size: int, block_size: int, target: str) -> Config:
     """Pieces of ``fwd``, ``dq`` or ``dkdv``, no larger than a block needs."""
     whole = max(16, triton.next_power_of_2(block_size))
     if element_size > 2:
@@ -220,12 +224,14 @@ def config(kernel: str, head_dim: int, element_size: int, block_size: int) -> Co
         m, n, warps, stages = (32, 32, 4, 1) if head_dim > 128 else (64, 64, 4, 2) if head_dim <= 64 else (64, 32, 8, 2)
     else:
         m, n, warps, stages = (32, 64, 4, 2) if head_dim <= 64 else (32, 64 if head_dim <= 128 else 32, 8, 1)
+        if head_dim > 128 and target.startswith("gfx"):
+            m = 16
     return Config(min(m, whole), min(n, whole), warps, stages)
 
 
 def _call(kernel: str, q: Tensor, v: Tensor, block_size: int) -> tuple[Config, dict[str, int]]:
     d, dv = q.shape[-1], v.shape[-1]
-    tile = config(kernel, max(padded(d), padded(dv)), q.element_size(), block_size)
+    tile = config(kernel, max(padded(d), padded(dv)), q.element_size(), block_size, arch.of(q.device))
     return tile, {
         "D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BLOCK": block_size, "BM": tile.block_m,
         "BN": tile.block_n,
@@ -308,27 +314,22 @@ def aot_cases():
             ("bf16", 64, 64, False), ("bf16", 64, 128, True), ("bf16", 128, 64, True), ("fp16", 128, 128, False),
             ("bf16", 256, 64, False), ("fp32", 64, 64, True), ("fp32", 128, 64, False),
         ):  # fmt: skip
-            tile = config(kernel, dim, 4 if dtype == "fp32" else 2, block)
-            constants = {
-                "D": dim,
-                "DV": dim,
-                "BD": dim,
-                "BDV": dim,
-                "BLOCK": block,
-                "BM": tile.block_m,
-                "BN": tile.block_n,
-            }
+            size = 4 if dtype == "fp32" else 2
+            constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "BLOCK": block}
             constants |= {"MASKED": extra, "CAUSAL": extra, "DLSE_GIVEN": extra}
             absent = () if extra else ("KEY_MASK", "DLSE")
-            yield AotCase(
-                f"{kernel}_{dtype}_d{dim}_block{block}{'_masked' * extra}",
-                fn,
-                **aot_arguments(
+            for tile, targets, suffix in aot.tiles(functools.partial(config, kernel, dim, size, block)):
+                constants |= {"BM": tile.block_m, "BN": tile.block_n}
+                yield AotCase(
+                    f"{kernel}_{dtype}_d{dim}_block{block}{'_masked' * extra}{suffix}",
                     fn,
-                    {"": dtype} | types,
-                    {n: x for n, x in constants.items() if n in fn.arg_names},
-                    [n for n in absent if n in fn.arg_names],
-                ),
-                options={"num_warps": tile.warps, "num_stages": tile.stages},
-                expect=("MMA",) if dtype != "fp32" else None,
-            )
+                    **aot_arguments(
+                        fn,
+                        {"": dtype} | types,
+                        {n: x for n, x in constants.items() if n in fn.arg_names},
+                        [n for n in absent if n in fn.arg_names],
+                    ),
+                    options={"num_warps": tile.warps, "num_stages": tile.stages},
+                    targets=targets,
+                    expect=("MMA",) if size == 2 else None,
+                )

@@ -7,6 +7,7 @@ all keys, split over the keys; their results replace the rows' own.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tilefuse import arch
+
 from ...reference.attention.global_attention import global_positions
+from ..common import aot
 from ..common.flash import (
     LOG2E,
     aot_arguments,
@@ -230,15 +234,19 @@ class Config:
     stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, globals_: int) -> Config:
+def config(kernel: str, head_dim: int, element_size: int, globals_: int, target: str) -> Config:
     """Tiles of ``fwd``, ``dq`` or ``dkdv`` of the global rows; few rows take a small tile."""
     rows = max(16, triton.next_power_of_2(globals_))
+    # these need registers that the others do not
+    amd, sm_120 = target.startswith("gfx"), arch.capability(target) == 120
     if element_size > 2:
-        return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
+        return Config(32, 16, 8 if kernel == "dkdv" else 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
     if kernel == "fwd":
-        return Config(min(rows, 64), 64 if head_dim <= 128 else 32, 4 if head_dim <= 64 else 8, 2)
+        wide = head_dim <= 128 and not (sm_120 and head_dim <= 64)
+        return Config(min(rows, 64), 64 if wide else 32, 4 if head_dim <= 64 else 8, 2)
     if kernel == "dq":
-        return Config(min(rows, 64 if head_dim <= 64 else 32), 64 if head_dim <= 128 else 32, 8, 1)
+        wide = head_dim <= 64 or (head_dim <= 128 and not amd)
+        return Config(min(rows, 64 if head_dim <= 64 and not sm_120 else 32), 64 if wide else 32, 8, 1)
     return Config(min(rows, 32), 64 if head_dim <= 128 else 32, 8, 1)
 
 
@@ -263,7 +271,7 @@ def _problem(
 
 def _call(kernel: str, q: Tensor, v: Tensor, globals_: int) -> tuple[Config, dict[str, int]]:
     d, dv = q.shape[-1], v.shape[-1]
-    tile = config(kernel, max(padded(d), padded(dv)), q.element_size(), globals_)
+    tile = config(kernel, max(padded(d), padded(dv)), q.element_size(), globals_, arch.of(q.device))
     constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
     return tile, constants | {"num_warps": tile.warps, "num_stages": tile.stages}
 
@@ -379,29 +387,24 @@ def aot_cases():
             ("bf16", 256, 16),
             ("fp32", 64, 16),
         ):
-            tile = config(kernel, dim, 4 if dtype == "fp32" else 2, count)
-            constants = {
-                "D": dim,
-                "DV": dim,
-                "BD": dim,
-                "BDV": dim,
-                "BM": tile.block_m,
-                "BN": tile.block_n,
-                "CHUNK": CHUNK,
-            }
+            size = 4 if dtype == "fp32" else 2
+            constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "CHUNK": CHUNK}
             constants |= {"MASKED": True, "CAUSAL": False, "DLSE_GIVEN": False, "ADD_K": True, "ADD_V": True}
-            yield AotCase(
-                f"{kernel}_{dtype}_d{dim}_g{count}",
-                fn,
-                **aot_arguments(
+            for tile, targets, suffix in aot.tiles(functools.partial(config, kernel, dim, size, count)):
+                constants |= {"BM": tile.block_m, "BN": tile.block_n}
+                yield AotCase(
+                    f"{kernel}_{dtype}_d{dim}_g{count}{suffix}",
                     fn,
-                    {"": dtype} | types,
-                    {n: x for n, x in constants.items() if n in fn.arg_names},
-                    [n for n in ("DLSE",) if n in fn.arg_names],
-                ),
-                options={"num_warps": tile.warps, "num_stages": tile.stages},
-                expect=("MMA",) if dtype != "fp32" else None,
-            )
+                    **aot_arguments(
+                        fn,
+                        {"": dtype} | types,
+                        {n: x for n, x in constants.items() if n in fn.arg_names},
+                        [n for n in ("DLSE",) if n in fn.arg_names],
+                    ),
+                    options={"num_warps": tile.warps, "num_stages": tile.stages},
+                    targets=targets,
+                    expect=("MMA",) if size == 2 else None,
+                )
     yield AotCase(
         "sum_bf16_d64",
         _rows_sum_kernel,

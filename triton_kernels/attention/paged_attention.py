@@ -6,6 +6,7 @@ each key once.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -13,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import tuned
+from tilefuse import arch
+
+from ..common import aot, tuned
 from ..common.flash import (
     LN2,
     LOG2E,
@@ -171,12 +174,14 @@ class Config:
     stages: int
 
 
-def config(head_dim: int, element_size: int, rows: int) -> Config:
-    """``rows`` = Sq * group; a matrix tile has at least 16."""
+def config(head_dim: int, element_size: int, rows: int, target: str) -> Config:
+    """``rows`` = Sq * group; a matrix tile has at least 16. Where 64 keys at a time spill, 32 are read."""
     block_m = min(max(16, triton.next_power_of_2(rows)), 64 if head_dim <= 128 else 32)
     if element_size > 2:
         return Config(min(block_m, 32), 32 if head_dim <= 128 else 16, 4, 1)
-    return Config(block_m, 64 if head_dim <= 128 else 32, 8 if block_m == 64 else 4, 2)
+    capability = arch.capability(target)
+    short = head_dim > 64 and (capability == 120 or (block_m == 64 and (capability == 100 or target.startswith("gfx"))))
+    return Config(block_m, 32 if short or head_dim > 128 else 64, 8 if block_m == 64 else 4, 2)
 
 
 # what `python -m tilefuse tune` tries
@@ -206,7 +211,7 @@ def paged_attention_fwd(
     left, right = (UNBOUNDED.value if w < 0 else min(w, UNBOUNDED.value) for w in (left, right))
     padded_dim, rows = max(padded(dim), padded(dim_v)), sq * group
     key = f"d={padded_dim},bytes={k_cache.element_size()},rows<={min(64, triton.next_power_of_2(rows))}"
-    tile = tuned.choose("paged_attention", key, q.device, config(padded_dim, q.element_size(), rows))
+    tile = tuned.choose("paged_attention", key, q.device, config(padded_dim, q.element_size(), rows, arch.of(q.device)))
     max_keys = block_table.shape[1] * page_size
     span = min(max_keys, left + right + 1 + tile.block_m // group + 1)
     chunks = max(1, triton.cdiv(span, CHUNK))
@@ -245,18 +250,21 @@ def aot_cases():
         ("bf16", 128, 64, False, False), ("bf16", 256, 8, False, False), ("bf16", 128, 8, True, True),
         ("fp32", 64, 8, False, False), ("fp32", 128, 8, False, False),
     ):  # fmt: skip
-        tile = config(dim, 4 if dtype == "fp32" else 2, rows)
-        constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "BM": tile.block_m, "BN": tile.block_n, "CHUNK": CHUNK}
+        size = 4 if dtype == "fp32" else 2
+        constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "CHUNK": CHUNK}
         constants |= {"FP8": fp8, "SINK": False, "ALIBI": extra, "SOFTCAP": extra}
         absent = ["SINKS", *(() if extra else ("SLOPES",))]
         caches = {"K": "u8", "V": "u8"} if fp8 else {}
-        yield AotCase(
-            f"chunk_{dtype}_d{dim}_rows{rows}{'_fp8' * fp8}",
-            _chunk_kernel,
-            **aot_arguments(_chunk_kernel, {"": dtype} | types | caches, constants, absent),
-            options={"num_warps": tile.warps, "num_stages": tile.stages},
-            expect=("MMA",) if dtype != "fp32" else None,
-        )
+        for tile, targets, suffix in aot.tiles(functools.partial(config, dim, size, rows)):
+            constants |= {"BM": tile.block_m, "BN": tile.block_n}
+            yield AotCase(
+                f"chunk_{dtype}_d{dim}_rows{rows}{'_fp8' * fp8}{suffix}",
+                _chunk_kernel,
+                **aot_arguments(_chunk_kernel, {"": dtype} | types | caches, constants, absent),
+                options={"num_warps": tile.warps, "num_stages": tile.stages},
+                targets=targets,
+                expect=("MMA",) if size == 2 else None,
+            )
     yield AotCase(
         "merge_bf16_d128",
         _merge_kernel,

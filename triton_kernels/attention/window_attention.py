@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import tuned
+from tilefuse import arch
+
+from ..common import aot, tuned
 from ..common.flash import (
     LOG2E,
     aot_arguments,
@@ -652,16 +654,19 @@ class Config:
     stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int) -> Config:
-    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``: the largest that spills on no architecture.
+def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int, target: str) -> Config:
+    """Tile shape of ``fwd``, ``dq``, ``dkdv`` or ``prefix``: the largest that does not spill.
 
     Args:
         head_dim: the larger padded one of k and v.
         span: keys of a window; a narrow one wastes less of a small tile.
         extras: how many of mask, bias, soft cap, dilation, packing, prefix and ragged head dim cost registers.
+        target: the architecture; most share a tile.
     """
+    amd, capability = target.startswith("gfx"), arch.capability(target)
+    over_keys = kernel in ("dkdv", "prefix")
     if element_size > 2:
-        return Config(32 if head_dim <= 64 else 16, 16, 4 if head_dim <= 64 or kernel == "dkdv" else 8, 1)
+        return Config(32 if head_dim <= 64 else 16, 16, 8 if (head_dim <= 64) == over_keys else 4, 1)
     if kernel == "fwd":
         if head_dim <= 64:
             return Config(64, 64, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 3)
@@ -669,16 +674,22 @@ def config(kernel: str, head_dim: int, element_size: int, span: int, extras: int
             return Config(64, 32, 4, 2) if extras or span <= 256 else Config(128, 64, 8, 2)
         return Config(64, 32, 8, 2)
     if kernel == "dq":
-        if head_dim <= 64:
-            return Config(64, 64, 8, 2)
-        return Config(64, 64, 8, 2) if head_dim <= 128 else Config(32, 32, 4, 1)
-    if kernel == "dkdv":
-        if head_dim <= 64:
-            return Config(32, 64, 8, 1)
-        if head_dim <= 128:
-            return Config(32, 64, 8, 1 if extras else 2) if extras < 3 else Config(32, 32, 8, 1)
-        return Config(32, 32, 8, 1)
-    return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
+        if head_dim > 128:
+            return Config(32, 32, 4, 1)
+        narrow = amd if head_dim > 64 else extras and (amd or capability == 120)
+        return Config(64, 32 if narrow else 64, 8, 2)
+    if head_dim > 128:
+        return Config(16 if amd else 32, 32, 8, 1)
+    if kernel == "prefix":
+        return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
+    if head_dim <= 64:
+        # with 8 warps the compiler keeps to 128 registers there
+        return Config(32, 64, 4 if extras and capability == 100 else 8, 1)
+    if extras >= 3:
+        return Config(16 if amd else 32, 32, 8, 1)
+    if capability == 100:
+        return Config(64, 64, 8, 1)
+    return Config(32, 64, 8, 1 if extras or amd else 2)
 
 
 # what `python -m tilefuse tune` tries
@@ -761,7 +772,7 @@ class Problem:
             self.dilation > 1, self.softcap > 0, self.prefix.kind > 0,
         )  # fmt: skip
         dim, size, span = max(padded(d), padded(dv)), self.q.element_size(), left + right + 1
-        tile = config(kernel, dim, size, span, sum(extras))
+        tile = config(kernel, dim, size, span, sum(extras), arch.of(self.q.device))
         key = f"d={dim},bytes={size},span<={min(4096, triton.next_power_of_2(span))},extras={sum(extras)}"
         return tuned.choose(f"window_attention_{kernel}", key, self.q.device, tile)
 
@@ -937,13 +948,9 @@ def aot_cases():
         d, dv = head_dims
         size = 4 if dtype == "fp32" else 2
         extras = len(set(flags) - {"SINK", "DLSE_GIVEN"}) + ((d, dv) != (padded(d), padded(dv)))
-        tile = config(kernel, max(padded(d), padded(dv)), size, span, extras)
-        constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
-        constants |= {"CHUNK": PREFIX_CHUNK}
+        constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "CHUNK": PREFIX_CHUNK}
         constants |= {f: False for f in ("VARLEN", "DILATED", "SKIP", "SINK", "ALIBI", "SOFTCAP", "DLSE_GIVEN")}
         constants |= {"PREFIX": 0} | flags
-        if fn is _prefix_reduce_kernel:
-            constants["BN"] = 16
         absent = [
             *(() if constants["VARLEN"] else ("CU_Q", "CU_K")),
             *(() if constants["PREFIX"] == 2 else ("PREFIX_AT",)),
@@ -953,33 +960,40 @@ def aot_cases():
             *(() if constants["ALIBI"] else ("SLOPES",)),
             *(() if constants["DLSE_GIVEN"] else ("DLSE",)),
         ]
-        return AotCase(
-            f"{kernel}_{name}",
-            fn,
-            **aot_arguments(
+
+        def choose(target):
+            return config(kernel, max(padded(d), padded(dv)), size, span, extras, target)
+
+        for tile, targets, suffix in aot.tiles(choose):
+            sizes = {"BM": tile.block_m, "BN": 16 if fn is _prefix_reduce_kernel else tile.block_n}
+            yield AotCase(
+                f"{kernel}_{name}{suffix}",
                 fn,
-                {"": dtype} | float32 | index,
-                {n: value for n, value in constants.items() if n in fn.arg_names},
-                [n for n in absent if n in fn.arg_names],
-            ),
-            options={"num_warps": tile.warps, "num_stages": tile.stages},
-            expect=("MMA",) if size == 2 and fn is not _prefix_reduce_kernel else None,
-            allow_spill="192 runs padded to 256: a few values spill outside of the loops" if d == 192 else None,
-        )
+                **aot_arguments(
+                    fn,
+                    {"": dtype} | float32 | index,
+                    {n: value for n, value in (constants | sizes).items() if n in fn.arg_names},
+                    [n for n in absent if n in fn.arg_names],
+                ),
+                options={"num_warps": tile.warps, "num_stages": tile.stages},
+                targets=targets,
+                expect=("MMA",) if size == 2 and fn is not _prefix_reduce_kernel else None,
+                allow_spill="192 runs padded to 256: a few values spill outside of the loops" if d == 192 else None,
+            )
 
     kernels = {"fwd": _fwd_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel, "prefix": _prefix_dkdv_kernel}
     for kernel, fn in kernels.items():
         prefix = {"PREFIX": 1} if kernel == "prefix" else {}
         for head_dims in ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128)):
             name = f"bf16_d{head_dims[0]}" + (f"_dv{head_dims[1]}" if head_dims[0] != head_dims[1] else "")
-            yield case(name, kernel, fn, head_dims, "bf16", 1024, **prefix)
-        yield case("bf16_d64_narrow", kernel, fn, (64, 64), "bf16", 128, SINK=True, **prefix)
-        yield case("bf16_d128_narrow", kernel, fn, (128, 128), "bf16", 128, SINK=True, **prefix)
-        yield case("fp16_d128_packed", kernel, fn, (128, 128), "fp16", 1024, VARLEN=True, ALIBI=True, **prefix)
+            yield from case(name, kernel, fn, head_dims, "bf16", 1024, **prefix)
+        yield from case("bf16_d64_narrow", kernel, fn, (64, 64), "bf16", 128, SINK=True, **prefix)
+        yield from case("bf16_d128_narrow", kernel, fn, (128, 128), "bf16", 128, SINK=True, **prefix)
+        yield from case("fp16_d128_packed", kernel, fn, (128, 128), "fp16", 1024, VARLEN=True, ALIBI=True, **prefix)
         full = {"DILATED": True, "SOFTCAP": True, "ALIBI": True, "DLSE_GIVEN": True, "VARLEN": True, "PREFIX": 1}
-        yield case("bf16_d128_all", kernel, fn, (128, 128), "bf16", 1024, **full)
-        yield case("bf16_d64_global", kernel, fn, (64, 64), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
-        yield case("bf16_d128_global", kernel, fn, (128, 128), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
-        yield case("fp32_d64", kernel, fn, (64, 64), "fp32", 1024, **prefix)
-        yield case("fp32_d128", kernel, fn, (128, 128), "fp32", 1024, **prefix)
-    yield case("reduce_bf16_d128", "prefix", _prefix_reduce_kernel, (128, 128), "bf16", 1024, PREFIX=1)
+        yield from case("bf16_d128_all", kernel, fn, (128, 128), "bf16", 1024, **full)
+        yield from case("bf16_d64_global", kernel, fn, (64, 64), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
+        yield from case("bf16_d128_global", kernel, fn, (128, 128), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
+        yield from case("fp32_d64", kernel, fn, (64, 64), "fp32", 1024, **prefix)
+        yield from case("fp32_d128", kernel, fn, (128, 128), "fp32", 1024, **prefix)
+    yield from case("reduce_bf16_d128", "prefix", _prefix_reduce_kernel, (128, 128), "bf16", 1024, PREFIX=1)

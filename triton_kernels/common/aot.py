@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from tilefuse import arch
+
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+
+
+def tiles(choose: Callable[[str], Any]) -> Iterator[tuple[Any, tuple[str, ...], str]]:
+    """(tile, targets, suffix for a case's name) of each tile that ``choose(target)`` takes on some target."""
+    found: dict[Any, list[str]] = {}
+    for target in arch.COMPILE_TARGETS:
+        found.setdefault(choose(target), []).append(target)
+    for number, (tile, targets) in enumerate(found.items()):
+        yield tile, tuple(targets), f"_{targets[0]}" if number else ""
 
 
 def case(

@@ -501,6 +501,7 @@ def aot_cases():
             config = tile(heads, rank, itemsize, is_fp8, sparse, target)
             targets_of.setdefault((is_fp8 and target in fp8.CAST_TARGETS[True], *config.items()), []).append(target)
         for (native, *config), targets in targets_of.items():
+            amd = targets[0].startswith("gfx")
             if direct and dict(config)["BM"] == 64:
                 continue
             constants = {
@@ -510,7 +511,7 @@ def aot_cases():
                 "ROPE_PAD": 64, **dict(config),
             }  # fmt: skip
             yield aot.case(
-                f"{name}_m{constants['BM']}{'_native' * native}", decode_kernel, pointers, constants,
+                f"{name}_m{constants['BM']}{'_native' * native}{'_amd' * amd}", decode_kernel, pointers, constants,
                 floats=("softmax_scale",), targets=targets,
                 odd=("table_batch", "table_query", "scale_page", "scale_row", "rotated_page", "rotated_row"),
                 expect=("LDG.128", "MMA") if itemsize == 2 else ("LDG.128",),
