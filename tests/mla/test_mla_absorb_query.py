@@ -5,7 +5,7 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal
-from tilefuse.testing.inputs.mla.common import normal, tables
+from tilefuse.testing.inputs.mla.common import normal, surrounded, tables
 from tilefuse.testing.inputs.mla.mla_absorb_query import cases
 
 KERNEL, BACKWARD = "mla_absorb_query_fwd", "mla_absorb_query_bwd"
@@ -61,11 +61,13 @@ BLOCKS = {
 
 
 def backward_args(name, dtype, positions=torch.int64):
-    """Arguments of the backward kernel, none of them contiguous."""
+    """Arguments of the backward kernel, views into NaN, none of them contiguous."""
     tokens, heads, nope, rank, rope = BLOCKS[name]
-    grad = normal(heads, tokens, rank + rope + 3, device="cpu", dtype=dtype, seed=1).transpose(0, 1)[..., 1:-2]
-    q = normal(tokens, heads + 1, nope + rope + 3, device="cpu", dtype=dtype, seed=2)[:, 1:, :-3]
-    w_uk = normal(heads, nope + 2, rank + 7, device="cpu", dtype=dtype, seed=3)[:, 1:-1, 3:-4]
+    grad = normal(heads, tokens, rank + rope, device="cpu", dtype=dtype, seed=1)
+    grad = surrounded(grad, (0, 0, 1), (0, 0, 2)).transpose(0, 1)
+    q = normal(tokens, heads, nope + rope, device="cpu", dtype=dtype, seed=2)
+    w_uk = normal(heads, nope, rank, device="cpu", dtype=dtype, seed=3)
+    q, w_uk = surrounded(q, (0, 1, 0), (0, 0, 3)), surrounded(w_uk, (0, 1, 3), (0, 1, 4))
     order = torch.arange(tokens - 1, -1, -1, dtype=positions)
     return grad, q, w_uk, *tables(rope, tokens), order, name != "odd"
 

@@ -5,7 +5,7 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal
-from tilefuse.testing.inputs.mla.common import normal
+from tilefuse.testing.inputs.mla.common import normal, surrounded
 from tilefuse.testing.inputs.mla.mla_expand_kv import cases
 
 KERNEL, BACKWARD = "mla_expand_kv_fwd", "mla_expand_kv_bwd"
@@ -57,12 +57,15 @@ BLOCKS = {
 
 
 def backward_args(name, dtype):
-    """Arguments of the backward kernel, none of them contiguous."""
+    """Arguments of the backward kernel, views into NaN, none of them contiguous."""
     tokens, heads, nope, v_dim, rank, rope = BLOCKS[name]
-    grad_k = normal(heads, tokens, nope + rope + 3, device="cpu", dtype=dtype, seed=1).transpose(0, 1)[..., 1:-2]
-    grad_v = normal(tokens, heads + 1, v_dim + 3, device="cpu", dtype=dtype, seed=2)[:, 1:, :-3]
-    latent = normal(tokens, rank + rope + 5, device="cpu", dtype=dtype, seed=3)[:, 2:-3]
-    w_ukv = normal(heads * (nope + v_dim), rank + 7, device="cpu", dtype=dtype, seed=4)[:, 3:-4]
+    grad_k = normal(heads, tokens, nope + rope, device="cpu", dtype=dtype, seed=1)
+    grad_v = normal(tokens, heads, v_dim, device="cpu", dtype=dtype, seed=2)
+    latent = normal(tokens, rank + rope, device="cpu", dtype=dtype, seed=3)
+    w_ukv = normal(heads * (nope + v_dim), rank, device="cpu", dtype=dtype, seed=4)
+    grad_k = surrounded(grad_k, (0, 0, 1), (0, 0, 2)).transpose(0, 1)
+    grad_v = surrounded(grad_v, (0, 1, 0), (0, 0, 3))
+    latent, w_ukv = surrounded(latent, (0, 2), (0, 3)), surrounded(w_ukv, (0, 3), (0, 4))
     return grad_k, grad_v, latent, w_ukv, rank, nope, v_dim
 
 
