@@ -14,7 +14,12 @@
 #include "common/cpu.h"
 
 #if defined(__AVX512BF16__)
+#pragma GCC diagnostic push
+// gcc 12 warns about its own intrinsics' undefined operands
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace tilefuse {
@@ -86,8 +91,11 @@ static inline vec multiply_add(uint32_t b, const uint32_t* a, vec c) {
 }
 #endif
 
-// NR rows of C [.][L] (+)= sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
-template <int L, int NR, bool kAdd, typename W>
+// what becomes of C: overwritten, the first term of the sum, or what the finished sum is added to
+enum class Into { set, extend, add };
+
+// NR rows of C [.][L]: sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
+template <int L, int NR, Into kInto, typename W>
 static inline void block_product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, float* c) {
   constexpr int kV = L / kWidth < kVectors ? L / kWidth : kVectors;
   for (int lane = 0; lane < L; lane += kV * kWidth) {
@@ -95,7 +103,7 @@ static inline void block_product(const W* a, const W* b, int64_t row_step, int64
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) acc[r][v] = kAdd ? load(c + r * L + lane + v * kWidth) : vec{};
+      for (int v = 0; v < kV; ++v) acc[r][v] = kInto == Into::extend ? load(c + r * L + lane + v * kWidth) : vec{};
     const W* at = a + lane;
     const W* row = b;
     for (int64_t k = 0; k < depth; ++k, at += L, row += depth_step) {
@@ -103,34 +111,39 @@ static inline void block_product(const W* a, const W* b, int64_t row_step, int64
       for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
         for (int v = 0; v < kV; ++v) acc[r][v] = multiply_add(row[r * row_step], at + v * kWidth, acc[r][v]);
+      // gcc would write a second loop for depth_step = 1, and keep what the two share in memory
+      asm("" : "+r"(row));
     }
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) store(c + r * L + lane + v * kWidth, acc[r][v]);
+      for (int v = 0; v < kV; ++v) {
+        float* to = c + r * L + lane + v * kWidth;
+        store(to, kInto == Into::add ? load(to) + acc[r][v] : acc[r][v]);
+      }
   }
 }
 
-template <int L, bool kAdd, typename W>
+template <int L, Into kInto, typename W>
 static void product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, int64_t rows, float* c) {
   int64_t r = 0;
   for (; r + kBlock <= rows; r += kBlock)
-    block_product<L, kBlock, kAdd>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+    block_product<L, kBlock, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
   for (; r + 2 <= rows; r += 2)
-    block_product<L, 2, kAdd>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
-  for (; r < rows; ++r) block_product<L, 1, kAdd>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+    block_product<L, 2, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+  for (; r < rows; ++r) block_product<L, 1, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
 }
 
 // C[r][lane] = sum_d: lanes packed [depth][L], rows packed [r][depth]
 template <int L, typename W>
 static inline void rows_by_lanes(const W* lanes, const W* rows, int64_t depth, int64_t count, float* c) {
-  product<L, false>(lanes, rows, depth, 1, depth, count, c);
+  product<L, Into::set>(lanes, rows, depth, 1, depth, count, c);
 }
 
 // O[d][lane] += sum_r: p packed [count][L], values packed [count][dim]
 template <int L, typename W>
 static inline void sum_over_rows(const W* p, const W* values, int64_t count, int64_t dim, float* o) {
-  product<L, true>(p, values, 1, dim, count, dim, o);
+  product<L, Into::extend>(p, values, 1, dim, count, dim, o);
 }
 
 static inline uint32_t pair_of(bf16 low, bf16 high) {
@@ -143,13 +156,47 @@ static void pack_lanes(const T* const* x, int64_t dim, float* out) {
   for (int lane = 0; lane < L; ++lane)
     for (int64_t d = 0; d < dim; ++d) out[d * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][d]);
 }
+#if defined(__AVX512BF16__)
+// r[i] word j <-> r[j] word i
+static inline void transpose(__m512i (&r)[16]) {
+  __m512i t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int low = i / 4 * 4 + i % 4 / 2;
+    r[i] = i % 2 == 0 ? _mm512_unpacklo_epi64(t[low], t[low + 2]) : _mm512_unpackhi_epi64(t[low], t[low + 2]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    t[i] = (i & 4) == 0 ? _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88) : _mm512_shuffle_i32x4(r[i - 4], r[i], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    r[i] = (i & 8) == 0 ? _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88) : _mm512_shuffle_i32x4(t[i - 8], t[i], 0xdd);
+  }
+}
+
 template <int L>
 static void pack_lanes(const bf16* const* x, int64_t dim, uint32_t* out) {
-  for (int lane = 0; lane < L; ++lane)
-    for (int64_t d = 0; d < dim; d += 2)
-      out[d / 2 * L + lane] =
-          x[lane] == nullptr ? 0 : pair_of(x[lane][d], d + 1 < dim ? x[lane][d + 1] : bf16{0});
+  for (int lane = 0; lane < L; lane += 16) {
+    for (int64_t d = 0; d < dim; d += 32) {
+      const int64_t left = dim - d < 32 ? dim - d : 32;
+      const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        const bf16* from = x[lane + i];
+        r[i] = from == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(there, from + d);
+      }
+      transpose(r);
+      for (int64_t i = 0; i < words(left, 2); ++i) _mm512_storeu_si512(out + (d / 2 + i) * L + lane, r[i]);
+    }
+  }
 }
+#endif
 
 // rows for rows_by_lanes: [count][d words]
 template <typename T>

@@ -19,16 +19,34 @@ struct AbsorbCall {
   void* out;
 };
 
-// queries of one item of work
-constexpr int64_t kItemTokens = 240;
+struct AbsorbGradient {
+  AbsorbCall query;
+  const void* grad;
+  int64_t grad_token, grad_head;
+  void *grad_q, *grad_weight;
+};
 
 namespace TILEFUSE_ISA {
 
-// into the second-level cache
+// the rotated part of one row, or its gradient, which turns the other way; scratch: 5 * half floats
 template <typename T>
-static inline void fetch(const T* row, int64_t count) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(row + i, 0, 2);
+static inline void turn_row(const AbsorbCall& call, int64_t token, const T* in, T* out, float* scratch, bool back) {
+  int64_t position = token;
+  if (call.positions != nullptr) {
+    position = call.positions_wide ? static_cast<const int64_t*>(call.positions)[token]
+                                   : static_cast<const int32_t*>(call.positions)[token];
+  }
+  const float* cos = call.cos + position * call.cos_stride;
+  const float* sin = call.sin + position * call.sin_stride;
+  float *pairs = scratch, *turned = pairs + 2 * call.half, *sine = turned + 2 * call.half;
+  for (int64_t i = 0; i < call.half; ++i) sine[i] = back ? -sin[i] : sin[i];
+  for (int64_t i = 0; i < 2 * call.half; ++i) pairs[i] = to_float(in[i]);
+  if (call.interleaved) {
+    rotate_interleaved(pairs, turned, cos, sine, call.half);
+  } else {
+    rotate_half(pairs, turned, call.half, cos, sine, call.half);
+  }
+  for (int64_t i = 0; i < 2 * call.half; ++i) out[i] = from_float<T>(turned[i]);
 }
 
 template <typename T>
@@ -37,14 +55,12 @@ static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
   const int64_t depth = words(call.nope, Operand<T>::per_word), width = call.rank + 2 * call.half;
   const int64_t blocks = (call.tokens + kItemTokens - 1) / kItemTokens;
   const int64_t panels = (call.rank + kColumns - 1) / kColumns;
-  Scratch scratch(4 * (depth * (kItemTokens + panels * kColumns) + 2 * kColumns * kResultRows + 4 * call.half) + 1024);
+  Scratch scratch(4 * (depth * (kItemTokens + panels * kColumns) + kColumns * kResultRows + 5 * call.half) + 1024);
   W* rows = scratch.take<W>(depth * kItemTokens);
   // [panels, words of P, kColumns]
   W* columns = scratch.take<W>(panels * depth * kColumns);
   float* c = scratch.take<float>(kResultRows * kColumns);
-  float* part = scratch.take<float>(kResultRows * kColumns);
-  float* pairs = scratch.take<float>(2 * call.half);
-  float* turned = scratch.take<float>(2 * call.half);
+  float* pairs = scratch.take<float>(5 * call.half);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / blocks, first = task % blocks * kItemTokens;
     const int64_t tokens = call.tokens - first < kItemTokens ? call.tokens - first : kItemTokens;
@@ -60,17 +76,8 @@ static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
       // whole rows of the weight, in the order in which they lie
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t r0 = panel * kColumns, n = call.rank - r0 < kColumns ? call.rank - r0 : kColumns;
-        const T* from[per];
-        T tail[per * kColumns];
-        const int64_t there = call.nope - p < per ? call.nope - p : per;
-        for (int64_t i = 0; i < there; ++i) {
-          from[i] = weight + (p + i) * call.weight_row + r0;
-          if (n == kColumns) continue;
-          std::memset(static_cast<void*>(tail + i * kColumns), 0, kColumns * sizeof(T));
-          std::memcpy(static_cast<void*>(tail + i * kColumns), static_cast<const void*>(from[i]), n * sizeof(T));
-          from[i] = tail + i * kColumns;
-        }
-        pack_values(from, there, kColumns, columns + (panel * depth + p / per) * kColumns);
+        pack_columns(weight + p * call.weight_row + r0, call.weight_row, call.nope - p < per ? call.nope - p : per, n,
+                     columns + (panel * depth + p / per) * kColumns);
       }
     }
     for (int64_t r0 = 0; r0 < call.rank; r0 += kColumns) {
@@ -89,7 +96,7 @@ static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
       for (int64_t t0 = 0; t0 < tokens; t0 += kResultRows) {
         const int64_t count = tokens - t0 < kResultRows ? tokens - t0 : kResultRows;
         if (depth == 0) std::memset(c, 0, count * kColumns * sizeof(float));
-        multiply(panel, rows + t0 * depth, depth, depth, count, c, part);
+        multiply(panel, rows + t0 * depth, depth, 1, depth, count, c);
         for (int64_t t = 0; t < count; ++t) {
           T* to = out + (t0 + t) * call.heads * width + r0;
           T line[kColumns];
@@ -100,30 +107,81 @@ static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
       }
     }
     for (int64_t t = 0; t < tokens && call.half > 0; ++t) {
-      const int64_t token = first + t;
-      int64_t position = token;
-      if (call.positions != nullptr) {
-        position = call.positions_wide ? static_cast<const int64_t*>(call.positions)[token]
-                                       : static_cast<const int32_t*>(call.positions)[token];
-      }
-      const float* cos = call.cos + position * call.cos_stride;
-      const float* sin = call.sin + position * call.sin_stride;
-      const T* in = q + t * call.q_token + call.nope;
-      T* to = out + t * call.heads * width + call.rank;
-      for (int64_t i = 0; i < 2 * call.half; ++i) pairs[i] = to_float(in[i]);
-      if (call.interleaved) {
-        rotate_interleaved(pairs, turned, cos, sin, call.half);
-      } else {
-        rotate_half(pairs, turned, call.half, cos, sin, call.half);
-      }
-      for (int64_t i = 0; i < 2 * call.half; ++i) to[i] = from_float<T>(turned[i]);
+      turn_row(call, first + t, q + t * call.q_token + call.nope, out + t * call.heads * width + call.rank, pairs, false);
     }
   }
   if (call.stream) stream_done();
 }
 
+// one head's queries of a block of tokens
+template <typename T>
+static void absorb_query_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+  using W = typename Operand<T>::type;
+  const AbsorbCall& query = call.query;
+  const int64_t depth = words(query.rank, Operand<T>::per_word), width = query.nope + 2 * query.half;
+  const int64_t blocks = (query.tokens + kItemTokens - 1) / kItemTokens;
+  Scratch scratch(4 * (depth * (kColumns + kResultRows) + kColumns * kResultRows + 5 * query.half) + 512);
+  W* columns = scratch.take<W>(depth * kColumns);
+  W* rows = scratch.take<W>(depth * kResultRows);
+  float* c = scratch.take<float>(kColumns * kResultRows);
+  float* pairs = scratch.take<float>(5 * query.half);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / blocks, first = task % blocks * kItemTokens;
+    const int64_t tokens = query.tokens - first < kItemTokens ? query.tokens - first : kItemTokens;
+    const T* grad = static_cast<const T*>(call.grad) + first * call.grad_token + head * call.grad_head;
+    const T* weight = static_cast<const T*>(query.weight) + head * query.weight_head;
+    T* out = static_cast<T*>(call.grad_q) + (first * query.heads + head) * width;
+    for (int64_t p0 = 0; p0 < query.nope; p0 += kColumns) {
+      const int64_t n = query.nope - p0 < kColumns ? query.nope - p0 : kColumns;
+      const T* lanes[kColumns];
+      for (int64_t i = 0; i < kColumns; ++i) lanes[i] = i < n ? weight + (p0 + i) * query.weight_row : nullptr;
+      pack_lanes<kColumns>(lanes, query.rank, columns);
+      for (int64_t t = 0; t < tokens; t += kResultRows) {
+        const int64_t count = tokens - t < kResultRows ? tokens - t : kResultRows;
+        if (depth == 0) {
+          std::memset(c, 0, count * kColumns * sizeof(float));
+        } else {
+          int64_t step;
+          const W* at = word_rows(grad + t * call.grad_token, call.grad_token, query.rank, count, rows, &step);
+          multiply(columns, at, step, 1, depth, count, c);
+        }
+        store_panel(c, count, n, out + t * query.heads * width + p0, query.heads * width);
+      }
+    }
+    for (int64_t t = 0; t < tokens && query.half > 0; ++t) {
+      turn_row(query, first + t, grad + t * call.grad_token + query.rank, out + t * query.heads * width + query.nope,
+               pairs, true);
+    }
+  }
+}
+
+// one head's gradient of the weight, in kPanels panels of columns
+template <typename T>
+static void absorb_weight_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+  const AbsorbCall& query = call.query;
+  constexpr int64_t wide = kPanels * kColumns;
+  const int64_t groups = (query.rank + wide - 1) / wide;
+  Scratch scratch(TokenSums<T>::bytes(query.nope));
+  TokenSums<T> sums(scratch, query.nope);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / groups, r0 = task % groups * wide;
+    const int64_t n = query.rank - r0 < wide ? query.rank - r0 : wide;
+    const TokenRows<T> x{static_cast<const T*>(query.q) + head * query.q_head, query.q_token, query.nope};
+    const TokenRows<T> y{static_cast<const T*>(call.grad) + head * call.grad_head + r0, call.grad_token, n};
+    sums.run(x, y, query.tokens, static_cast<T*>(call.grad_weight) + head * query.nope * query.rank + r0, query.rank);
+  }
+}
+
 void mla_absorb_heads(const AbsorbCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { absorb<T>(call, begin, end); })
+}
+
+void mla_absorb_query_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.query.dtype, T, { absorb_query_gradient<T>(call, begin, end); })
+}
+
+void mla_absorb_weight_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.query.dtype, T, { absorb_weight_gradient<T>(call, begin, end); })
 }
 
 }  // namespace TILEFUSE_ISA
@@ -131,9 +189,12 @@ void mla_absorb_heads(const AbsorbCall& call, int64_t begin, int64_t end) {
 #ifdef TILEFUSE_REGISTER
 
 TILEFUSE_DISPATCH(mla_absorb_heads, (const AbsorbCall&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_absorb_query_gradient, (const AbsorbGradient&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_absorb_weight_gradient, (const AbsorbGradient&, int64_t, int64_t))
 
-static Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, std::optional<Tensor> positions,
-                                   bool interleaved) {
+// the call without its output; raises on a position outside of the tables
+static AbsorbCall absorb_call(const Tensor& q, const Tensor& w_uk, const Tensor& cos, const Tensor& sin,
+                              const std::optional<Tensor>& positions, bool interleaved) {
   AbsorbCall call{};
   call.dtype = dtype_of(q);
   call.tokens = q.size(0);
@@ -141,8 +202,6 @@ static Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin
   call.nope = w_uk.size(1);
   call.rank = w_uk.size(2);
   call.half = (q.size(2) - call.nope) / 2;
-  Tensor out = torch::stable::new_empty(q, {call.tokens, call.heads, call.rank + 2 * call.half});
-  if (call.tokens == 0 || call.heads == 0) return out;
   call.q = q.const_data_ptr();
   call.q_token = stride_or_zero(q, 0);
   call.q_head = stride_or_zero(q, 1);
@@ -158,13 +217,21 @@ static Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin
     const IndexData data = index_data(*positions);
     call.positions = data.data;
     call.positions_wide = data.wide;
-    for (int64_t i = 0; call.half > 0 && i < call.tokens; ++i) {
+    for (int64_t i = 0; call.heads > 0 && call.half > 0 && i < call.tokens; ++i) {
       if (data[i] < 0 || data[i] >= cos.size(0)) {
         throw std::runtime_error("tilefuse.mla_absorb_query: positions must be in [0, " + std::to_string(cos.size(0)) +
                                  "), got " + std::to_string(data[i]));
       }
     }
   }
+  return call;
+}
+
+static Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, std::optional<Tensor> positions,
+                                   bool interleaved) {
+  AbsorbCall call = absorb_call(q, w_uk, cos, sin, positions, interleaved);
+  Tensor out = torch::stable::new_empty(q, {call.tokens, call.heads, call.rank + 2 * call.half});
+  if (call.tokens == 0 || call.heads == 0) return out;
   call.out = out.mutable_data_ptr();
   const int64_t itemsize = static_cast<int64_t>(out.element_size());
   call.stream = out.size(2) * itemsize % 64 == 0 && out.numel() * itemsize >= kStreamBytes;
@@ -174,13 +241,38 @@ static Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin
   return out;
 }
 
+static std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor grad, Tensor q, Tensor w_uk, Tensor cos, Tensor sin,
+                                                       std::optional<Tensor> positions, bool interleaved) {
+  using namespace baseline;
+  AbsorbGradient call{};
+  call.query = absorb_call(q, w_uk, cos, sin, positions, interleaved);
+  call.grad = grad.const_data_ptr();
+  call.grad_token = stride_or_zero(grad, 0);
+  call.grad_head = stride_or_zero(grad, 1);
+  Tensor grad_q = empty_contiguous(q), grad_weight = empty_contiguous(w_uk);
+  call.grad_q = grad_q.mutable_data_ptr();
+  call.grad_weight = grad_weight.mutable_data_ptr();
+  const int64_t blocks = (call.query.tokens + kItemTokens - 1) / kItemTokens;
+  const int64_t groups = (call.query.rank + kPanels * kColumns - 1) / (kPanels * kColumns);
+  const auto of_query = mla_absorb_query_gradient_dispatch(), of_weight = mla_absorb_weight_gradient_dispatch();
+  parallel_for(0, call.query.heads * blocks, 1, [&](int64_t begin, int64_t end) { of_query(call, begin, end); });
+  parallel_for(0, call.query.heads * groups, 1, [&](int64_t begin, int64_t end) { of_weight(call, begin, end); });
+  return {grad_q, grad_weight};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
   m.def(
       "mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved)"
       " -> Tensor");
+  m.def(
+      "mla_absorb_query_bwd(Tensor grad, Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool "
+      "interleaved) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("mla_absorb_query_fwd", TORCH_BOX(&mla_absorb_query_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
+  m.impl("mla_absorb_query_fwd", TORCH_BOX(&mla_absorb_query_fwd));
+  m.impl("mla_absorb_query_bwd", TORCH_BOX(&mla_absorb_query_bwd));
+}
 
 #endif  // TILEFUSE_REGISTER
 

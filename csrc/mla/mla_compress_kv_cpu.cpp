@@ -118,9 +118,13 @@ static void check_positions(const LatentCall& call, const std::optional<Tensor>&
   }
 }
 
+// bytes of output from which it is written past the caches. Smaller ones stay in a last-level cache, where the next
+// kernel reads them and the allocator's next block lies.
+constexpr int64_t kPastCaches = 4 * kStreamBytes;
+
 static bool streams(const Tensor& out) {
   const int64_t itemsize = static_cast<int64_t>(out.element_size());
-  return out.size(1) * itemsize % 64 == 0 && out.numel() * itemsize >= kStreamBytes;
+  return out.size(1) * itemsize % 64 == 0 && out.numel() * itemsize >= kPastCaches;
 }
 
 static Tensor mla_compress_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, std::optional<Tensor> positions,

@@ -17,6 +17,19 @@ struct ExpandCall {
   void *k, *v;
 };
 
+struct ExpandGradient {
+  const void *grad_k, *grad_v, *latent, *weight;
+  int64_t k_token, k_head, v_token, v_head, latent_stride, weight_stride;
+  Dtype dtype;
+  int64_t tokens, heads, rank, nope, v_dim, rope;
+  // tokens of one item of work
+  int64_t block_tokens;
+  void *grad_latent, *grad_weight;
+};
+
+// most tokens whose sums one item of work keeps
+constexpr int64_t kMostTokens = 288;
+
 namespace TILEFUSE_ISA {
 
 template <typename T>
@@ -56,28 +69,15 @@ static inline void store_transposed(const float* c, int64_t count, int64_t token
   }
 }
 
-// rows of the weight as they lie, where they are made of whole words; null elsewhere
-static inline const float* rows_in_place(const float* x, int64_t, int64_t) { return x; }
-#if defined(__AVX512BF16__)
-static inline const uint32_t* rows_in_place(const bf16* x, int64_t stride, int64_t width) {
-  const bool whole = stride % 2 == 0 && width % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
-  return whole ? reinterpret_cast<const uint32_t*>(x) : nullptr;
-}
-#else
-static inline const float* rows_in_place(const bf16*, int64_t, int64_t) { return nullptr; }
-#endif
-static inline const float* rows_in_place(const f16*, int64_t, int64_t) { return nullptr; }
-
 template <typename T>
 static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const int64_t depth = words(call.rank, Operand<T>::per_word);
   const int64_t blocks = (call.tokens + kColumns - 1) / kColumns;
   const int64_t key_width = call.nope + call.rope;
-  Scratch scratch(4 * (depth + 2 * kColumns) * kResultRows + kColumns * (key_width + call.v_dim) * sizeof(T) + 512);
+  Scratch scratch(4 * (depth + kColumns) * kResultRows + kColumns * (key_width + call.v_dim) * sizeof(T) + 512);
   W* rows = scratch.take<W>(depth * kResultRows);
   float* c = scratch.take<float>(kResultRows * kColumns);
-  float* part = scratch.take<float>(kResultRows * kColumns);
   // rows of the result are finished here, and written as a whole
   T* finished = scratch.take<T>(kColumns * (key_width > call.v_dim ? key_width : call.v_dim));
   for (int64_t task = begin; task < end; ++task) {
@@ -90,15 +90,9 @@ static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
       for (int64_t r0 = 0; r0 < width; r0 += kResultRows) {
         const int64_t count = width - r0 < kResultRows ? width - r0 : kResultRows;
         const T* first_row = weight + ((side == 0 ? 0 : call.nope) + r0) * call.weight_stride;
-        const W* direct = rows_in_place(first_row, call.weight_stride, call.rank);
-        if (direct != nullptr) {
-          multiply(columns, direct, call.weight_stride / Operand<T>::per_word, depth, count, c, part);
-        } else {
-          const T* from[kResultRows];
-          for (int64_t r = 0; r < count; ++r) from[r] = first_row + r * call.weight_stride;
-          pack_rows(from, count, call.rank, rows);
-          multiply(columns, rows, depth, depth, count, c, part);
-        }
+        int64_t step;
+        const W* at = word_rows(first_row, call.weight_stride, call.rank, count, rows, &step);
+        multiply(columns, at, step, 1, depth, count, c);
         store_transposed(c, count, tokens, finished + r0, row);
       }
       T* out = static_cast<T*>(side == 0 ? call.k : call.v) + (first * call.heads + head) * row;
@@ -120,6 +114,76 @@ static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
   if (call.stream) stream_done();
 }
 
+// one panel of columns of a block of tokens' gradient, summed over the heads in order, and a share of the part that all
+// heads read
+template <typename T>
+static void expand_latent_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+  using W = typename Operand<T>::type;
+  const int64_t panels = (call.rank + kColumns - 1) / kColumns, width = call.rank + call.rope;
+  const int64_t widest = words(call.nope > call.v_dim ? call.nope : call.v_dim, Operand<T>::per_word);
+  Scratch scratch(4 * (widest * (kColumns + kResultRows) + kColumns * call.block_tokens + call.rope) + 512);
+  W* columns = scratch.take<W>(widest * kColumns);
+  W* rows = scratch.take<W>(widest * kResultRows);
+  float* c = scratch.take<float>(kColumns * call.block_tokens);
+  float* shared = scratch.take<float>(call.rope);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t first = task / panels * call.block_tokens, panel = task % panels;
+    const int64_t tokens = call.tokens - first < call.block_tokens ? call.tokens - first : call.block_tokens;
+    T* out = static_cast<T*>(call.grad_latent) + first * width;
+    for (int64_t t = panel * tokens / panels; t < (panel + 1) * tokens / panels && call.rope > 0; ++t) {
+      const T* grad = static_cast<const T*>(call.grad_k) + (first + t) * call.k_token + call.nope;
+      std::memset(shared, 0, call.rope * sizeof(float));
+      for (int64_t h = 0; h < call.heads; ++h, grad += call.k_head) {
+        for (int64_t i = 0; i < call.rope; ++i) shared[i] += to_float(grad[i]);
+      }
+      for (int64_t i = 0; i < call.rope; ++i) out[t * width + call.rank + i] = from_float<T>(shared[i]);
+    }
+    const int64_t r0 = panel * kColumns, n = call.rank - r0 < kColumns ? call.rank - r0 : kColumns;
+    const T* weight = static_cast<const T*>(call.weight) + r0;
+    bool add = false;
+    for (int64_t h = 0; h < call.heads; ++h) {
+      for (int side = 0; side < 2; ++side) {
+        const int64_t depth = side == 0 ? call.nope : call.v_dim;
+        const int64_t stride = side == 0 ? call.k_token : call.v_token;
+        const T* grad = side == 0 ? static_cast<const T*>(call.grad_k) + h * call.k_head
+                                  : static_cast<const T*>(call.grad_v) + h * call.v_head;
+        grad += first * stride;
+        if (depth == 0) continue;
+        pack_panel(weight, call.weight_stride, depth, n, columns);
+        weight += depth * call.weight_stride;
+        for (int64_t t = 0; t < tokens; t += kResultRows) {
+          const int64_t count = tokens - t < kResultRows ? tokens - t : kResultRows;
+          int64_t step;
+          const W* at = word_rows(grad + t * stride, stride, depth, count, rows, &step);
+          multiply(columns, at, step, 1, words(depth, Operand<T>::per_word), count, c + t * kColumns, add);
+        }
+        add = true;
+      }
+    }
+    if (!add) std::memset(c, 0, tokens * kColumns * sizeof(float));
+    store_panel(c, tokens, n, out + r0, width);
+  }
+}
+
+// rows of the weight's gradient that belong to one head's keys or values, in kPanels panels of columns
+template <typename T>
+static void expand_weight_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+  const int64_t widest = call.nope > call.v_dim ? call.nope : call.v_dim;
+  constexpr int64_t wide = kPanels * kColumns;
+  const int64_t groups = (call.rank + wide - 1) / wide;
+  Scratch scratch(TokenSums<T>::bytes(widest));
+  TokenSums<T> sums(scratch, widest);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t head = task / (2 * groups), r0 = task / 2 % groups * wide, side = task % 2;
+    const int64_t n = call.rank - r0 < wide ? call.rank - r0 : wide;
+    TokenRows<T> x{static_cast<const T*>(call.grad_k) + head * call.k_head, call.k_token, call.nope};
+    if (side == 1) x = {static_cast<const T*>(call.grad_v) + head * call.v_head, call.v_token, call.v_dim};
+    const TokenRows<T> y{static_cast<const T*>(call.latent) + r0, call.latent_stride, n};
+    const int64_t row = head * (call.nope + call.v_dim) + (side == 0 ? 0 : call.nope);
+    sums.run(x, y, call.tokens, static_cast<T*>(call.grad_weight) + row * call.rank + r0, call.rank);
+  }
+}
+
 void mla_expand_pack(const ExpandCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { pack_tokens<T>(call, begin, end); })
 }
@@ -128,12 +192,22 @@ void mla_expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { expand_heads<T>(call, begin, end); })
 }
 
+void mla_expand_latent_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, { expand_latent_gradient<T>(call, begin, end); })
+}
+
+void mla_expand_weight_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, { expand_weight_gradient<T>(call, begin, end); })
+}
+
 }  // namespace TILEFUSE_ISA
 
 #ifdef TILEFUSE_REGISTER
 
 TILEFUSE_DISPATCH(mla_expand_pack, (const ExpandCall&, int64_t, int64_t))
 TILEFUSE_DISPATCH(mla_expand_heads, (const ExpandCall&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_expand_latent_gradient, (const ExpandGradient&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_expand_weight_gradient, (const ExpandGradient&, int64_t, int64_t))
 
 static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_t kv_lora_rank,
                                                     int64_t nope_dim, int64_t v_dim) {
@@ -166,12 +240,52 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv,
   return {k, v};
 }
 
+static std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv,
+                                                    int64_t kv_lora_rank, int64_t nope_dim, int64_t v_dim) {
+  ExpandGradient call{};
+  call.dtype = dtype_of(latent);
+  call.tokens = latent.size(0);
+  call.heads = w_ukv.size(0) / (nope_dim + v_dim);
+  call.rank = kv_lora_rank;
+  call.nope = nope_dim;
+  call.v_dim = v_dim;
+  call.rope = latent.size(1) - kv_lora_rank;
+  call.grad_k = grad_k.const_data_ptr();
+  call.grad_v = grad_v.const_data_ptr();
+  call.latent = latent.const_data_ptr();
+  call.weight = w_ukv.const_data_ptr();
+  call.k_token = stride_or_zero(grad_k, 0);
+  call.k_head = stride_or_zero(grad_k, 1);
+  call.v_token = stride_or_zero(grad_v, 0);
+  call.v_head = stride_or_zero(grad_v, 1);
+  call.latent_stride = stride_or_zero(latent, 0);
+  call.weight_stride = stride_or_zero(w_ukv, 0);
+  Tensor grad_latent = empty_contiguous(latent), grad_weight = empty_contiguous(w_ukv);
+  call.grad_latent = grad_latent.mutable_data_ptr();
+  call.grad_weight = grad_weight.mutable_data_ptr();
+  using namespace baseline;
+  const int64_t blocks = (call.tokens + kMostTokens - 1) / kMostTokens, panels = (call.rank + kColumns - 1) / kColumns;
+  // blocks alike, of whole blocks of the product
+  call.block_tokens = blocks == 0 ? 0 : ((call.tokens + blocks - 1) / blocks + 5) / 6 * 6;
+  const int64_t groups = (call.rank + kPanels * kColumns - 1) / (kPanels * kColumns);
+  const auto of_latent = mla_expand_latent_gradient_dispatch(), of_weight = mla_expand_weight_gradient_dispatch();
+  parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) { of_latent(call, begin, end); });
+  parallel_for(0, call.heads * groups * 2, 1, [&](int64_t begin, int64_t end) { of_weight(call, begin, end); });
+  return {grad_latent, grad_weight};
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
   m.def(
       "mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, int v_dim) -> (Tensor, Tensor)");
+  m.def(
+      "mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, "
+      "int v_dim) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("mla_expand_kv_fwd", TORCH_BOX(&mla_expand_kv_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
+  m.impl("mla_expand_kv_fwd", TORCH_BOX(&mla_expand_kv_fwd));
+  m.impl("mla_expand_kv_bwd", TORCH_BOX(&mla_expand_kv_bwd));
+}
 
 #endif  // TILEFUSE_REGISTER
 

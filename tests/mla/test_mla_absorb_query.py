@@ -5,7 +5,7 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal
-from tilefuse.testing.inputs.mla.common import normal, tables
+from tilefuse.testing.inputs.mla.common import normal, surrounded, tables
 from tilefuse.testing.inputs.mla.mla_absorb_query import cases
 
 KERNEL, BACKWARD = "mla_absorb_query_fwd", "mla_absorb_query_bwd"
@@ -50,6 +50,54 @@ def test_many_tokens(compare_forward):
     w_uk = normal(8, 256, 512, device="cpu", dtype=torch.bfloat16, seed=2)[:, :128]
     args = (q, w_uk, *tables(64, 250), None)
     compare_forward(tilefuse.mla_absorb_query, absorb, args, {}, torch.bfloat16)
+
+
+BLOCKS = {
+    # tokens, heads, P, R, r: several blocks of tokens and groups of columns, the last ones not full
+    "even": (387, 3, 72, 328, 8),
+    "odd": (259, 2, 67, 277, 6),
+    "only_rope": (250, 2, 0, 70, 4),
+}
+
+
+def backward_args(name, dtype, positions=torch.int64):
+    """Arguments of the backward kernel, views into NaN, none of them contiguous."""
+    tokens, heads, nope, rank, rope = BLOCKS[name]
+    grad = normal(heads, tokens, rank + rope, device="cpu", dtype=dtype, seed=1)
+    grad = surrounded(grad, (0, 0, 1), (0, 0, 2)).transpose(0, 1)
+    q = normal(tokens, heads, nope + rope, device="cpu", dtype=dtype, seed=2)
+    w_uk = normal(heads, nope, rank, device="cpu", dtype=dtype, seed=3)
+    q, w_uk = surrounded(q, (0, 1, 0), (0, 0, 3)), surrounded(w_uk, (0, 1, 3), (0, 1, 4))
+    order = torch.arange(tokens - 1, -1, -1, dtype=positions)
+    return grad, q, w_uk, *tables(rope, tokens), order, name != "odd"
+
+
+def backward_formula(grad, q, w_uk, *rest):
+    leaves = (q.detach().requires_grad_(), w_uk.detach().requires_grad_())
+    return torch.autograd.grad(absorb(*leaves, *rest), leaves, grad)
+
+
+@pytest.mark.cpu_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_cpu_backward(name, dtype, backward_kernel):
+    args = backward_args(name, dtype)
+    backward_kernel(torch.ops.tilefuse.mla_absorb_query_bwd, backward_formula, args, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_keeps_nan_in_its_row(dtype, grad_where):
+    grad, q, w_uk, *rest = (a.to(grad_where) if torch.is_tensor(a) else a for a in backward_args("odd", dtype))
+    grad, q, rest[2] = grad[:5].clone(), q[:5], rest[2][:5]
+    clean = torch.ops.tilefuse.mla_absorb_query_bwd(grad, q, w_uk, *rest)
+    grad[3, 1, 7] = float("nan")
+    queries, weight = torch.ops.tilefuse.mla_absorb_query_bwd(grad, q, w_uk, *rest)
+    nope = w_uk.shape[1]
+    assert queries[3, 1, :nope].isnan().all()
+    assert weight[1, :, 7].isnan().all()
+    queries[3, 1, :nope], weight[1, :, 7] = clean[0][3, 1, :nope], clean[1][1, :, 7]
+    assert_bit_equal(queries, clean[0])
+    assert_bit_equal(weight, clean[1])
 
 
 def test_gradcheck():

@@ -86,6 +86,29 @@ def test_gradients(name, dtype, grad_where):
         assert_bit_equal(g, a)
 
 
+@pytest.mark.cpu_library
+def test_output_written_past_the_caches():
+    """On the CPU, from 8 MiB on: the same bits as in parts that are not."""
+    rows, part = 7400, 1850
+    kv_a, grad = (normal(rows, 576, device="cpu", dtype=torch.bfloat16, seed=i) for i in (1, 2))
+    weight, (cos, sin), positions = (
+        normal(512, device="cpu", seed=3).bfloat16(),
+        tables(64, 32),
+        torch.arange(rows) % 32,
+    )
+    forward, backward = torch.ops.tilefuse.mla_compress_kv_fwd, torch.ops.tilefuse.mla_compress_kv_bwd
+
+    def run(first, last):
+        args = (kv_a[first:last], weight, cos, sin, positions[first:last], 1e-6, True)
+        with tilefuse.backend("cpu"), poisoned():
+            return forward(*args), backward(grad[first:last], *args)[0]
+
+    whole = run(0, rows)
+    for i in range(0, rows, part):
+        for got, alone in zip(whole, run(i, i + part), strict=True):
+            assert_bit_equal(got[i : i + part], alone)
+
+
 @pytest.mark.parametrize("name", ["deepseek", "odd_widths_half", "no_rope"])
 def test_gradcheck(name):
     (kv_a, weight, *rest), options = case(name, dtype=torch.float64)

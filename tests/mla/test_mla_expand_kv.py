@@ -5,7 +5,7 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal
-from tilefuse.testing.inputs.mla.common import normal
+from tilefuse.testing.inputs.mla.common import normal, surrounded
 from tilefuse.testing.inputs.mla.mla_expand_kv import cases
 
 KERNEL, BACKWARD = "mla_expand_kv_fwd", "mla_expand_kv_bwd"
@@ -46,6 +46,57 @@ def test_many_tokens(compare_forward):
     w_ukv = normal(13 * 256, 512, device="cpu", dtype=torch.bfloat16, seed=2)
     options = {"kv_lora_rank": 512, "nope_dim": 128, "v_dim": 128}
     compare_forward(tilefuse.mla_expand_kv, expand, (latent, w_ukv), options, torch.bfloat16)
+
+
+BLOCKS = {
+    # tokens, heads, P, V, R, r: several blocks of tokens and groups of columns, the last ones not full
+    "even": (387, 3, 32, 48, 328, 8),
+    "odd": (259, 2, 33, 5, 277, 3),
+    "no_keys": (250, 2, 0, 16, 70, 4),
+}
+
+
+def backward_args(name, dtype):
+    """Arguments of the backward kernel, views into NaN, none of them contiguous."""
+    tokens, heads, nope, v_dim, rank, rope = BLOCKS[name]
+    grad_k = normal(heads, tokens, nope + rope, device="cpu", dtype=dtype, seed=1)
+    grad_v = normal(tokens, heads, v_dim, device="cpu", dtype=dtype, seed=2)
+    latent = normal(tokens, rank + rope, device="cpu", dtype=dtype, seed=3)
+    w_ukv = normal(heads * (nope + v_dim), rank, device="cpu", dtype=dtype, seed=4)
+    grad_k = surrounded(grad_k, (0, 0, 1), (0, 0, 2)).transpose(0, 1)
+    grad_v = surrounded(grad_v, (0, 1, 0), (0, 0, 3))
+    latent, w_ukv = surrounded(latent, (0, 2), (0, 3)), surrounded(w_ukv, (0, 3), (0, 4))
+    return grad_k, grad_v, latent, w_ukv, rank, nope, v_dim
+
+
+def backward_formula(grad_k, grad_v, latent, w_ukv, *options):
+    leaves = (latent.detach().requires_grad_(), w_ukv.detach().requires_grad_())
+    return torch.autograd.grad(expand(*leaves, *options), leaves, (grad_k, grad_v))
+
+
+@pytest.mark.cpu_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_cpu_backward(name, dtype, backward_kernel):
+    args = backward_args(name, dtype)
+    backward_kernel(torch.ops.tilefuse.mla_expand_kv_bwd, backward_formula, args, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_keeps_nan_in_its_row(dtype, grad_where):
+    grad_k, grad_v, *rest = (a.to(grad_where) if torch.is_tensor(a) else a for a in backward_args("odd", dtype))
+    (grad_k, grad_v, *_), rest[0] = (a[:5] for a in (grad_k, grad_v, rest[0])), rest[0][:5]
+    clean = torch.ops.tilefuse.mla_expand_kv_bwd(grad_k, grad_v, *rest)
+    grad_k = grad_k.clone()
+    grad_k[3, 1, 7] = float("nan")
+    latent, weight = torch.ops.tilefuse.mla_expand_kv_bwd(grad_k, grad_v, *rest)
+    rank, nope, v_dim = rest[2:]
+    assert latent[3, :rank].isnan().all() and not latent[3, rank:].isnan().any()
+    assert_bit_equal(latent[[0, 1, 2, 4]], clean[0][[0, 1, 2, 4]])
+    row = nope + v_dim + 7
+    others = [i for i in range(weight.shape[0]) if i != row]
+    assert weight[row].isnan().all()
+    assert_bit_equal(weight[others], clean[1][others])
 
 
 def test_gradcheck():

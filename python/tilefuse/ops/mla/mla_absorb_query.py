@@ -40,8 +40,6 @@ mla_absorb_query_bwd = kernel(
     f"mla_absorb_query_bwd(Tensor grad, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    # on the CPU these products are PyTorch's
-    backends=("reference", "triton"),
 )
 
 

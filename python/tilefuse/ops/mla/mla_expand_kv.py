@@ -47,8 +47,6 @@ mla_expand_kv_bwd = kernel(
     f"mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
-    # on the CPU these products are PyTorch's
-    backends=("reference", "triton"),
 )
 
 

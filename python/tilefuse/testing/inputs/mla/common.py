@@ -7,10 +7,16 @@ from torch import Tensor
 
 from ..rope.rope import normal, tables
 
-__all__ = ["WILD", "latent_cache", "normal", "paged", "tables"]
+__all__ = ["WILD", "latent_cache", "normal", "paged", "surrounded", "tables"]
 
 # what block tables hold past their sequences: nothing may ever follow it
 WILD = 2147480000
+
+
+def surrounded(x: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> Tensor:
+    """The same values as a view into NaN, which a kernel that reads beside its argument shows."""
+    box = x.new_full([b + n + a for b, n, a in zip(before, x.shape, after, strict=True)], float("nan"))
+    return box[tuple(slice(b, b + n) for b, n in zip(before, x.shape, strict=True))].copy_(x)
 
 
 def paged(lengths: list[int], page_size: int, spare_columns: int, device, dtype=torch.int32, seed: int = 0):

@@ -19,6 +19,7 @@ def cases(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str,
         ("half", 7, 3, 64, 256, 64, {"interleaved": False}),
         ("no_rope", 7, 1, 72, 96, 0, {}),
         ("odd_widths", 7, 3, 20, 90, 6, {}),
+        ("one_head", 5, 1, 21, 91, 6, {}),
         ("counted", 33, 2, 32, 64, 16, {}),
         ("no_tokens", 0, 2, 32, 64, 16, {}),
     ):

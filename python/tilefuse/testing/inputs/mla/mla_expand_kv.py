@@ -17,6 +17,7 @@ def cases(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str,
         ("deepseek", 7, 2, 128, 128, 512, 64),
         ("no_rope", 9, 2, 256, 256, 128, 0),
         ("odd_widths", 7, 3, 20, 36, 90, 6),
+        ("one_head", 5, 1, 21, 37, 91, 6),
         ("many_tokens", 70, 3, 64, 128, 64, 64),
         ("no_tokens", 0, 2, 32, 32, 64, 16),
     ):
