@@ -97,9 +97,10 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    autocast = torch.autocast(args.device.split(":")[0], dtype, enabled=dtype is torch.bfloat16)
 
     text = torch.tensor(list(args.text.read_bytes()))
-    train, held_out = text.split([len(text) * 9 // 10, len(text) - len(text) * 9 // 10])
+    train, held_out = text.tensor_split([len(text) * 9 // 10])
     if len(held_out) <= args.length:
         parser.error(f"{args.text} is too short: a tenth of it must be longer than --length")
     torch.manual_seed(0)
@@ -114,7 +115,7 @@ def main():
         losses, checked = state["losses"], state["checked"]
 
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns) as progress, torch.autocast(args.device.split(":")[0], dtype, dtype is torch.bfloat16):
+    with Progress(*columns) as progress, autocast:
         progress.print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(text):,} bytes of text")
         task = progress.add_task("", total=args.steps, completed=len(losses))
         for step in range(len(losses), args.steps):
@@ -134,7 +135,7 @@ def main():
                 torch.save(state | {"losses": losses, "checked": checked}, checkpoint)
     plot(losses, checked, args.out / "loss.png")
     print(f"loss {losses[-1]:.3f}, held-out {checked[-1][1]:.3f}; {checkpoint}, {args.out / 'loss.png'}\n")
-    with torch.no_grad(), torch.autocast(args.device.split(":")[0], dtype, dtype is torch.bfloat16):
+    with torch.no_grad(), autocast:
         # positions past the training length would be new to the model
         count = min(args.sample, args.length - len(PROMPT))
         print(sample(model.eval(), PROMPT, count, args.device, dtype))

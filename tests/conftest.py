@@ -122,7 +122,9 @@ def pytest_generate_tests(metafunc):
             metafunc.parametrize(fixture, params, indirect=True)
 
 
-def _forced(request):
+@pytest.fixture
+def where(request):
+    """Forces the backend that the test is run for; the value is the device its tensors live on."""
     import tilefuse
 
     name, device = request.param
@@ -130,19 +132,4 @@ def _forced(request):
         yield device
 
 
-@pytest.fixture
-def device(request):
-    """Runs the test once per backend of KERNEL, which is forced; the value is the device its tensors live on."""
-    yield from _forced(request)
-
-
-@pytest.fixture
-def where(request):
-    """The same."""
-    yield from _forced(request)
-
-
-@pytest.fixture
-def grad_where(request):
-    """The same for the backends of BACKWARD."""
-    yield from _forced(request)
+device = grad_where = where

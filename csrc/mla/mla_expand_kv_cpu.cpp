@@ -6,22 +6,23 @@
 
 namespace tilefuse {
 
-struct ExpandCall {
+struct ExpandInputs {
   const void *latent, *weight;
   int64_t latent_stride, weight_stride;
   Dtype dtype;
   int64_t tokens, heads, rank, nope, v_dim, rope;
+};
+
+struct ExpandCall : ExpandInputs {
   bool stream;
   // [blocks of tokens, words of R, tokens of a block], 4 bytes each
   void* packed;
   void *k, *v;
 };
 
-struct ExpandGradient {
-  const void *grad_k, *grad_v, *latent, *weight;
-  int64_t k_token, k_head, v_token, v_head, latent_stride, weight_stride;
-  Dtype dtype;
-  int64_t tokens, heads, rank, nope, v_dim, rope;
+struct ExpandGradient : ExpandInputs {
+  const void *grad_k, *grad_v;
+  int64_t k_token, k_head, v_token, v_head;
   // tokens of one item of work
   int64_t block_tokens;
   void *grad_latent, *grad_weight;
@@ -209,9 +210,12 @@ TILEFUSE_DISPATCH(mla_expand_heads, (const ExpandCall&, int64_t, int64_t))
 TILEFUSE_DISPATCH(mla_expand_latent_gradient, (const ExpandGradient&, int64_t, int64_t))
 TILEFUSE_DISPATCH(mla_expand_weight_gradient, (const ExpandGradient&, int64_t, int64_t))
 
-static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_t kv_lora_rank,
-                                                    int64_t nope_dim, int64_t v_dim) {
-  ExpandCall call{};
+static void set_inputs(ExpandInputs& call, const Tensor& latent, const Tensor& w_ukv, int64_t kv_lora_rank,
+                       int64_t nope_dim, int64_t v_dim) {
+  call.latent = latent.const_data_ptr();
+  call.weight = w_ukv.const_data_ptr();
+  call.latent_stride = stride_or_zero(latent, 0);
+  call.weight_stride = stride_or_zero(w_ukv, 0);
   call.dtype = dtype_of(latent);
   call.tokens = latent.size(0);
   call.heads = w_ukv.size(0) / (nope_dim + v_dim);
@@ -219,13 +223,15 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv,
   call.nope = nope_dim;
   call.v_dim = v_dim;
   call.rope = latent.size(1) - kv_lora_rank;
+}
+
+static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_t kv_lora_rank,
+                                                    int64_t nope_dim, int64_t v_dim) {
+  ExpandCall call{};
+  set_inputs(call, latent, w_ukv, kv_lora_rank, nope_dim, v_dim);
   Tensor k = torch::stable::new_empty(latent, {call.tokens, call.heads, nope_dim + call.rope});
   Tensor v = torch::stable::new_empty(latent, {call.tokens, call.heads, v_dim});
   if (call.tokens == 0 || call.heads == 0) return {k, v};
-  call.latent = latent.const_data_ptr();
-  call.weight = w_ukv.const_data_ptr();
-  call.latent_stride = stride_or_zero(latent, 0);
-  call.weight_stride = stride_or_zero(w_ukv, 0);
   call.k = k.mutable_data_ptr();
   call.v = v.mutable_data_ptr();
   const int64_t itemsize = static_cast<int64_t>(latent.element_size());
@@ -243,23 +249,13 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv,
 static std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv,
                                                     int64_t kv_lora_rank, int64_t nope_dim, int64_t v_dim) {
   ExpandGradient call{};
-  call.dtype = dtype_of(latent);
-  call.tokens = latent.size(0);
-  call.heads = w_ukv.size(0) / (nope_dim + v_dim);
-  call.rank = kv_lora_rank;
-  call.nope = nope_dim;
-  call.v_dim = v_dim;
-  call.rope = latent.size(1) - kv_lora_rank;
+  set_inputs(call, latent, w_ukv, kv_lora_rank, nope_dim, v_dim);
   call.grad_k = grad_k.const_data_ptr();
   call.grad_v = grad_v.const_data_ptr();
-  call.latent = latent.const_data_ptr();
-  call.weight = w_ukv.const_data_ptr();
   call.k_token = stride_or_zero(grad_k, 0);
   call.k_head = stride_or_zero(grad_k, 1);
   call.v_token = stride_or_zero(grad_v, 0);
   call.v_head = stride_or_zero(grad_v, 1);
-  call.latent_stride = stride_or_zero(latent, 0);
-  call.weight_stride = stride_or_zero(w_ukv, 0);
   Tensor grad_latent = empty_contiguous(latent), grad_weight = empty_contiguous(w_ukv);
   call.grad_latent = grad_latent.mutable_data_ptr();
   call.grad_weight = grad_weight.mutable_data_ptr();

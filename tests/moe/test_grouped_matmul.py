@@ -11,6 +11,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.moe.grouped_matmul import SHAPES, case
 
+KERNEL = "grouped_matmul_fwd"
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -9,6 +9,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal
 from tilefuse.testing.inputs.moe.moe_plan import ids_of
 
+KERNEL = "moe_plan_fwd"
+
 
 def by_hand(ids, weights, experts, capacity, policy):
     """The kept flat slots."""

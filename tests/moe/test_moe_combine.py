@@ -9,6 +9,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.moe.moe_combine import case
 
+KERNEL = "moe_combine_fwd"
+
 
 def by_hand(y, inverse, weights):
     tokens, top_k = weights.shape

@@ -9,6 +9,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.moe.moe_experts import case
 
+KERNEL = "moe_experts_up"
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OAI = {"activation": "swiglu_oai", "alpha": 1.702, "limit": 1.0}
 

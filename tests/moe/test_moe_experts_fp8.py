@@ -9,6 +9,8 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.moe.moe_experts_fp8 import case
 
+KERNEL = "fp8_grouped_matmul_fwd"
+
 
 def dequantised(codes, scales):
     with tilefuse.backend("reference"):

@@ -7,7 +7,7 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, poisoned
 from tilefuse.testing.inputs.moe.moe_plan import ids_of
 
-CUDA = True
+KERNEL = "moe_plan_fwd"
 
 
 def by_hand(ids, experts):

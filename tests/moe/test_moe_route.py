@@ -9,7 +9,7 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, poisoned
 from tilefuse.testing.inputs.moe.moe_route import MODELS, bias_of, logits_of, model_case
 
-CUDA = True
+KERNEL = "moe_route_fwd"
 NAN, INF = math.nan, math.inf
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
 

@@ -12,10 +12,16 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 def tiles(choose: Callable[[str], Any]) -> Iterator[tuple[Any, tuple[str, ...], str]]:
     """(tile, targets, suffix for a case's name) of each tile that ``choose(target)`` takes on some target."""
-    found: dict[Any, list[str]] = {}
+    found: list[tuple[Any, list[str]]] = []
     for target in arch.COMPILE_TARGETS:
-        found.setdefault(choose(target), []).append(target)
-    for number, (tile, targets) in enumerate(found.items()):
+        tile = choose(target)
+        for known, targets in found:
+            if known == tile:
+                targets.append(target)
+                break
+        else:
+            found.append((tile, [target]))
+    for number, (tile, targets) in enumerate(found):
         yield tile, tuple(targets), f"_{targets[0]}" if number else ""
 
 

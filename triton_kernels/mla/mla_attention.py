@@ -5,6 +5,8 @@ A head of width D is read in two power-of-two parts (192 = 128 + 64), so no tile
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -473,12 +475,12 @@ def dims(dim: int, v_dim: int) -> dict[str, int]:
     }
 
 
-def forward_tile(dim: int, v_dim: int, itemsize: int, capability: int) -> dict[str, int]:
+def forward_tile(dim: int, v_dim: int, itemsize: int, target: str) -> dict[str, int]:
     """Wide tiles where the matrix unit reads operands from shared memory (sm_90, sm_100), narrower ones elsewhere.
 
     sm_120's instructions need a few registers more than sm_80's, which 128 rows of queries do not leave.
     """
-    widest = max(dim, v_dim)
+    widest, capability = max(dim, v_dim), arch.capability(target)
     if itemsize > 2:
         return {"BM": 16, "BN": 16, "num_warps": 8, "num_stages": 1}
     if widest > 256:
@@ -488,8 +490,9 @@ def forward_tile(dim: int, v_dim: int, itemsize: int, capability: int) -> dict[s
     return {"BM": 128, "BN": 64 if capability in (90, 100) else 32, "num_warps": 8, "num_stages": 2}
 
 
-def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, capability: int) -> dict[str, int]:
+def backward_tile(dim: int, v_dim: int, itemsize: int, over: str, target: str) -> dict[str, int]:
     """The side whose gradient accumulates takes the longer tile. ``over``: ``"q"`` or ``"kv"``."""
+    capability = arch.capability(target)
     if itemsize > 2 or max(dim, v_dim) > 256:
         return {"BM": 16, "BN": 16, "num_warps": 8 if over == "q" else 4, "num_stages": 1}
     if capability == 100:
@@ -535,7 +538,7 @@ def mla_attention_fwd(
     lse = torch.empty(*lead, heads, rows, dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    config = forward_tile(dim, v_dim, q.element_size(), arch.capability(arch.of(q.device)))
+    config = forward_tile(dim, v_dim, q.element_size(), arch.of(q.device))
     tiles, sequences, packed = packing(q, cu_seqlens_q, config["BM"])
     with on_device(q):
         forward_kernel[(tiles, heads)](
@@ -584,8 +587,8 @@ def mla_attention_bwd(
     gl_strides = (0, *grad_lse.stride()) if grad_lse.dim() == 2 else grad_lse.stride()
     common = {"HEADS": heads, "CAUSAL": causal, **dims(dim, v_dim)}
     v_pad = common["V_PAD"]
-    capability = arch.capability(arch.of(q.device))
-    config_q, config_kv = (backward_tile(dim, v_dim, q.element_size(), over, capability) for over in ("q", "kv"))
+    target = arch.of(q.device)
+    config_q, config_kv = (backward_tile(dim, v_dim, q.element_size(), over, target) for over in ("q", "kv"))
     with on_device(q):
         delta_kernel[(triton.cdiv(lse.numel(), 32),)](
             grad_out,
@@ -614,7 +617,6 @@ def mla_attention_bwd(
 
 
 def aot_cases():
-    wide, common = ("sm_90", "sm_100"), ("sm_80", "sm_89", "gfx942")
     for kind, itemsize in (("bf16", 2), ("fp32", 4)):
         expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
         shape = {"HEADS": 128, "CAUSAL": True, **dims(192, 128)}
@@ -623,20 +625,18 @@ def aot_cases():
             packing_of = {"PACKED": packed, "SEQUENCES_PAD": 16 if packed else 1}
             name = f"{'packed' if packed else 'padded'}_{kind}"
             pointers = dict.fromkeys(("q", "k", "v", "out"), kind) | {"lse": "fp32"} | bounds
-            for targets in (wide, common, ("sm_120",)):
-                config = forward_tile(192, 128, itemsize, arch.capability(targets[0]))
+            for config, targets, suffix in aot.tiles(functools.partial(forward_tile, 192, 128, itemsize)):
                 yield aot.case(
-                    f"forward_{name}_{targets[0]}", forward_kernel, pointers, {**shape, **packing_of, **config},
+                    f"forward_{name}{suffix}", forward_kernel, pointers, {**shape, **packing_of, **config},
                     floats=("softmax_scale",), targets=targets, expect=expect,
                 )  # fmt: skip
             pointers = dict.fromkeys(("q", "k", "v", "grad_out"), kind) | {"lse": "fp32", "delta": "fp32"} | bounds
             for over, fn, outs in (
                 ("q", backward_q_kernel, ("grad_q",)), ("kv", backward_kv_kernel, ("grad_k", "grad_v")),
             ):  # fmt: skip
-                for targets in (("sm_90",), ("sm_100",), common, ("sm_120",)):
-                    config = backward_tile(192, 128, itemsize, over, arch.capability(targets[0]))
+                for config, targets, suffix in aot.tiles(functools.partial(backward_tile, 192, 128, itemsize, over)):
                     yield aot.case(
-                        f"backward_{over}_{name}_{targets[0]}", fn, pointers | dict.fromkeys(outs, kind),
+                        f"backward_{over}_{name}{suffix}", fn, pointers | dict.fromkeys(outs, kind),
                         {**shape, **packing_of, **config}, floats=("softmax_scale",), targets=targets, expect=expect,
                     )  # fmt: skip
         pointers = {"grad_out": kind, "out": kind, "grad_lse": "fp32", "delta": "fp32"}

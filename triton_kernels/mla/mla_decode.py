@@ -496,22 +496,21 @@ def aot_cases():
         stored = ("u8", "fp32", "bf16") if is_fp8 else (kind,) * 3
         pointers = {"q": kind, "table": "i32", "sinks": None, "seq_lens": None if sparse else "i32", "lse": "fp32"}
         pointers |= dict(zip(("latent", "scales", "rotated"), stored)) | {"out": kind if direct else "fp32"}
-        targets_of: dict[tuple, list[str]] = {}
-        for target in arch.COMPILE_TARGETS:
-            config = tile(heads, rank, itemsize, is_fp8, sparse, target)
-            targets_of.setdefault((is_fp8 and target in fp8.CAST_TARGETS[True], *config.items()), []).append(target)
-        for (native, *config), targets in targets_of.items():
-            amd = targets[0].startswith("gfx")
-            if direct and dict(config)["BM"] == 64:
+
+        def choose(target, sizes=(heads, rank, itemsize, is_fp8, sparse)):
+            return tile(*sizes, target) | {"NATIVE": sizes[3] and target in fp8.CAST_TARGETS[True]}
+
+        for config, targets, suffix in aot.tiles(choose):
+            if direct and config["BM"] == 64:
                 continue
             constants = {
                 "HEADS": heads, "PAGE_SIZE": 64, "SPARSE": sparse, "BALANCE": not (sparse or direct), "CAUSAL": True,
-                "DIRECT": direct, "FP8": is_fp8, "NATIVE": native, "GROUP": layouts.GROUP,
+                "DIRECT": direct, "FP8": is_fp8, "GROUP": layouts.GROUP,
                 "ROPE_VEC": 16 // itemsize if not is_fp8 else 8, "RANK": rank, "RANK_PAD": rank, "ROPE": 64,
-                "ROPE_PAD": 64, **dict(config),
+                "ROPE_PAD": 64, **config,
             }  # fmt: skip
             yield aot.case(
-                f"{name}_m{constants['BM']}{'_native' * native}{'_amd' * amd}", decode_kernel, pointers, constants,
+                f"{name}_m{config['BM']}{suffix}", decode_kernel, pointers, constants,
                 floats=("softmax_scale",), targets=targets,
                 odd=("table_batch", "table_query", "scale_page", "scale_row", "rotated_page", "rotated_row"),
                 expect=("LDG.128", "MMA") if itemsize == 2 else ("LDG.128",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -286,7 +288,8 @@ def aot_cases():
         constants = {**shape, **rope, **latent_tile(4096, 512, 128, itemsize)}
         yield aot.case(f"latent_{kind}", expand_backward_kernel, pointers, constants, expect=expect)
         pointers = dict.fromkeys(("grad_k", "grad_v", "latent", "grad_w"), kind)
-        nvidia = tuple(t for t in arch.COMPILE_TARGETS if arch.capability(t))
-        for name, targets in (("weight", nvidia), ("weight_amd", ("gfx942",))):
-            constants = {**shape, **weight_tile(128, 512, 4096, itemsize, targets[0])}
-            yield aot.case(f"{name}_{kind}", expand_weight_kernel, pointers, constants, targets=targets, expect=expect)
+        for config, targets, suffix in aot.tiles(functools.partial(weight_tile, 128, 512, 4096, itemsize)):
+            yield aot.case(
+                f"weight_{kind}{suffix}", expand_weight_kernel, pointers, {**shape, **config}, targets=targets,
+                expect=expect,
+            )  # fmt: skip
