@@ -87,6 +87,10 @@ MODES = ("forward", "backward", "forward+backward")
 SUITES = ("quick", "full")
 
 
+class Failure(Exception):
+    """A case that must not be believed: a wrong output, or a time that cannot be."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """Something to compare with.
@@ -207,19 +211,14 @@ def discover(
     *,
     families: Sequence[str] = (),
     match: str = "",
-    whole_models: bool = False,
+    also: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """The cases of a suite for one kind of device, in the order of their files. Case ids are unique.
 
-    ``whole_models`` appends those of ``models.py``, which are a family of their own and measure themselves.
+    ``also``: further families by name, each a module with ``cases()``, such as ``models``: they come last.
     """
     found: dict[str, Any] = {}
-    sources = [(family, module) for family, _, module in modules()]
-    if whole_models:
-        from . import models
-
-        sources.append((models.FAMILY, models))
-    for family, module in sources:
+    for family, module in [*((family, module) for family, _, module in modules()), *(also or {}).items()]:
         if families and family not in families:
             continue
         for case in module.cases():

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from . import timing
+from .harness import Failure
 from .report import MODELS as FAMILY
 from .shapes import DEEPSEEK_V2_LITE, GPT_OSS_20B, LLAMA3_8B, LONGFORMER_BASE, QWEN3_30B_A3B
 
@@ -347,8 +348,6 @@ def _inputs(case: ModelCase, batch: int, tokens: int, device: torch.device) -> d
 def _compare(case: ModelCase, stock: nn.Module, patched: nn.Module, device: torch.device) -> dict[str, float]:
     from tilefuse.integrations.transformers import patch
 
-    from .runner import Failure
-
     inputs = _inputs(case, 1, case.net.short, device)
     with torch.no_grad():
         logits = [model(**inputs).logits.double() for model in (stock, patched)]
@@ -421,8 +420,6 @@ def _job(case: ModelCase, model: nn.Module, device: torch.device) -> Job:
 
 
 def _measure(case: ModelCase, device: torch.device, seconds: float) -> dict[str, Any]:
-    from .runner import Failure
-
     began = time.perf_counter()
     pair = _pair(case, device)
     made = time.perf_counter() - began

@@ -7,6 +7,9 @@ rounds are paired and whose buffers rotate.
 import pytest
 import torch
 from tilefuse.benchmarks import harness, runner
+from tilefuse.benchmarks.contestants import Contestant
+
+import tilefuse
 
 pytest.importorskip("pytest_benchmark", reason="pytest benchmarks needs pytest-benchmark")
 CPU = torch.device("cpu")
@@ -27,11 +30,11 @@ def test_case(benchmark, case, name):
     if "cpu" not in peer.devices:
         pytest.skip(f"{name} does not run on a CPU")
     try:
-        contestant = runner.Contestant(case, peer)
+        contestant = Contestant(case, peer)
     except ImportError as reason:
         pytest.skip(f"{name}: {reason}")
     benchmark.group = case.id
-    benchmark.extra_info.update(bytes=case.bytes, flops=case.flops, backend=runner.tilefuse.backend())
+    benchmark.extra_info.update(bytes=case.bytes, flops=case.flops, backend=tilefuse.backend())
     call = contestant.bind(case.inputs(CPU, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
     call()
     benchmark(call)

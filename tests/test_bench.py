@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from tilefuse.benchmarks import harness, report, roofline, runner, shapes, timing
+from tilefuse.benchmarks import harness, records, report, roofline, runner, shapes, timing
 from tilefuse.benchmarks.harness import Case, Peer, compiled, normal
 
 CPU = torch.device("cpu")
@@ -220,6 +220,18 @@ def test_smaller_inputs_for_the_oracle_still_check_the_timed_size(engine):
     assert "full size" in line["reason"]
 
 
+def test_compiled_peer_that_fails_at_full_size_is_missing(engine):
+    def small(device, generator):
+        return (normal((8, 256), torch.bfloat16, device, generator),)
+
+    def large_only(x):
+        raise RuntimeError("no room")
+
+    line = engine.run(make(oracle_inputs=small, peers={"eager": eager, "compiled": compiled(large_only)}))
+    assert line["status"] == "ok", line
+    assert "no room" in line["peers"]["compiled"]["missing"]
+
+
 def test_call_cost_is_reported(engine):
     line = engine.run(make(call_cost=True))
     assert line["call_us"] > 0
@@ -335,9 +347,9 @@ def line_of(case="toy | a", device="CPU X, 2 threads", **changes):
 
 def test_a_run_replaces_its_own_lines_only(tmp_path):
     path = tmp_path / "r.jsonl"
-    runner.write_lines(path, [line_of(median_us=1.0), line_of("toy | b"), line_of(device="GPU")])
-    runner.write_lines(path, [line_of(median_us=1.23456789)])
-    lines = runner.read_lines(path)
+    records.write_lines(path, [line_of(median_us=1.0), line_of("toy | b"), line_of(device="GPU")])
+    records.write_lines(path, [line_of(median_us=1.23456789)])
+    lines = records.read_lines(path)
     assert len(lines) == 3
     (replaced,) = [line for line in lines if line["case"] == "toy | a" and line["device"] != "GPU"]
     assert replaced["median_us"] == 1.2346

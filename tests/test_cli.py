@@ -353,7 +353,7 @@ def test_record_writes_what_passed_and_nothing_else(monkeypatch, tmp_path):
 
 
 def test_bench_writes_lines_table_and_plots(capsys, monkeypatch, tmp_path):
-    from tilefuse.benchmarks import harness, runner
+    from tilefuse.benchmarks import harness, records, runner
 
     def inputs(device, generator):
         return (harness.normal((4, 64), torch.float32, device, generator),)
@@ -368,7 +368,7 @@ def test_bench_writes_lines_table_and_plots(capsys, monkeypatch, tmp_path):
     found = json.loads(out)
     assert code == cli.OK, err
     assert [line["status"] for line in found["lines"]] == ["ok"]
-    assert len(runner.read_lines(tmp_path / f"{runner.device_key(torch.device('cpu'))}.jsonl")) == 1
+    assert len(records.read_lines(tmp_path / f"{records.device_key(torch.device('cpu'))}.jsonl")) == 1
     assert all((tmp_path / p).exists() for p in found["plots"])
     code, out, _ = run(capsys, "bench", "--device", "cpu", "--out", str(tmp_path), "--report")
     assert code == cli.OK

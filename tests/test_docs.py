@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tilefuse.benchmarks import report, runner
+from tilefuse.benchmarks import records, report
 
 import tilefuse
 
@@ -139,7 +139,7 @@ def test_what_is_generated_is_there(site):
     assert len(pictures) > 10
     assert all((site / picture).stat().st_size > 1000 for picture in pictures)
     benchmarks = (site / "benchmarks.html").read_text()
-    lines = [line for file in sorted(runner.results_folder().glob("*.jsonl")) for line in runner.read_lines(file)]
+    lines = [line for file in sorted(records.results_folder().glob("*.jsonl")) for line in records.read_lines(file)]
     assert all(html.escape(line["name"], quote=False) in benchmarks for line in lines)
     # docstrings are Markdown by then
     assert "Example::" not in everything and "<p>====" not in everything
@@ -185,7 +185,7 @@ def test_unknown_tables_and_pictures_fail_the_build(tmp_path):
 def test_readme_holds_what_is_stored():
     """Op table and numbers of README are those of the registry and the result files."""
     text = (ROOT / "README.md").read_text()
-    lines = [line for file in sorted(runner.results_folder().glob("*.jsonl")) for line in runner.read_lines(file)]
+    lines = [line for file in sorted(records.results_folder().glob("*.jsonl")) for line in records.read_lines(file)]
     (plot,) = re.findall(r"\]\((benchmarks/results/\w+\.png)\)", text)
     assert (ROOT / plot).exists()
     renewed = report.readme(text, tilefuse.ops(), lines, [plot])

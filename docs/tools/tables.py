@@ -13,7 +13,7 @@ from typing import Any
 
 import pictures
 import torch
-from tilefuse.benchmarks import report, runner
+from tilefuse.benchmarks import records, report
 
 import tilefuse
 from tilefuse import cli, library
@@ -30,7 +30,7 @@ TITLES = {
 
 
 def _lines() -> list[dict[str, Any]]:
-    return [line for file in sorted(runner.results_folder().glob("*.jsonl")) for line in runner.read_lines(file)]
+    return [line for file in sorted(records.results_folder().glob("*.jsonl")) for line in records.read_lines(file)]
 
 
 def _by_device() -> dict[str, list[dict[str, Any]]]:
@@ -258,7 +258,7 @@ def _module(path: str, words: str) -> str:
 def examples() -> str:
     """Each program of the folder: what it shows, how it is run, its text."""
     out = []
-    for file in sorted((runner.HERE.parent / "examples").glob("*.py")):
+    for file in sorted((records.HERE.parent / "examples").glob("*.py")):
         text = file.read_text()
         words = ast.get_docstring(ast.parse(text)) or ""
         code = text.rstrip().replace("\n", "\n    ")

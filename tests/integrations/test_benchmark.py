@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tilefuse.benchmarks import harness, models, report, roofline, runner
+from tilefuse.benchmarks import harness, models, records, report, roofline, runner
 
 transformers = pytest.importorskip("transformers")
 integration = pytest.importorskip("tilefuse.integrations.transformers")
@@ -50,8 +50,8 @@ def test_a_line_has_every_number(mode, engine, tmp_path):
         # every gradient is there at the end of a step
         assert stock["peak_bytes"] >= line["weights_bytes"]
     path = tmp_path / "lines.jsonl"
-    runner.write_lines(path, [line])
-    header, rows = report.model_rows(runner.read_lines(path))
+    records.write_lines(path, [line])
+    header, rows = report.model_rows(records.read_lines(path))
     assert len(rows[0]) == len(header)
     json.dumps(line)
 
@@ -122,9 +122,10 @@ def test_without_transformers_a_case_is_unavailable(engine, monkeypatch):
 
 
 def test_cases_are_listed_with_the_ops():
+    also = {models.FAMILY: models}
     for device in ("cpu", "cuda"):
         plain = harness.discover("quick", device)
-        every = harness.discover("quick", device, whole_models=True)
+        every = harness.discover("quick", device, also=also)
         found = every[len(plain) :]
         assert {c.family for c in found} == {models.FAMILY}
         assert {c.op for c in found} == {c.op for c in models.cases()}
@@ -132,7 +133,7 @@ def test_cases_are_listed_with_the_ops():
     # the weights of a model are made once: its cases follow each other
     keys = [(c.net.name, c.layers, c.experts) for c in every[len(plain) :]]
     assert len({k for i, k in enumerate(keys) if i == 0 or keys[i - 1] != k}) == len(set(keys))
-    assert [c.op for c in harness.discover("quick", "cpu", families=["models"], match="BigBird", whole_models=True)]
+    assert [c.op for c in harness.discover("quick", "cpu", families=["models"], match="BigBird", also=also)]
 
 
 def test_a_case_says_what_it_is():

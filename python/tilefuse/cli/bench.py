@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..benchmarks import harness, models, report, runner
+    from ..benchmarks import harness, models, records, report, runner
 
     console = Console(args.json)
-    folder = args.out or runner.results_folder()
+    folder = args.out or records.results_folder()
     if args.readme:
         return _readme(console, folder)
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
         if family not in families:
             raise UsageError(f"--family must be one of {', '.join(families)}, got {family!r}")
     device = torch.device(kind)
-    path = folder / f"{runner.device_key(device)}.jsonl"
+    path = folder / f"{records.device_key(device)}.jsonl"
     if args.report:
-        lines = runner.read_lines(path)
+        lines = records.read_lines(path)
         return _finish(console, lines, lines, path, folder, report)
-    cases = harness.discover(args.suite, kind, families=args.family, match=args.case, whole_models=True)
+    cases = harness.discover(args.suite, kind, families=args.family, match=args.case, also={models.FAMILY: models})
     if not cases:
         raise UsageError("no benchmark case matches")
     if args.list:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 break
             lines += runner.run_all([case], engine, path, before=lambda _, case: progress.start(case.id), after=after)
     console.say(f"{len(lines)} cases in {time.monotonic() - began:.0f} s")
-    return _finish(console, lines, runner.read_lines(path), path, folder, report)
+    return _finish(console, lines, records.read_lines(path), path, folder, report)
 
 
 def _finish(console: Console, lines: list, stored: list, path: Path, folder: Path, report) -> int:
@@ -111,12 +111,12 @@ def _finish(console: Console, lines: list, stored: list, path: Path, folder: Pat
 
 
 def _readme(console: Console, folder: Path) -> int:
-    from ..benchmarks import report, runner
+    from ..benchmarks import records, report
 
-    path = runner.HERE.parent / "README.md"
+    path = records.HERE.parent / "README.md"
     if not path.exists():
         raise UsageError("--readme works in a source tree")
-    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in runner.read_lines(file)]
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in records.read_lines(file)]
     plots = [p.relative_to(path.parent) if p.is_relative_to(path.parent) else p for p in report.plot(lines, folder)]
     # one picture on the first screen: a GPU's before a CPU's
     first = sorted(map(str, plots), key=lambda p: "nvidia" not in p)[:1]

@@ -135,14 +135,15 @@ def tune_case(
         known: winners of earlier cases; they are in force, and not measured again.
         measure: ``timing.measure_cuda`` or a stand-in: (calls, budget=seconds) -> name -> object with ``median``.
     """
-    from ..benchmarks import runner
+    from ..benchmarks import harness
+    from ..benchmarks.contestants import Contestant
     from ..triton_kernels.common import tuned
 
     generator = torch.Generator(device).manual_seed(0)
     found: dict[tuple[str, str], Winner] = {}
     with tilefuse.backend("triton"), tuned.session() as session, torch.no_grad():
         session.forced.update({key: winner.changes for key, winner in known.items()})
-        call = runner.Contestant(case, runner.Peer(case.run)).bind(case.inputs(device, generator), generator)
+        call = Contestant(case, harness.Peer(case.run)).bind(case.inputs(device, generator), generator)
         session.asked.clear()
         expected = call()
         for key, heuristic in list(session.asked.items()):

@@ -174,7 +174,7 @@ def _isolated(
 
 def _record(checks: Sequence[Check], device: torch.device) -> dict[str, Any]:
     """Stores kernel -> backends for this architecture: those whose every check here passed."""
-    from ..benchmarks.runner import commit_of_checkout
+    from ..benchmarks.records import commit_of_checkout
 
     passed: defaultdict[str, set[str]] = defaultdict(set)
     failed: defaultdict[str, set[str]] = defaultdict(set)

@@ -111,9 +111,10 @@ def _on_gpu(console: Console, families: list[str], with_samples: bool) -> int:
 
 
 def _run_case(case: Any, device: torch.device, generator: torch.Generator) -> None:
-    from ..benchmarks import runner
+    from ..benchmarks import harness
+    from ..benchmarks.contestants import Contestant
 
     inputs = case.inputs(device, generator)
-    contestant = runner.Contestant(case, runner.Peer(case.run))
+    contestant = Contestant(case, harness.Peer(case.run))
     with torch.no_grad():
         contestant.bind(inputs, generator)()
