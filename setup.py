@@ -8,21 +8,31 @@ shared objects without a Python init function, loaded by ``torch.ops.load_librar
   ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0a;10.0a``, plus PTX of the first).
 
 ``TILEFUSE_BUILD_NATIVE`` is ``auto`` (build what the tools allow, say what is skipped), ``0`` (never)
-or ``1`` (fail when the CPU library cannot be built).
+or ``1`` (fail when the CPU library cannot be built). ``CXX`` is the C++ compiler as a command, such as ``ccache g++``.
 """
 
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+
+# older ones stop at pyproject.toml's licence with a message that names neither themselves nor the way out
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"tilefuse: the build needs setuptools >= 77, this is {setuptools.__version__}: "
+        "pip install -U 'setuptools>=77', or build without --no-build-isolation"
+    )
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a;10.0a"
@@ -46,12 +56,13 @@ class BuildNative(build_ext):
         if mode == "0":
             return
         include = _torch_include()
+        cxx = _cxx()
         missing = [
             what
             for what, there in {
                 "torch (build with --no-build-isolation)": include is not None,
                 "ninja": _ninja() is not None,
-                "g++": shutil.which(os.environ.get("CXX", "g++")) is not None,
+                " ".join(cxx): _runs(cxx),
             }.items()
             if not there
         ]
@@ -64,7 +75,10 @@ class BuildNative(build_ext):
         out = ROOT / "python/tilefuse" if self.inplace else Path(self.build_lib) / "tilefuse"
         out.mkdir(parents=True, exist_ok=True)
         build_dir = Path(self.build_temp).resolve() / "native"
-        _ninja_build(build_dir, out.resolve(), include, _nvcc())
+        build_dir.mkdir(parents=True, exist_ok=True)
+        (build_dir / "build.ninja").write_text(_ninja_file(build_dir, out.resolve(), include, cxx, _nvcc()))
+        jobs = os.environ.get("MAX_JOBS") or str(max(1, min(os.cpu_count() or 1, _memory_gib() // 4)))
+        subprocess.run([_ninja(), "-C", str(build_dir), "-j", jobs, "--quiet"], check=True)
 
     def get_outputs(self):
         return []
@@ -77,6 +91,18 @@ def _torch_include():
         return None
     include = Path(spec.submodule_search_locations[0]) / "include"
     return include if (include / "torch/csrc/stable/library.h").exists() else None
+
+
+def _cxx():
+    """The words of the C++ compiler's command: ``CXX`` may hold a launcher or options as well."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
+
+
+def _runs(command):
+    return (
+        shutil.which(command[0]) is not None
+        and subprocess.run([*command, "--version"], capture_output=True).returncode == 0
+    )
 
 
 def _ninja():
@@ -128,7 +154,7 @@ def _number(arch):
 
 def _file_setting(source, name):
     """What a source asks for in a comment among its first ten lines: ``// build-flags: -ffast-math``."""
-    with open(source) as file:
+    with open(source, encoding="utf-8") as file:
         for _ in range(10):
             match = re.match(rf"// {name}: (.*)", file.readline())
             if match:
@@ -136,95 +162,124 @@ def _file_setting(source, name):
     return ""
 
 
-def _ninja_build(build_dir, out, include, nvcc):
-    build_dir.mkdir(parents=True, exist_ok=True)
-    cxx = os.environ.get("CXX", "g++")
-    torch_lib = include.parent / "lib"
-    isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-    common = f"-O3 -std=c++17 -fPIC -fvisibility=hidden -I{ROOT / 'csrc'} -DTORCH_TARGET_VERSION=0x020b000000000000"
+def _path(path):
+    """A path in a build line of ninja."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def _words(*words):
+    """Words of a command in a rule or variable of ninja: neither ninja nor the shell takes them apart."""
+    return shlex.join(str(word) for word in words).replace("$", "$$")
+
+
+def _ninja_file(build_dir, out, include, cxx, nvcc):
+    """The text of build.ninja; the sources that say how the libraries were built are written beside it."""
+    csrc = f"{_words(f'-I{ROOT}/csrc')} -DTORCH_TARGET_VERSION=0x020b000000000000"
+    torch = _words("-isystem", include)
     # contraction would make a result depend on the instruction set; kernels that want it ask for it
-    cxx_flags = f"{common} -isystem {include} -fno-math-errno -fno-trapping-math -ffp-contract=off -Wall -Wextra"
-    link_torch = f"-L{torch_lib} -ltorch -ltorch_cpu -lc10 -Wl,-rpath,'$$ORIGIN/../torch/lib'"
-    rules = [
-        f"cxx = {cxx}",
-        f"cxxflags = {cxx_flags}",
+    floats = "-fno-math-errno -fno-trapping-math -ffp-contract=off"
+    link_torch = f"{_words(f'-L{include.parent}/lib')} -ltorch -ltorch_cpu -lc10 -Wl,-rpath,'$$ORIGIN/../torch/lib'"
+    lines = [
+        f"cxx = {_words(*cxx)}",
+        f"cxxflags = -O3 -std=c++17 -fPIC -fvisibility=hidden {csrc} {torch} {floats} -Wall -Wextra",
         "rule cxx\n  command = $cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = $cxx -shared -o $out $in $libs {link_torch}",
+        *_cpu_builds(build_dir, out, cxx),
     ]
-    builds, defaults = [], []
+    libraries = [out / "_cpu.abi3.so"]
+    cudart = _cudart(nvcc) if nvcc else None
+    sources = _cuda_sources(_arch_list(nvcc)) if cudart else {}
+    if sources:
+        host = _words(_host_compiler(build_dir, cxx))
+        lines += [
+            f"nvccflags = -O3 -std=c++17 {csrc} {torch} -DUSE_CUDA -lineinfo -Xfatbin -compress-all -ccbin {host}"
+            " -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+            " -static-global-template-stub=false --expt-relaxed-constexpr -diag-suppress 20012",
+            # ptxas -v goes to a log beside the object: the resource gate and a curious reader use it
+            f"rule nvcc\n  command = {_words(nvcc)} $nvccflags $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
+            " || (cat $out.log; exit 1)\n  depfile = $out.d\n  deps = gcc",
+            *_cuda_builds(build_dir, out, sources, nvcc, cudart),
+        ]
+        libraries.append(out / "_cuda.abi3.so")
+    else:
+        (out / "_cuda.abi3.so").unlink(missing_ok=True)
+        why = "no nvcc" if not nvcc else "no libcudart_static.a beside nvcc" if not cudart else "no CUDA sources"
+        print(f"tilefuse: CUDA library not built ({why})", file=sys.stderr)
+    return "\n".join([*lines, f"default {' '.join(map(_path, libraries))}"]) + "\n"
 
-    objects = []
+
+def _cpu_builds(build_dir, out, cxx):
+    """Build lines of the CPU library."""
+    isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    builds, objects = [], []
     for source in sorted((ROOT / "csrc").glob("*/*_cpu.cpp")):
         extra = _file_setting(source, "build-flags")
         for isa, march in isas.items():
             obj = f"{source.parent.name}/{source.stem}.{isa}.o"
             define = f"-DTILEFUSE_ISA={isa}" + (" -DTILEFUSE_REGISTER" if isa == "baseline" else "")
-            builds.append(f"build {obj}: cxx {source}\n  flags = {define} {' '.join(march)} {extra}")
+            builds.append(f"build {obj}: cxx {_path(source)}\n  flags = {define} {' '.join(march)} {extra}")
             objects.append(obj)
-    info = {"compiler": _version(cxx), "instruction_sets": list(isas), "flags": "-O3 -ffp-contract=off"}
+    info = {"compiler": _version(cxx, 0), "instruction_sets": list(isas), "flags": "-O3 -ffp-contract=off"}
     _write_info(build_dir / "cpu_info.cpp", "cpu", info)
     builds.append("build cpu_info.o: cxx cpu_info.cpp")
-    builds.append(f"build {out / '_cpu.abi3.so'}: link cpu_info.o {' '.join(objects)}")
-    defaults.append(str(out / "_cpu.abi3.so"))
+    builds.append(f"build {_path(out / '_cpu.abi3.so')}: link cpu_info.o {' '.join(objects)}")
+    return builds
 
-    cuda_sources = sorted(s for s in (ROOT / "csrc").glob("*/*.cu") if s.parent.name != "emulation")
-    cudart = _cudart(nvcc) if nvcc else None
-    archs = _arch_list(nvcc) if nvcc else []
-    # `// build-archs: 9.0a` limits a file to architectures; without any of them there is nothing to build it for
-    wanted = {s: _file_setting(s, "build-archs").split() for s in cuda_sources}
-    cuda_archs = {s: [a for a in archs if not only or a.removesuffix("+PTX") in only] for s, only in wanted.items()}
-    cuda_sources = [s for s in cuda_sources if cuda_archs[s]]
-    if cudart and cuda_sources:
-        rules.append(
-            f"nvccflags = {common.replace('-fPIC -fvisibility=hidden', '')} -isystem {include} -DUSE_CUDA"
-            f" -lineinfo -Xfatbin -compress-all -ccbin {cxx} -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
-            " -static-global-template-stub=false --expt-relaxed-constexpr -diag-suppress 20012"
-        )
-        # ptxas -v goes to a log beside the object: the resource gate and a curious reader use it
-        rules.append(
-            f"rule nvcc\n  command = {nvcc} $nvccflags $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
-            " || (cat $out.log; exit 1)\n  depfile = $out.d\n  deps = gcc"
-        )
-        objects = []
-        for source in cuda_sources:
-            obj = f"{source.parent.name}/{source.stem}.cu.o"
-            flags = f"{_gencode(cuda_archs[source])} {_file_setting(source, 'build-flags')}"
-            builds.append(f"build {obj}: nvcc {source}\n  flags = {flags}")
-            objects.append(obj)
-        info = {"nvcc": _version(nvcc), "architectures": [f"sm_{_number(a)}" for a in archs]}
-        _write_info(build_dir / "cuda_info.cpp", "cuda", info)
-        builds.append("build cuda_info.o: cxx cuda_info.cpp")
-        libs = f"-L{cudart} -lcudart_static -ldl -lrt -lpthread"
-        builds.append(f"build {out / '_cuda.abi3.so'}: link cuda_info.o {' '.join(objects)}\n  libs = {libs}")
-        defaults.append(str(out / "_cuda.abi3.so"))
-    else:
-        (out / "_cuda.abi3.so").unlink(missing_ok=True)
-        why = "no nvcc" if not nvcc else "no libcudart_static.a beside nvcc" if not cudart else "no CUDA sources"
-        print(f"tilefuse: CUDA library not built ({why})", file=sys.stderr)
 
-    (build_dir / "build.ninja").write_text("\n".join([*rules, *builds, f"default {' '.join(defaults)}"]) + "\n")
-    jobs = os.environ.get("MAX_JOBS") or str(max(1, min(os.cpu_count() or 1, _memory_gib() // 4)))
-    subprocess.run([_ninja(), "-C", str(build_dir), "-j", jobs, "--quiet"], check=True)
+def _cuda_sources(archs):
+    """The architectures of every .cu file: ``// build-archs: 9.0a`` limits them, and without any it is not built."""
+    wanted = {s: _file_setting(s, "build-archs").split() for s in sorted((ROOT / "csrc").glob("*/*.cu"))}
+    chosen = {s: [a for a in archs if not only or a.removesuffix("+PTX") in only] for s, only in wanted.items()}
+    return {s: of_source for s, of_source in chosen.items() if of_source}
+
+
+def _cuda_builds(build_dir, out, sources, nvcc, cudart):
+    """Build lines of the CUDA library, from the architectures of each source."""
+    builds, objects = [], []
+    for source, archs in sources.items():
+        obj = f"{source.parent.name}/{source.stem}.cu.o"
+        flags = f"{_gencode(archs)} {_file_setting(source, 'build-flags')}"
+        builds.append(f"build {obj}: nvcc {_path(source)}\n  flags = {flags}")
+        objects.append(obj)
+    # asked for, even where no source is built for one of them
+    info = {"nvcc": _version([nvcc], -1), "architectures": [f"sm_{_number(a)}" for a in _arch_list(nvcc)]}
+    _write_info(build_dir / "cuda_info.cpp", "cuda", info)
+    builds.append("build cuda_info.o: cxx cuda_info.cpp")
+    libs = f"{_words(f'-L{cudart}')} -lcudart_static -ldl -lrt -lpthread"
+    builds.append(f"build {_path(out / '_cuda.abi3.so')}: link cuda_info.o {' '.join(objects)}\n  libs = {libs}")
+    return builds
+
+
+def _host_compiler(build_dir, cxx):
+    """The C++ compiler as the one word that nvcc's -ccbin takes: a script where its command has several."""
+    if len(cxx) == 1:
+        return cxx[0]
+    script = build_dir / "host-compiler"
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(cxx)} "$@"\n')
+    script.chmod(0o755)
+    return script
 
 
 def _memory_gib():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**30
 
 
-def _version(tool):
-    lines = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.strip().splitlines()
-    return lines[-1] if "nvcc" in tool else lines[0]
+def _version(command, line):
+    return subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[line]
 
 
 def _write_info(path, name, info):
     """A C string in the library that says how it was built; tilefuse.native reads it."""
     text = (
         f'extern "C" __attribute__((visibility("default"))) const char* tilefuse_{name}_build_info() '
-        f'{{ return R"({json.dumps(info)})"; }}\n'
+        f'{{ return R"json({json.dumps(info)})json"; }}\n'
     )
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
 
+
+# a free-threaded Python has no stable ABI, and its wheels say so; the libraries are the same, as they use no Python
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 # the folder triton_kernels/ lives beside python/ and installs below the package, never at top level
 PACKAGE_DIR = {"": "python", "tilefuse.triton_kernels": "triton_kernels", "tilefuse.benchmarks": "benchmarks"}
@@ -242,7 +297,7 @@ setup(
         "tilefuse.triton_kernels": ["tuned/*.json"],
     },
     # no sources: the extension only makes the wheel a platform wheel, BuildNative compiles csrc/ itself
-    ext_modules=[Extension("tilefuse._native", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("tilefuse._native", sources=[], py_limited_api=LIMITED_API)],
     cmdclass={"build_ext": BuildNative},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
 )

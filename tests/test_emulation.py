@@ -1,6 +1,7 @@
 """The CUDA emulation itself: every primitive against plain torch or Python, and every fault that it must catch."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -411,12 +412,23 @@ def test_unknown_schedule(module):
 
 def test_missing_tools_are_named(monkeypatch):
     monkeypatch.setattr(emulation, "_compiler", lambda: None)
-    assert emulation.missing() == "g++ is not on PATH"
-    with pytest.raises(RuntimeError, match=r"emulation: g\+\+ is not on PATH"):
+    compiler = "there is no C++ compiler (g++, or the command in CXX)"
+    assert emulation.missing() == compiler
+    with pytest.raises(RuntimeError, match="emulation: there is no C\\+\\+ compiler"):
         emulation.load_source(emulation._CSRC / "emulation/self_test.cpp")
     monkeypatch.undo()
     monkeypatch.setattr(emulation, "_cuda_include", lambda: None)
-    assert emulation.missing() in ("the CUDA headers are not installed (cuda_bf16.h)", "g++ is not on PATH")
+    assert emulation.missing() in (
+        "the CUDA headers are not installed (cuda_bf16.h)",
+        "there is no C++ compiler (g++, or the command in CXX)",
+    )
+
+
+def test_compiler_command(monkeypatch):
+    # a launcher in front, and one without a compiler behind it
+    for cxx, words in (("env g++", ["env", "g++"]), ("", ["g++"]), ("env no-such-compiler", None), ("no-such", None)):
+        monkeypatch.setenv("CXX", cxx)
+        assert emulation._compiler.__wrapped__() == (words if shutil.which("g++") else None)
 
 
 def test_compiler_errors_are_shown(tmp_path):

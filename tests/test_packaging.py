@@ -256,3 +256,113 @@ def test_packages_cover_every_kernel_folder(script):
     folders = {Path(m).parent.as_posix().replace("/", ".") for m in TRITON_MODULES}
     assert {f"tilefuse.{f}" for f in folders} <= set(script["PACKAGES"])
     assert "triton_kernels" not in script["PACKAGES"]
+
+
+@pytest.fixture
+def toy_tree(tmp_path):
+    """setup.py with one tiny source per compiler, at a path that ninja and the shell would take apart."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    tree = tmp_path / "a path with spaces"
+    (tree / "csrc/toy").mkdir(parents=True)
+    (tree / "python/tilefuse").mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "csrc/toy/toy_cpu.cpp").write_text('#include "toy/toy.h"\nint TILEFUSE_ISA = TOY;\n')
+    (tree / "csrc/toy/toy.cu").write_text('#include "toy/toy.h"\n__global__ void toy(int* x) { *x = TOY; }\n')
+    (tree / "csrc/toy/toy.h").write_text("#define TOY 1\n")
+    return tree
+
+
+def test_path_with_spaces_and_a_compiler_of_two_words(toy_tree, tmp_path):
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$*" >> {tmp_path}/launched\nexec "$@"\n')
+    launcher.chmod(0o755)
+    environment = {
+        **os.environ,
+        "CXX": f"{launcher} g++",
+        "TORCH_CUDA_ARCH_LIST": "9.0a",
+        "TILEFUSE_BUILD_NATIVE": "1",
+    }
+
+    def build():
+        run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=toy_tree, env=environment)
+        return {p: p.stat().st_mtime_ns for p in toy_tree.rglob("toy*.o")}
+
+    first = build()
+    names = {p.name for p in toy_tree.glob("python/tilefuse/*.so")}
+    cuda = shutil.which("nvcc") is not None
+    assert names == ({"_cpu.abi3.so", "_cuda.abi3.so"} if cuda else {"_cpu.abi3.so"})
+    assert len(first) == (5 if cuda else 4)
+    # nvcc's host compiler is the launched one too
+    launched = (tmp_path / "launched").read_text().splitlines()
+    assert all(line.startswith("g++ ") for line in launched)
+    assert any("toy.cu" in line for line in launched) == cuda
+    # the lists of headers are understood: nothing is compiled again until one changes
+    assert build() == first
+    (toy_tree / "csrc/toy/toy.h").write_text("#define TOY 2\n")
+    again = build()
+    assert not [p for p in first if again[p] == first[p]]
+
+
+def test_a_compiler_that_does_not_run_is_named(toy_tree, tmp_path):
+    # a launcher alone is no compiler: what it launches must run as well
+    launcher = tmp_path / "launcher"
+    launcher.write_text('#!/bin/sh\nexec "$@"\n')
+    launcher.chmod(0o755)
+    for cxx in (f"{launcher} no-such-compiler", "no-such-launcher g++"):
+        ran = subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            cwd=toy_tree,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "CXX": cxx, "TILEFUSE_BUILD_NATIVE": "1"},
+        )
+        assert ran.returncode == 1 and f"native libraries not built, missing: {cxx}\n" in ran.stderr
+
+
+def test_compiler_command(script, monkeypatch):
+    for value, words in (
+        (None, ["g++"]),
+        ("", ["g++"]),
+        ("clang++", ["clang++"]),
+        ("ccache g++ -m64", ["ccache", "g++", "-m64"]),
+        ("'/a path/g++'", ["/a path/g++"]),
+    ):
+        monkeypatch.delenv("CXX", raising=False)
+        if value is not None:
+            monkeypatch.setenv("CXX", value)
+        assert script["_cxx"]() == words
+
+
+def test_build_information_survives_any_compiler_version(script, tmp_path):
+    # Red Hat's ends in a bracket, which beside JSON's quote would end a plain raw string
+    script["_write_info"](tmp_path / "info.cpp", "cpu", {"compiler": "g++ (GCC) 13.2.1 (Red Hat 13.2.1-4)"})
+    if shutil.which("g++") is not None:
+        run("g++", "-fsyntax-only", str(tmp_path / "info.cpp"))
+
+
+SETUP = (
+    "import runpy, sys\nsys.argv = ['setup.py', '-q', *sys.argv[1:]]\nrunpy.run_path('setup.py', run_name='__main__')\n"
+)
+
+
+def test_wheel_of_a_free_threaded_python(tree, tmp_path):
+    # it has no stable ABI, and setuptools refuses to be asked for one
+    program = (
+        "import sysconfig\n"
+        "real = sysconfig.get_config_var\n"
+        "sysconfig.get_config_var = lambda name: 1 if name == 'Py_GIL_DISABLED' else real(name)\n"
+    )
+    environment = {**os.environ, "TILEFUSE_BUILD_NATIVE": "0"}
+    run(sys.executable, "-c", program + SETUP, "bdist_wheel", "-d", str(tmp_path), cwd=tree, env=environment)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "abi3" not in wheel.name and wheel.name.startswith(f"tilefuse-{tilefuse.__version__}-cp3")
+
+
+def test_old_setuptools_is_named(script):
+    program = "import setuptools\nsetuptools.__version__ = '68.1.2'\n"
+    ran = subprocess.run([sys.executable, "-c", program + SETUP, "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("tilefuse: the build needs setuptools >= 77, this is 68.1.2: pip install -U ")
+    assert '"setuptools>=77"' in (ROOT / "pyproject.toml").read_text()

@@ -70,8 +70,11 @@ class OrderDependence(AssertionError):
 
 
 @functools.cache
-def _compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
+def _compiler() -> list[str] | None:
+    """The words of the compiler's command, as in setup.py: ``CXX`` may hold a launcher or options as well."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    runs = shutil.which(words[0]) and subprocess.run([*words, "--version"], capture_output=True).returncode == 0
+    return words if runs else None
 
 
 @functools.cache
@@ -101,7 +104,7 @@ def missing() -> str | None:
     if not (_CSRC / "emulation").is_dir():
         return "csrc/ is not there: the emulation needs a source checkout"
     if _compiler() is None:
-        return "g++ is not on PATH"
+        return "there is no C++ compiler (g++, or the command in CXX)"
     if _cuda_include() is None:
         return "the CUDA headers are not installed (cuda_bf16.h)"
     if importlib.util.find_spec("pybind11") is None:
@@ -113,13 +116,13 @@ def missing() -> str | None:
 
 @functools.cache
 def _poison_flag() -> str:
-    probe = subprocess.run([_compiler(), _POISON, "-x", "c++", "-fsyntax-only", os.devnull], capture_output=True)
+    probe = subprocess.run([*_compiler(), _POISON, "-x", "c++", "-fsyntax-only", os.devnull], capture_output=True)
     return _POISON if probe.returncode == 0 else ""
 
 
 @functools.cache
 def _version() -> str:
-    return subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
 def _cache_dir() -> Path:
@@ -167,7 +170,7 @@ def load_source(source: Path, *, sources: tuple[str, ...] = ()) -> ModuleType:
     import pybind11
 
     name = source.stem
-    base = [_compiler(), *_FLAGS.split(), f"-I{_CSRC}", "-isystem", str(_cuda_include())]
+    base = [*_compiler(), *_FLAGS.split(), f"-I{_CSRC}", "-isystem", str(_cuda_include())]
     python = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
     checks = [*_CHECKS.split(), *([_poison_flag()] if _poison_flag() else [])]
     environment = f"{_version()} {pybind11.__version__} {sys.version} {base} {checks}"
