@@ -91,7 +91,7 @@ class Kernel:
     ==========  =====================================================================================
 
     All take the schema's arguments positionally. ``when[backend](*args)`` may refuse a call by returning a
-    reason; it must only look at shapes, dtypes, strides and plain values.
+    reason; it must only look at shapes, dtypes, strides, addresses and plain values.
     """
 
     def __init__(

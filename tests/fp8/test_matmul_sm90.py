@@ -1,5 +1,6 @@
 """The Hopper CUDA kernel of fp8_matmul: when it is taken (anywhere), and its numbers (on a Hopper GPU)."""
 
+import numpy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,12 +53,35 @@ def refusal(change=None, out_dtype=torch.bfloat16, shape=(256, 256, 256), monkey
         ({"change": lambda a, s, b, t: (a, torch.empty(256, 2), b, t)}, "M-major"),
         ({"change": lambda a, s, b, t: (a, s, b, torch.empty(2, 2).t())}, "row-major"),
         ({"change": lambda a, s, b, t: (torch.empty(256, 264, dtype=CODES)[:, 8:], s, b, t)}, "multiples of 16"),
+        ({"change": lambda a, s, b, t: (a[:1].expand(256, 256), s, b, t)}, "must not overlap"),
+        ({"change": lambda a, s, b, t: (a, s, b[:1].expand(256, 256), t)}, "must not overlap"),
+        ({"change": lambda a, s, b, t: (a.as_strided((256, 256), (16, 1)), s, b, t)}, "must not overlap"),
+        ({"change": lambda a, s, b, t: (a, s[:, :1].expand(256, 2), b, t)}, "at least M"),
+        ({"change": lambda a, s, b, t: (a, s.as_strided((256, 2), (1, 8)), b, t)}, "at least M"),
+        ({"change": lambda a, s, b, t: (a, torch.empty_strided((260, 2), (1, 260))[1:257], b, t)}, "16 bytes"),
     ],
 )
 def test_it_takes_only_what_its_copies_can_read(monkeypatch, arguments, reason):
     monkeypatch.setattr("tilefuse.arch.of", lambda device: "sm_90")
     answer = refusal(**arguments)
     assert answer is None if reason is None else reason in answer
+
+
+@pytest.mark.parametrize("which", ["a", "a_scale", "b"])
+def test_an_address_that_is_no_multiple_of_16_is_refused(monkeypatch, which):
+    """Memory of another library may begin anywhere: the offset in the storage says nothing about it."""
+    monkeypatch.setattr("tilefuse.arch.of", lambda device: "sm_90")
+    call = dict(zip(("a", "a_scale", "b", "b_scale"), operands(256, 256, 256, "cpu")))
+    refuses = library.kernels()["fp8_matmul_fwd"].when["cuda"]
+    assert refuses(*call.values(), None, torch.bfloat16) is None
+    old = call[which]
+    size = old.untyped_storage().nbytes()
+    memory = numpy.zeros(size + 32, dtype=numpy.uint8)
+    start = -memory.ctypes.data % 16 + 8
+    foreign = torch.from_numpy(memory[start : start + size]).view(old.dtype)
+    call[which] = foreign.as_strided(old.shape, old.stride())
+    assert call[which].storage_offset() == 0
+    assert "16 bytes" in refuses(*call.values(), None, torch.bfloat16)
 
 
 def test_it_is_for_hopper_alone(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import arch, errors
 from ...library import kernel, op
@@ -34,6 +35,12 @@ def _fake(
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 
+def _starts_at_16(t: Tensor) -> bool:
+    """Whether the data starts at a multiple of 16 bytes; the base of a fake tensor has no address and counts as one."""
+    start = t.storage_offset() * t.element_size() if isinstance(t, FakeTensor) else t.data_ptr()
+    return start % 16 == 0
+
+
 def _hopper_refuses(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, _bias: Tensor | None, out_dtype: torch.dtype
 ) -> str | None:
@@ -45,10 +52,15 @@ def _hopper_refuses(
         return "is for M > 64: small M streams the weight, which Triton's operand order does better"
     if b_scale.shape[0] != blocks_of(n) or n == 1:
         return "takes (128, 128) weight scales"
-    if k == 0 or any(t.stride(0) % 16 or t.storage_offset() % 16 for t in (a, b)):
+    if k == 0 or any(t.stride(0) % 16 or not _starts_at_16(t) for t in (a, b)):
         return "rows of a and b must be multiples of 16 bytes and start at one"
-    if a_scale.stride(0) != 1 or a_scale.storage_offset() % 4 or (a_scale.shape[1] > 1 and a_scale.stride(1) % 4):
-        return "a_scale must be M-major with a K-block stride that is a multiple of 4"
+    # a tensor map has no rows that overlap, such as an expanded row's
+    if any(t.stride(0) < k for t in (a, b)):
+        return "rows of a and b must not overlap"
+    if a_scale.stride(0) != 1 or not _starts_at_16(a_scale):
+        return "a_scale must be M-major and start at a multiple of 16 bytes"
+    if a_scale.shape[1] > 1 and (a_scale.stride(1) % 4 or a_scale.stride(1) < m):
+        return "a_scale must have a K-block stride of at least M that is a multiple of 4"
     if b_scale.stride(1) != 1:
         return "b_scale must be row-major"
     if out_dtype != torch.float32 and n % 8:
