@@ -1,5 +1,7 @@
 """The repaired interpreter is exact: on every 8- and 16-bit pattern, and on float32 where rounding is hard."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from tilefuse.testing import assert_bit_equal, interpreter
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 tl = triton.language
+from tilefuse.testing import interpreter_repairs  # noqa: E402
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 BLOCK = 1 << 16
@@ -510,3 +514,16 @@ def test_install_twice_changes_nothing():
     before = dict(vars(builder))
     interpreter.install()
     assert dict(vars(builder)) == before
+
+
+def test_every_row_of_the_docstring_has_a_repair():
+    _, _, body, _ = re.split(r"^=[= ]+$", interpreter.__doc__, flags=re.M)
+    documented = [row[:28].strip().replace("`", "") for row in body.strip().splitlines()]
+    repaired = {row for repair in interpreter_repairs.REPAIRS for row in repair.rows}
+    assert {row for row in documented if row} == repaired
+
+
+def test_nothing_is_repaired_twice():
+    replaced = [(repair.owner, name) for repair in interpreter_repairs.REPAIRS for name in repair.replacements]
+    assert len(replaced) == len(set(replaced))
+    assert all(hasattr(owner, name) for owner, name in replaced)
