@@ -11,7 +11,7 @@ from tilefuse.testing import assert_bit_equal, samples
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(tilefuse.ops()))
-def test_19_the_second_of_two_gpus(name):
+def test_the_second_of_two_gpus(name):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     results = []

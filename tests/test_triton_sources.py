@@ -64,14 +64,14 @@ def worst(body):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "moe").glob("*.py")), ids=lambda p: p.name)
-def test_23_products_have_accumulators_of_their_own(path):
+def test_products_have_accumulators_of_their_own(path):
     """Two dots into one accumulator in a loop are miscompiled for sm_103 (Triton issue 10821)."""
     for loop in ast.walk(ast.parse(path.read_text())):
         if isinstance(loop, ast.For | ast.While):
             assert all(number <= 1 for number in worst(loop.body).values()), f"{path.name}:{loop.lineno}"
 
 
-def test_23_the_rule_finds_two_products():
+def test_the_rule_finds_two_products():
     one = "if k:\n    b = tl.dot(x, y, b)\nelse:\n    b += tl.dot(x, z)\na = tl.dot(x, y, acc=a)"
     assert worst(ast.parse(one).body) == {"a": 1, "b": 1}
     two = "a = tl.dot(x, y, a)\na = tl.dot(x, z, acc=a)\na += tl.dot(x, y)"
@@ -126,7 +126,7 @@ def narrow_offsets(function):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "moe").glob("*.py")), ids=lambda p: p.name)
-def test_12_offsets_are_64_bit(path):
+def test_offsets_are_64_bit(path):
     """Tokens times width, and experts times a matrix, pass 2^31 elements: every product in an address is int64."""
     for function in ast.walk(ast.parse(path.read_text())):
         if isinstance(function, ast.FunctionDef) and "triton.jit" in map(
@@ -135,7 +135,7 @@ def test_12_offsets_are_64_bit(path):
             assert not list(narrow_offsets(function)), f"{path.name}: {function.name}"
 
 
-def test_12_the_rule_finds_a_narrow_product():
+def test_the_rule_finds_a_narrow_product():
     source = """
 def kernel(x, out, stride, N: tl.constexpr):
     row = tl.program_id(0)

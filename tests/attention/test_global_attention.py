@@ -155,7 +155,7 @@ def test_16_nan_in_padding(device):
     assert (got[0][~mask] == 0).all() and (got[1].transpose(1, 2)[~mask] == float("-inf")).all()
 
 
-def test_20_deterministic_and_25_batch_invariant(device):
+def test_20_25_deterministic_and_batch_invariant(device):
     tensors, index, mask, options = case("per_batch", device, torch.bfloat16)
     first = compute(tilefuse.global_attention, tensors, index, mask, options, torch.bfloat16)
     for a, b in zip(first, compute(tilefuse.global_attention, tensors, index, mask, options, torch.bfloat16)):
@@ -166,7 +166,7 @@ def test_20_deterministic_and_25_batch_invariant(device):
 
 @QUICK
 @pytest.mark.parametrize(("dim", "group"), [(40, 3), (80, 7), (112, 8), (192, 1), (256, 2)])
-def test_12_head_dims_and_13_group_sizes(dim, group, device):
+def test_12_13_head_dims_and_group_sizes(dim, group, device):
     tensors = qkv(1, 20, 20, group, 1, dim, 48, device=device, dtype=torch.bfloat16)
     check(list(tensors), torch.tensor([[2, 17]], device=device), None, {"window": (6, 3)})
 

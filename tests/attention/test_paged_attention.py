@@ -165,7 +165,7 @@ def test_18_equals_window_attention(device):
         torch.testing.assert_close(lse, expected_lse[..., -sq:], rtol=1e-5, atol=1e-6)
 
 
-def test_20_deterministic_and_25_batch_invariant(device, monkeypatch):
+def test_20_25_deterministic_and_batch_invariant(device, monkeypatch):
     small_chunks(monkeypatch)
     q, k, v, table, lengths = case("several_queries", device, torch.bfloat16)[0]
     out, lse = tilefuse.paged_attention(q, k, v, table, lengths, window=(10, 0))
@@ -193,7 +193,7 @@ def test_15_strides(device):
 
 @QUICK
 @pytest.mark.parametrize(("dim", "group"), [(40, 3), (80, 7), (112, 8), (192, 1), (256, 16)])
-def test_12_head_dims_and_13_group_sizes(dim, group, device, monkeypatch):
+def test_12_13_head_dims_and_group_sizes(dim, group, device, monkeypatch):
     small_chunks(monkeypatch)
     check(paged([40, 7], 2, group, 1, dim, 48, 16, device=device, dtype=torch.bfloat16), {}, {"window": (20, 0)})
 

@@ -1,5 +1,4 @@
 import pytest
-import torch
 
 import tilefuse
 
@@ -28,18 +27,3 @@ def reference():
             return function(*args, **kwargs)
 
     return call
-
-
-@pytest.fixture
-def opcheck():
-    """torch's check of an op, without the part that compares FP8 tensors by operations they lack (test_schema)."""
-
-    def check(name, sample):
-        torch.library.opcheck(
-            getattr(torch.ops.tilefuse, name).default,
-            sample.args,
-            dict(sample.kwargs),
-            test_utils=("test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
-        )
-
-    return check

@@ -7,7 +7,7 @@ import torch
 
 import tilefuse
 from tilefuse.reference.fp8.linear import fp8_linear_bwd, fp8_linear_fwd
-from tilefuse.testing import assert_bit_equal, assert_close, samples
+from tilefuse.testing import assert_bit_equal, assert_close
 
 
 def decibels(out, exact):
@@ -52,7 +52,7 @@ def test_dtypes_and_leading_dims(device):
     assert_bit_equal(flat.view(out.shape), out)
 
 
-def test_close_to_bfloat16_19():
+def test_19_close_to_bfloat16():
     """The bar is torchao's: at least 28 dB for the output and for both gradients."""
     x, weight, grad = torch.randn(256, 512), torch.randn(384, 512), torch.randn(256, 384)
     out, dx, dw, _ = run(x, weight, None, grad)
@@ -83,7 +83,7 @@ def test_saves_one_byte_per_activation():
     assert not any(t.data_ptr() == x.data_ptr() for t in saved)
 
 
-def test_zero_gradient_and_no_tokens_19(device):
+def test_19_zero_gradient_and_no_tokens(device):
     x, weight = torch.randn(5, 130, device=device), torch.randn(64, 130, device=device)
     _, dx, dw, _ = run(x, weight, None, torch.zeros(5, 64, device=device))
     assert dx.eq(0).all()
@@ -94,7 +94,7 @@ def test_zero_gradient_and_no_tokens_19(device):
     assert db.eq(0).all()
 
 
-def test_compile_18():
+def test_18_compile():
     torch._dynamo.reset()
     step = torch.compile(tilefuse.fp8_linear, backend="aot_eager", fullgraph=True, dynamic=True)
     weight = torch.randn(64, 150, requires_grad=True)
@@ -115,11 +115,6 @@ def test_second_derivatives_are_refused():
     for grad in grads:
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward(retain_graph=True)
-
-
-def test_opcheck_18(opcheck):
-    for sample in samples("fp8_linear"):
-        opcheck("fp8_linear", sample)
 
 
 def test_checkpointing():
