@@ -231,7 +231,7 @@ def case(
 
 
 def cases() -> Iterator[Case]:
-    # the size that issues and anchors quote
+    # the size that issues quote
     growing = "8 heads, D 64, window 512"
     yield case("8 heads, 4096 tokens, window 512", 1, 4096, 8, 8, 64, 511, 0, suite="quick", series=growing)
     yield case("8 heads, 1024 tokens, window 256", 1, 1024, 8, 8, 64, 255, 0, mode="backward", suite="quick")

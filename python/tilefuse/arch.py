@@ -7,7 +7,7 @@ import re
 
 import torch
 
-# every architecture that the resource gate compiles for (verification.md, check 4)
+# every architecture that the resource gate compiles for
 COMPILE_TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 

@@ -1,5 +1,4 @@
-"""``block_sparse_attention`` and ``block_pattern``. A number in a test's name is that of the edge case in the family's
-list of known bugs."""
+"""``block_sparse_attention`` and ``block_pattern``. Numbers in names: docs/known-bugs.md."""
 
 import itertools
 

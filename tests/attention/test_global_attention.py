@@ -1,4 +1,4 @@
-"""``global_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+"""``global_attention``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

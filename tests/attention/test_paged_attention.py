@@ -1,4 +1,4 @@
-"""``paged_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+"""``paged_attention``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``window_attention``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+"""``window_attention``. Numbers in names: docs/known-bugs.md."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""``fp8_matmul``. A number in a test's name is that of the edge case in the family's list of known bugs.
+"""``fp8_matmul``. Numbers in names: docs/known-bugs.md.
 
 The oracle is the float64 product of the dequantised operands; naive is the float32 product, rounded to out_dtype.
 """

@@ -1,4 +1,4 @@
-"""The quantisation ops. A number in a test's name is that of the edge case in the family's list of known bugs."""
+"""The quantisation ops. Numbers in names: docs/known-bugs.md."""
 
 import math
 
@@ -20,7 +20,7 @@ TIES = [432.0, 2.0**-10, 3 * 2.0**-10, 13.5, 17.0, 19.0, 2.0**-9, 7.5 * 2.0**-9,
 
 
 def block_rule(values, scale_format, eps=1e-12):
-    """The rule of ops.md for one block of float32 values, in numpy with exact float64 steps; codes and scale."""
+    """The rule of docs/fp8.md for one block of float32 values, in numpy with exact float64 steps; codes and scale."""
     values = np.asarray(values, dtype=np.float32)
     finite = np.abs(values[np.isfinite(values)])
     amax = np.float32(finite.max()) if finite.size else np.float32(0)

@@ -1,4 +1,4 @@
-"""Whole models, patched and stock, by verification.md's rule, and tiny models of each kind of language model."""
+"""Whole models, patched and stock, by the rule of docs/numerics.md, and tiny models of each kind of language model."""
 
 import contextlib
 import copy

@@ -33,7 +33,7 @@ def dequantised(weight, scale):
 
 
 def quantised(x, pow2=False):
-    """x by the rule of ops.md, back in float64; written out once more so that it shares no code with tilefuse."""
+    """x by the rule of docs/fp8.md, back in float64; written out once more so that it shares no code with tilefuse."""
     blocks = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % 128)).unflatten(-1, (-1, 128))
     amax = blocks.abs().amax(-1, keepdim=True)
     scale = torch.where(amax == 0, torch.ones_like(amax), amax.clamp(min=1e-12) / 448)

@@ -1,4 +1,4 @@
-"""Case 9 of the family's list of known bugs for the ops without a cache: rows past 2^31 elements.
+"""Known bug 9 for the ops without a cache: rows past 2^31 elements.
 
 (``mla_append_kv``, ``mla_decode`` and ``mla_gather_kv`` have theirs in their own files.)
 """

@@ -1,4 +1,4 @@
-"""``merge_attention``. Numbers in names: the family's list of known bugs."""
+"""``merge_attention``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``mla_absorb_query``. Numbers in names: the family's list of known bugs."""
+"""``mla_absorb_query``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``mla_append_kv`` and the bytes of the cache. Numbers in names: the family's list of known bugs."""
+"""``mla_append_kv`` and the bytes of the cache. Numbers in names: docs/known-bugs.md."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""``mla_attention`` and chunked prefill. Numbers in names: the family's list of known bugs."""
+"""``mla_attention`` and chunked prefill. Numbers in names: docs/known-bugs.md."""
 
 import math
 

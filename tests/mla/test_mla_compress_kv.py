@@ -1,4 +1,4 @@
-"""``mla_compress_kv``. A number in a test's name is that of the case in the family's list of known bugs."""
+"""``mla_compress_kv``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

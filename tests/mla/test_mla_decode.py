@@ -1,4 +1,4 @@
-"""``mla_decode`` and ``mla_sparse_decode``. Numbers in names: the family's list of known bugs."""
+"""``mla_decode`` and ``mla_sparse_decode``. Numbers in names: docs/known-bugs.md."""
 
 import math
 
@@ -104,7 +104,7 @@ def compare(function, formula, args, options, scores=torch.float32):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_3_matches_oracle(name, dtype, where):
-    """Unused rows and pages are NaN, table tails wild (3)."""
+    """Unused rows and pages are NaN, table tails wild (known bug 3)."""
     args, options = find(cases(where, dtype), name)
     compare(tilefuse.mla_decode, oracle, args, options)
 
@@ -203,7 +203,7 @@ def test_4_absorbed_equals_full_attention(heads, layout):
     ("backend", "device"), [("auto", "cpu"), ("triton", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
 )
 def test_4_absorbed_equals_full_attention_in_float32(backend, device, dims):
-    """Also R = 256, and no RoPE at all (5)."""
+    """Also R = 256, and no RoPE at all (known bug 5)."""
     with tilefuse.backend(backend):
         absorbed, full = absorbed_and_full(device, torch.float32, *dims, SCALE_V3, "bf16")
     torch.testing.assert_close(absorbed[0], full[0], rtol=1e-4, atol=1e-4)

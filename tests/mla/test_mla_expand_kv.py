@@ -1,4 +1,4 @@
-"""``mla_expand_kv``. Numbers in names: the family's list of known bugs."""
+"""``mla_expand_kv``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``grouped_matmul``. A number in a test's name is that of the case in the family's list of known failures."""
+"""``grouped_matmul``. Numbers in names: docs/known-bugs.md."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""``moe_apply_capacity``. A number in a test's name is that of the case in the family's list of known failures."""
+"""``moe_apply_capacity``. Numbers in names: docs/known-bugs.md."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""``moe_experts_fp8``. A number in a test's name is that of the case in the family's list of known failures."""
+"""``moe_experts_fp8``. Numbers in names: docs/known-bugs.md."""
 
 import math
 

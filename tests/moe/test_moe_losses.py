@@ -1,4 +1,4 @@
-"""Router losses and bias update. A number in a name is that of the case in the family's list of known failures."""
+"""Router losses and bias update. Numbers in names: docs/known-bugs.md."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""``moe_plan``. A number in a test's name is that of the case in the family's list of known failures."""
+"""``moe_plan``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``moe_route``. A number in a test's name is that of the case in the family's list of known failures."""
+"""``moe_route``. Numbers in names: docs/known-bugs.md."""
 
 import math
 

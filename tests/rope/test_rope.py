@@ -1,4 +1,4 @@
-"""``rope`` and ``rope_qk``. A number in a test's name is that of the edge case in the family's list of known bugs."""
+"""``rope`` and ``rope_qk``. Numbers in names: docs/known-bugs.md."""
 
 import pytest
 import torch
@@ -239,7 +239,7 @@ def test_15_second_gpu(device):
 
 
 def test_many_heads(device):
-    """More heads than a power of two of them, in both, and a head dim that is none (anchors 5)."""
+    """More heads than a power of two of them, in both, and a head dim that is none."""
     q, k = normal(1, 73, 92, device=device), normal(1, 213, 92, device=device)
     cos, sin = tables(92, 1, device)
     q_out, k_out = tilefuse.rope_qk(q, k, cos, sin)

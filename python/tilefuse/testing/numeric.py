@@ -1,6 +1,6 @@
 """Is a low-precision result as good as it can be?
 
-The rule (verification.md): with ``oracle`` the float64 result on the kernel's exact operands and ``naive`` the plain
+The rule: with ``oracle`` the float64 result on the kernel's exact operands and ``naive`` the plain
 low-precision PyTorch computation on the same operands, accept when
 
     ``max|out - oracle| <= 2 * max|naive - oracle| + tiny``

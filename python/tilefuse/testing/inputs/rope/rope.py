@@ -43,12 +43,12 @@ def cases(
     t64 = tables(64, 64, device)
     yield "batched", x(2, 7, 4, 64), x(2, 7, 2, 64), t64, {}
     yield "packed", x(13, 4, 64), x(13, 2, 64), t64, {"interleaved": True}
-    yield "one_head", x(5, 1, 64), x(5, 1, 64), t64, {}  # anchors 5.1
+    yield "one_head", x(5, 1, 64), x(5, 1, 64), t64, {}  # known bug 1
     yield "conjugate", x(5, 2, 64), x(5, 2, 64), t64, {"conjugate": True}
-    yield "more_k_heads", x(5, 3, 64), x(5, 11, 64), t64, {}  # anchors 5.6
-    yield "dim72_interleaved", x(2, 19, 3, 72), x(2, 19, 1, 72), tables(72, 32, device), {"interleaved": True}  # 5.2
+    yield "more_k_heads", x(5, 3, 64), x(5, 11, 64), t64, {}  # known bug 6
+    yield "dim72_interleaved", x(2, 19, 3, 72), x(2, 19, 1, 72), tables(72, 32, device), {"interleaved": True}  # 2
     yield "factor", x(5, 2, 64), x(5, 2, 64), tables(64, 8, device, factor=1.2772588722239782), {}
-    # rotary dims that are no power of two, partial and not at the start (anchors 5.3)
+    # rotary dims that are no power of two, partial and not at the start (known bug 3)
     for dim, rotary, offset in ((80, 20, 0), (96, 30, 66), (112, 64, 24), (192, 64, 128), (160, 96, 0), (256, 256, 0)):
         for interleaved in (False, True):
             options = {"interleaved": interleaved, "rotary_offset": offset}
@@ -56,7 +56,7 @@ def cases(
                 f"dim{dim}_{rotary}_{offset}{'_interleaved' * interleaved}",
                 x(6, 3, dim), x(6, 1, dim), tables(rotary, 8, device), options,
             )  # fmt: skip
-    # an odd head dim: no row but the first starts at an even element (anchors 5)
+    # an odd head dim: no row but the first starts at an even element
     for interleaved in (False, True):
         yield (
             f"dim41_20_13{'_interleaved' * interleaved}", x(5, 3, 41), x(5, 2, 41), tables(20, 8, device),
@@ -64,17 +64,17 @@ def cases(
         )  # fmt: skip
     yield "dim2", x(6, 3, 2), x(6, 1, 2), tables(2, 8, device), {}
     yield "dim512", x(2, 3, 512), x(2, 1, 512), tables(512, 8, device), {}
-    # positions: both widths, not monotonic, repeated, strided (anchors 5.8)
+    # positions: both widths, not monotonic, repeated, strided (known bug 8)
     order = index([63, 0, 5, 5, 31, 1, 2], torch.int64)
     yield "positions_packed", x(7, 4, 64), x(7, 2, 64), (*t64, order), {}
     yield "positions_batched", x(2, 7, 4, 64), x(2, 7, 2, 64), (*t64, torch.stack((order, order.flip(0))).int()), {}
     yield "positions_expanded", x(2, 7, 4, 64), x(2, 7, 2, 64), (*t64, order.expand(2, 7)), {}
     yield "positions_strided", x(7, 4, 64), x(7, 2, 64), (*t64, order.repeat_interleave(2)[::2]), {}
-    # boundaries: an empty sequence, padding after the last one, before the first one (anchors 5.8, 5.12)
+    # boundaries: an empty sequence, padding after the last one, before the first one (known bugs 8, 12)
     yield "cu_seqlens", x(12, 4, 64), x(12, 2, 64), (*t64, None, index([0, 3, 3, 11, 12])), {}
     yield "cu_seqlens_padded", x(12, 4, 64), x(12, 2, 64), (*t64, None, index([0, 5, 9], torch.int64)), {}
     yield "cu_seqlens_one", x(12, 4, 64), x(12, 2, 64), (*t64, None, index([0])), {}
-    # mRoPE, contiguous and interleaved sections (anchors 5.13)
+    # mRoPE, contiguous and interleaved sections (known bug 13)
     three = torch.stack((order, order.flip(0), order.roll(2)))
     section = {"mrope_section": (8, 12, 12)}
     yield "mrope", x(7, 4, 64), x(7, 2, 64), (*t64, three), section
@@ -82,7 +82,7 @@ def cases(
         "mrope_section": (12, 10, 10), "mrope_interleaved": True, "interleaved": True,
     }  # fmt: skip
     yield "mrope_batched", x(2, 7, 4, 64), x(2, 7, 2, 64), (*t64, torch.stack((three, three.flip(1)), 1)), section
-    # views (anchors 5.7)
+    # views (known bug 7)
     yield "packed_qkv", *packed_qkv(9, 4, 2, 64, device, dtype), t64, {}
     unaligned = x(9 * 2 * 64 + 1)[1:].view(9, 2, 64)
     yield "unaligned", unaligned, unaligned, t64, {}
