@@ -3,6 +3,7 @@
 import sys
 import threading
 import types
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -72,12 +73,7 @@ def toy():
         def backward(ctx, grad):
             return double(grad, ctx.factor), None
 
-    @library.op(
-        "toy_twice(Tensor x, *, float factor=1.0) -> Tensor",
-        module="toys/toy",
-        kernels=("toy_double",),
-        differentiable=("x",),
-    )
+    @library.op(module="toys/toy", kernels=("toy_double",), differentiable=("x",))
     def toy_twice(x: Tensor, *, factor: float = 1.0) -> Tensor:
         """Two times factor times x."""
         if x.dim() == 0:
@@ -214,6 +210,39 @@ def test_value_errors_of_native_kernels(toy):
     for i, message in enumerate(("device on fire", "CUDA launch failed")):
         with pytest.raises(RuntimeError, match=message):
             toy.fussy(torch.randn(i))
+
+
+def test_the_schema_of_a_signature():
+    def everything(
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        needed: int,
+        sizes: Sequence[int] = (1, -1),
+        none: Sequence[int] = (),
+        size: int = 3,
+        flag: bool = True,
+        factor: float = 1e-12,
+        scale: float | None = None,
+        kind: str = "it's",
+        dtype: torch.dtype = torch.float8_e4m3fn,
+        other: torch.dtype | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def in_place_(x: Tensor, y: Tensor, n: int) -> tuple[Tensor, Tensor]: ...
+
+    def write(x: Tensor, cache: Tensor) -> None: ...
+
+    schema = library.signature_schema(everything)
+    assert schema == (
+        "everything(Tensor x, Tensor? y=None, *, SymInt needed, SymInt[] sizes=[1, -1], SymInt[] none=[], "
+        'SymInt size=3, bool flag=True, float factor=1e-12, float? scale=None, str kind="it\'s", '
+        "ScalarType dtype=float8_e4m3fn, ScalarType? other=None) -> (Tensor, Tensor)"
+    )
+    defaults = {a.name: a.default_value for a in torch._C.parse_schema(schema).arguments if a.has_default_value()}
+    assert defaults["sizes"] == [1, -1] and defaults["kind"] == "it's" and defaults["factor"] == 1e-12
+    assert library.signature_schema(in_place_, ("x", "y")) == "in_place_(Tensor(a!) x, Tensor(b!) y, SymInt n) -> ()"
+    assert library.signature_schema(write, ("cache",)) == "write(Tensor x, Tensor(a!) cache) -> ()"
 
 
 def test_mutated_arguments():

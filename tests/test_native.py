@@ -1,9 +1,12 @@
 """The native loader never raises: it says what is missing and how a library was built."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from tilefuse import native
+from tilefuse import library, native
 
 
 @pytest.fixture
@@ -17,10 +20,10 @@ def elsewhere(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name, compiler", [("cpu", "g++"), ("cuda", "nvcc")])
 def test_a_library_that_was_not_built(elsewhere, name, compiler):
-    library = native.load(name)
-    assert library.missing == f"_{name}.abi3.so was not built (needs {compiler}, ninja and torch at build time)"
-    assert dict(library.info) == {}
-    assert native.find(name, "rope_fwd") == (None, library.missing)
+    loaded = native.load(name)
+    assert loaded.missing == f"_{name}.abi3.so was not built (needs {compiler}, ninja and torch at build time)"
+    assert dict(loaded.info) == {}
+    assert native.find(name, "rope_fwd() -> ()") == (None, loaded.missing)
 
 
 def test_a_library_that_cannot_be_loaded(elsewhere):
@@ -36,16 +39,42 @@ def test_a_library_without_build_info(elsewhere):
 
 @pytest.mark.parametrize("name, key", [("cpu", "instruction_sets"), ("cuda", "architectures")])
 def test_build_info(name, key):
-    library = native.load(name)
-    if library.missing:
-        assert library.path.name in library.missing
-        pytest.skip(library.missing)
-    assert library.info[key]
+    loaded = native.load(name)
+    if loaded.missing:
+        assert loaded.path.name in loaded.missing
+        pytest.skip(loaded.missing)
+    assert loaded.info[key]
     with pytest.raises(TypeError):
-        library.info[key] = []
+        loaded.info[key] = []
 
 
-def test_an_unknown_kernel():
-    op, reason = native.find("cpu", "no_such_kernel")
-    assert op is None
-    assert reason in (native.load("cpu").missing, "_cpu.abi3.so has no no_such_kernel")
+SCHEMA = "no_such_kernel(Tensor x, int[]? sizes) -> Tensor"
+
+
+def test_a_kernel_that_a_library_lacks():
+    for _ in range(2):
+        op, reason = native.find("cpu", SCHEMA)
+        assert op is None
+        assert reason in (native.load("cpu").missing, "_cpu.abi3.so has no no_such_kernel")
+
+
+@pytest.mark.cpu_library
+def test_an_op_has_the_schema_of_its_kernel():
+    kernel = library.kernels()["rope_fwd"]
+    found, reason = native.find("cpu", kernel.schema)
+    assert reason is None
+    assert str(found._schema) == f"tilefuse_cpu::{torch._C.parse_schema(kernel.schema)}"
+
+
+@pytest.mark.cpu_library
+def test_an_op_may_be_defined_before_the_library_is_loaded():
+    program = """if True:
+        import torch, tilefuse
+        from tilefuse import library, native
+        for kernel in library.kernels().values():
+            native._FRAGMENTS["cpu"].define(kernel.schema)
+        with tilefuse.backend("cpu"):
+            print(tilefuse.moe_plan(torch.tensor([[1, 0]]), 2)[0].tolist())
+    """
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "[1, 0]\n"

@@ -101,7 +101,7 @@ def test_a_kernel_has_its_implementations(name):
         source = f"csrc/{kernel.module}_cpu.cpp" if backend == "cpu" else cuda_source(kernel)
         assert name in (ROOT / source).read_text()
         if native.load(backend).missing is None:
-            found, reason = native.find(backend, name)
+            found, reason = native.find(backend, kernel.schema)
             assert found is not None, reason
 
 
@@ -111,17 +111,9 @@ def test_a_kernel_belongs_to_an_op(name):
 
 
 @each_kernel
-def test_schemas_of_a_kernel_agree(name):
+def test_a_kernel_has_no_defaults(name):
     schema = getattr(torch.ops.tilefuse, name).default._schema
     assert not any(a.has_default_value() for a in schema.arguments)
-    for backend in {"cpu", "cuda"} & set(KERNELS[name].backends):
-        found, _ = native.find(backend, name)
-        if found is not None:
-            theirs = found._schema
-            assert [(a.name, str(a.type)) for a in theirs.arguments] == [
-                (a.name, str(a.type)) for a in schema.arguments
-            ]
-            assert [str(r.type) for r in theirs.returns] == [str(r.type) for r in schema.returns]
 
 
 @each_op
@@ -139,32 +131,12 @@ def test_an_op_is_described(name):
     assert set(op.differentiable) <= set(inspect.signature(op.function).parameters)
 
 
-# ScalarType defaults come back as numbers
-SCALAR_TYPES = {5: torch.float16, 6: torch.float32, 7: torch.float64, 15: torch.bfloat16, 24: torch.float8_e4m3fn}
-
-
 @each_op
-def test_signature_and_schema_agree(name):
+def test_tensors_come_first_and_are_positional(name):
     schema = getattr(torch.ops.tilefuse, name).default._schema
-    parameters = inspect.signature(OPS[name].function).parameters
-    assert [a.name for a in schema.arguments] == list(parameters)
-    seen_option = False
-    for argument in schema.arguments:
-        parameter = parameters[argument.name]
-        is_tensor = "Tensor" in str(argument.type)
-        seen_option |= not is_tensor
-        assert not (is_tensor and seen_option), f"tensor {argument.name} must come before the options"
-        assert not (is_tensor and argument.kwarg_only), f"tensor {argument.name} must be positional"
-        assert argument.kwarg_only == (parameter.kind is parameter.KEYWORD_ONLY), argument.name
-        assert argument.has_default_value() == (parameter.default is not parameter.empty), argument.name
-        if argument.has_default_value():
-            default = argument.default_value
-            if isinstance(parameter.default, torch.dtype) and isinstance(default, int):
-                default = SCALAR_TYPES[default]
-            default = tuple(default) if isinstance(default, list) else default
-            assert default == parameter.default and type(default) is type(parameter.default), argument.name
-    mutated = library.mutated_arguments(str(schema))
-    assert not mutated or name.endswith("_") or all("!" in str(schema) for _ in mutated)
+    kinds = ["Tensor" in str(a.type) for a in schema.arguments]
+    assert kinds == sorted(kinds, reverse=True)
+    assert not any(a.kwarg_only for a, is_tensor in zip(schema.arguments, kinds) if is_tensor)
 
 
 @functools.cache

@@ -351,15 +351,6 @@ static std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_bwd(Tensor dout
   return {dq, dk, dv};
 }
 
-#define OPTIONS "Tensor row_offsets, Tensor col_index, Tensor? key_mask, int block_size, bool causal, float scale"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("block_sparse_attention_fwd(Tensor q, Tensor k, Tensor v, " OPTIONS ") -> (Tensor, Tensor)");
-  m.def(
-      "block_sparse_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, " OPTIONS ") -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("block_sparse_attention_fwd", TORCH_BOX(&block_sparse_attention_fwd));
   m.impl("block_sparse_attention_bwd", TORCH_BOX(&block_sparse_attention_bwd));

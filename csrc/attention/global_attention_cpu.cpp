@@ -315,16 +315,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attenti
           dq_global, dk_global, dv_global};
 }
 
-#define OPTIONS                                                                                                 \
-  "Tensor global_index, Tensor? q_global, Tensor? k_global, Tensor? v_global, Tensor? key_mask, int left, int " \
-  "right, int dilation, bool causal, float scale"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("global_attention_fwd(Tensor q, Tensor k, Tensor v, " OPTIONS ") -> (Tensor, Tensor)");
-  m.def("global_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " OPTIONS
-        ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("global_attention_fwd", TORCH_BOX(&global_attention_fwd));
   m.impl("global_attention_bwd", TORCH_BOX(&global_attention_bwd));

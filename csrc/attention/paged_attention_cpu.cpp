@@ -169,13 +169,6 @@ static std::tuple<Tensor, Tensor> paged_attention_fwd(Tensor q, Tensor k_cache, 
   return {out, lse};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "paged_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? "
-      "sinks, Tensor? alibi_slopes, int left, int right, float scale, float softcap, float k_scale, float v_scale) -> "
-      "(Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("paged_attention_fwd", TORCH_BOX(&paged_attention_fwd)); }
 
 #endif  // TILEFUSE_REGISTER

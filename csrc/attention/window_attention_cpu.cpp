@@ -13,16 +13,6 @@ void window_attention_pass(const WindowCall& call, int pass, int64_t begin, int6
 
 #ifdef TILEFUSE_REGISTER
 
-#define OPTIONS                                                                                                   \
-  "Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, int left, int right, int dilation, " \
-  "float scale, float softcap, int sink_tokens"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("window_attention_fwd(Tensor q, Tensor k, Tensor v, " OPTIONS ") -> (Tensor, Tensor)");
-  m.def("window_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " OPTIONS
-        ") -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("window_attention_fwd", TORCH_BOX(&window_attention_fwd));
   m.impl("window_attention_bwd", TORCH_BOX(&window_attention_bwd));

@@ -7,7 +7,6 @@
 //     });
 //     call.check("rope_fwd");
 //   }
-//   STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) { m.def("rope_fwd(Tensor q, ...) -> (Tensor, Tensor)"); }
 //   STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("rope_fwd", TORCH_BOX(&rope_fwd)); }
 #pragma once
 

@@ -43,12 +43,6 @@ Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "fp8_grouped_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, ScalarType out_dtype)"
-      " -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("fp8_grouped_matmul_fwd", TORCH_BOX(&grouped_matmul)); }
 
 }  // namespace tilefuse

@@ -354,12 +354,6 @@ Tensor matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "fp8_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype)"
-      " -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("fp8_matmul_fwd", TORCH_BOX(&matmul));
 }

@@ -208,15 +208,8 @@ Tensor matmul(
 }  // namespace
 }  // namespace tilefuse::fp8
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def("fp8_matmul_fwd(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype) -> Tensor");
-  // one tile shape of the above, for tests and measurements
-  m.def(
-      "fp8_matmul_sm90(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype, int tile)"
-      " -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {
   m.impl("fp8_matmul_fwd", TORCH_BOX(&tilefuse::fp8::matmul));
+  // one tile shape of the above: the tests define this op
   m.impl("fp8_matmul_sm90", TORCH_BOX(&tilefuse::fp8::matmul_tile));
 }

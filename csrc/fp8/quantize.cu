@@ -10,8 +10,4 @@ static std::tuple<Tensor, Tensor> quantize_rows(Tensor x, bool pow2, double eps)
 
 }  // namespace tilefuse::fp8
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def("fp8_quantize_rows(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("fp8_quantize_rows", TORCH_BOX(&tilefuse::fp8::quantize_rows)); }

@@ -259,13 +259,6 @@ Tensor dequantize(const Tensor& q, const Tensor& scale, int64_t block_rows, Scal
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("fp8_quantize_rows(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)");
-  m.def("fp8_quantize_tiles(Tensor x, bool pow2, float eps) -> (Tensor, Tensor)");
-  m.def("fp8_quantize_dual_fwd(Tensor x, bool pow2, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("fp8_dequantize_fwd(Tensor q, Tensor scale, int block_rows, ScalarType out_dtype) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("fp8_quantize_rows", TORCH_BOX(&quantize_rows));
   m.impl("fp8_quantize_tiles", TORCH_BOX(&quantize_tiles));

@@ -122,12 +122,6 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "rms_norm_quantize_fwd(Tensor x, Tensor weight, Tensor? residual, float norm_eps, bool pow2, float eps)"
-      " -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("rms_norm_quantize_fwd", TORCH_BOX(&rms_norm_quantize)); }
 
 }  // namespace tilefuse

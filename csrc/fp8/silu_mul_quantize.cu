@@ -12,8 +12,4 @@ static std::tuple<Tensor, Tensor> silu_mul_quantize(Tensor gate_up, bool pow2, d
 
 }  // namespace tilefuse::fp8
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def("silu_mul_quantize_fwd(Tensor gate_up, bool pow2, float eps) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("silu_mul_quantize_fwd", TORCH_BOX(&tilefuse::fp8::silu_mul_quantize)); }

@@ -61,10 +61,6 @@ std::tuple<Tensor, Tensor> silu_mul_quantize(const Tensor& gate_up, bool pow2, d
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("silu_mul_quantize_fwd(Tensor gate_up, bool pow2, float eps) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("silu_mul_quantize_fwd", TORCH_BOX(&silu_mul_quantize)); }
 
 }  // namespace tilefuse

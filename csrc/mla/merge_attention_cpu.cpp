@@ -240,13 +240,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_bwd(Tensor gra
   return {grad_a, grad_lse_a, grad_b, grad_lse_b};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("merge_attention_fwd(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)");
-  m.def(
-      "merge_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b)"
-      " -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("merge_attention_fwd", TORCH_BOX(&merge_attention_fwd));
   m.impl("merge_attention_bwd", TORCH_BOX(&merge_attention_bwd));

@@ -260,15 +260,6 @@ static std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor grad, Tensor q, Te
   return {grad_q, grad_weight};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved)"
-      " -> Tensor");
-  m.def(
-      "mla_absorb_query_bwd(Tensor grad, Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool "
-      "interleaved) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_absorb_query_fwd", TORCH_BOX(&mla_absorb_query_fwd));
   m.impl("mla_absorb_query_bwd", TORCH_BOX(&mla_absorb_query_bwd));

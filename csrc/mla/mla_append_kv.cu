@@ -65,12 +65,6 @@ void append_kv(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positi
 }  // namespace
 }  // namespace tilefuse::mla
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def(
-      "mla_append_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) cache, "
-      "Tensor slot_mapping, float eps, bool interleaved, str layout) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {
   m.impl("mla_append_kv_fwd", TORCH_BOX(&tilefuse::mla::append_kv));
 }

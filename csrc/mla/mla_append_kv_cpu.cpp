@@ -112,12 +112,6 @@ static void mla_append_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin
   });
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_append_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) cache, "
-      "Tensor slot_mapping, float eps, bool interleaved, str layout) -> ()");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("mla_append_kv_fwd", TORCH_BOX(&mla_append_kv_fwd)); }
 
 #endif  // TILEFUSE_REGISTER

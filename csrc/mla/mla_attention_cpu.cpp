@@ -21,15 +21,6 @@ static std::tuple<Tensor, Tensor, Tensor> mla_attention_bwd(Tensor grad_out, Ten
   return {dq, dk, dv};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float "
-      "softmax_scale, bool causal) -> (Tensor, Tensor)");
-  m.def(
-      "mla_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float softmax_scale, bool causal) -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_attention_fwd", TORCH_BOX(&mla_attention_fwd));
   m.impl("mla_attention_bwd", TORCH_BOX(&mla_attention_bwd));

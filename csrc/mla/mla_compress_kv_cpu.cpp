@@ -174,15 +174,6 @@ static std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, 
   return {out, grad_weight};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_compress_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor? positions, float eps, "
-      "bool interleaved) -> Tensor");
-  m.def(
-      "mla_compress_kv_bwd(Tensor grad, Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor? positions, "
-      "float eps, bool interleaved) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_compress_kv_fwd", TORCH_BOX(&mla_compress_kv_fwd));
   m.impl("mla_compress_kv_bwd", TORCH_BOX(&mla_compress_kv_bwd));

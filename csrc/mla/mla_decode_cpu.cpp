@@ -588,15 +588,6 @@ static std::tuple<Tensor, Tensor> mla_sparse_decode_fwd(Tensor q, Tensor cache, 
   return run(call, q, cache, indices, sinks, softmax_scale, kv_lora_rank, layout, 0);
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_decode_fwd(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? sinks, float softmax_scale, "
-      "int kv_lora_rank, bool causal, int window, str layout, int num_splits) -> (Tensor, Tensor)");
-  m.def(
-      "mla_sparse_decode_fwd(Tensor q, Tensor cache, Tensor indices, Tensor? sinks, float softmax_scale, "
-      "int kv_lora_rank, str layout) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_decode_fwd", TORCH_BOX(&mla_decode_fwd));
   m.impl("mla_sparse_decode_fwd", TORCH_BOX(&mla_sparse_decode_fwd));

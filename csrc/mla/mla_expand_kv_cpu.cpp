@@ -270,14 +270,6 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v
   return {grad_latent, grad_weight};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, int v_dim) -> (Tensor, Tensor)");
-  m.def(
-      "mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, "
-      "int v_dim) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_expand_kv_fwd", TORCH_BOX(&mla_expand_kv_fwd));
   m.impl("mla_expand_kv_bwd", TORCH_BOX(&mla_expand_kv_bwd));

@@ -131,12 +131,6 @@ static Tensor mla_gather_kv_fwd(Tensor cache, Tensor block_table, Tensor cu_seql
   return out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "mla_gather_kv_fwd(Tensor cache, Tensor block_table, Tensor cu_seqlens, SymInt total_tokens, int kv_lora_rank, "
-      "str layout, ScalarType out_dtype) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("mla_gather_kv_fwd", TORCH_BOX(&mla_gather_kv_fwd)); }
 
 #endif  // TILEFUSE_REGISTER

@@ -130,15 +130,6 @@ static Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, std::optional<
   return out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "grouped_matmul_fwd(Tensor a, Tensor b, Tensor offsets, Tensor? a_index, Tensor? bias, int index_div,"
-      " ScalarType out_dtype) -> Tensor");
-  m.def(
-      "grouped_matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, Tensor? a_index, Tensor? grad_index,"
-      " int index_div, ScalarType out_dtype) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("grouped_matmul_fwd", TORCH_BOX(&matmul_fwd));
   m.impl("grouped_matmul_wgrad", TORCH_BOX(&matmul_wgrad));

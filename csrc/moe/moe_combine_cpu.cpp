@@ -128,11 +128,6 @@ static std::tuple<Tensor, Tensor> bwd(Tensor grad, Tensor y, Tensor inverse, Ten
   return {dy, dweights};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("moe_combine_fwd(Tensor y, Tensor inverse, Tensor? weights, int top_k) -> Tensor");
-  m.def("moe_combine_bwd(Tensor grad, Tensor y, Tensor inverse, Tensor weights, int top_k) -> (Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("moe_combine_fwd", TORCH_BOX(&fwd));
   m.impl("moe_combine_bwd", TORCH_BOX(&bwd));

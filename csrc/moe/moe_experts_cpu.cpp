@@ -228,15 +228,6 @@ static std::tuple<Tensor, Tensor, Tensor> act_bwd(Tensor z, Tensor dh, Tensor of
   return {dz, weighted, dweights};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "moe_experts_up(Tensor x, Tensor w_gate_up, Tensor offsets, Tensor order, Tensor? bias, int top_k,"
-      " str activation, float alpha, float limit, bool save) -> (Tensor, Tensor)");
-  m.def(
-      "moe_experts_act_bwd(Tensor z, Tensor dh, Tensor offsets, Tensor order, Tensor weights, str activation,"
-      " float alpha, float limit) -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("moe_experts_up", TORCH_BOX(&experts_up));
   m.impl("moe_experts_act_bwd", TORCH_BOX(&act_bwd));

@@ -27,10 +27,6 @@ static std::tuple<Tensor, Tensor, Tensor> moe_plan_fwd(Tensor ids, int64_t num_e
   return {order, inverse, offsets};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def("moe_plan_fwd(Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("moe_plan_fwd", TORCH_BOX(&moe_plan_fwd)); }
 
 }  // namespace tilefuse

@@ -83,10 +83,6 @@ static std::tuple<Tensor, Tensor, Tensor> plan_fwd(Tensor ids, int64_t experts) 
   return {order, inverse, offsets};
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("moe_plan_fwd(Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("moe_plan_fwd", TORCH_BOX(&plan_fwd)); }
 
 }  // namespace tilefuse

@@ -74,15 +74,6 @@ static Tensor moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, std::string 
   return out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def(
-      "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, str score, bool renormalize, int n_group,"
-      " int topk_group, str group_score, float scale, str nan_policy) -> (Tensor, Tensor)");
-  m.def(
-      "moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, str score, bool renormalize, float scale,"
-      " str nan_policy) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {
   m.impl("moe_route_fwd", TORCH_BOX(&moe_route_fwd));
   m.impl("moe_route_bwd", TORCH_BOX(&moe_route_bwd));

@@ -403,15 +403,6 @@ static Tensor route_bwd(Tensor grad, Tensor logits, Tensor ids, std::string scor
   return out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, str score, bool renormalize, int n_group,"
-      " int topk_group, str group_score, float scale, str nan_policy) -> (Tensor, Tensor)");
-  m.def(
-      "moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, str score, bool renormalize, float scale,"
-      " str nan_policy) -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("moe_route_fwd", TORCH_BOX(&route_fwd));
   m.impl("moe_route_bwd", TORCH_BOX(&route_bwd));

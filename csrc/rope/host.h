@@ -26,10 +26,13 @@ inline void set_tensor(RopeTensor& x, const Tensor& in, const Tensor& out) {
   x.heads = static_cast<int>(in.size(in.dim() - 2));
 }
 
+// pairs of each axis; absent without mrope
+using Section = std::optional<std::vector<int64_t>>;
+
 inline RopeParams rope_params(const Tensor& q, const Tensor* k, const Tensor& q_out, const Tensor* k_out,
                               const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
                               const std::optional<Tensor>& cu_seqlens, int64_t rotary_offset, bool conjugate, bool copy,
-                              const std::vector<int64_t>& section, bool mrope_interleaved) {
+                              const Section& section, bool mrope_interleaved) {
   RopeParams p{};
   set_tensor(p.tensors[0], q, q_out);
   if (k != nullptr) set_tensor(p.tensors[1], *k, *k_out);
@@ -47,7 +50,7 @@ inline RopeParams rope_params(const Tensor& q, const Tensor* k, const Tensor& q_
   if (positions) {
     p.positions = positions->data_ptr();
     p.wide_index = positions->scalar_type() == ScalarType::Long;
-    const int64_t lead = section.empty() ? 0 : 1;
+    const int64_t lead = section ? 1 : 0;
     if (lead != 0) p.position_strides[0] = positions->stride(0);
     if (rank == 4) p.position_strides[1] = positions->stride(lead);
     p.position_strides[2] = positions->stride(rank == 4 ? lead + 1 : lead);
@@ -58,9 +61,9 @@ inline RopeParams rope_params(const Tensor& q, const Tensor* k, const Tensor& q_
   }
   p.conjugate = conjugate;
   p.copy = copy;
-  p.mrope = !section.empty();
+  p.mrope = section.has_value();
   p.mrope_interleaved = mrope_interleaved;
-  for (size_t i = 0; i < section.size() && i < 3; ++i) p.section[i] = static_cast<int>(section[i]);
+  for (size_t i = 0; section && i < section->size() && i < 3; ++i) p.section[i] = static_cast<int>((*section)[i]);
   return p;
 }
 

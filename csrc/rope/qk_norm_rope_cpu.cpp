@@ -217,15 +217,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
   return {out.q_out, out.k_out, weight_grad(out.partial, 0, dim, q_weight), weight_grad(out.partial, 1, dim, k_weight)};
 }
 
-#define ARGUMENTS                                                                                           \
-  "Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, Tensor? positions, "       \
-  "Tensor? cu_seqlens, float eps, float weight_offset, bool interleaved, int rotary_offset"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("qk_norm_rope_fwd(" ARGUMENTS ") -> (Tensor, Tensor)");
-  m.def("qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, " ARGUMENTS ") -> (Tensor, Tensor, Tensor, Tensor)");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("qk_norm_rope_fwd", TORCH_BOX(&qk_norm_rope_fwd));
   m.impl("qk_norm_rope_bwd", TORCH_BOX(&qk_norm_rope_bwd));

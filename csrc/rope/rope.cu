@@ -16,7 +16,7 @@ static void run(const char* op, const Tensor& q, RopeParams& p, bool interleaved
 
 static Tensor rope_fwd(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
                        std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                       std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                       Section mrope_section, bool mrope_interleaved) {
   Tensor out = empty_contiguous(x);
   RopeParams p = rope_params(x, nullptr, out, nullptr, cos, sin, positions, cu_seqlens, rotary_offset, conjugate, true,
                              mrope_section, mrope_interleaved);
@@ -27,7 +27,7 @@ static Tensor rope_fwd(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> p
 static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin,
                                               std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens,
                                               bool interleaved, int64_t rotary_offset, bool conjugate,
-                                              std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                                              Section mrope_section, bool mrope_interleaved) {
   Tensor q_out = empty_contiguous(q), k_out = empty_contiguous(k);
   RopeParams p = rope_params(q, &k, q_out, &k_out, cos, sin, positions, cu_seqlens, rotary_offset, conjugate, true,
                              mrope_section, mrope_interleaved);
@@ -37,7 +37,7 @@ static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Te
 
 static void rope_inplace(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
                          std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                         std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                         Section mrope_section, bool mrope_interleaved) {
   RopeParams p = rope_params(x, nullptr, x, nullptr, cos, sin, positions, cu_seqlens, rotary_offset, conjugate, false,
                              mrope_section, mrope_interleaved);
   run("rope_", x, p, interleaved);
@@ -45,20 +45,10 @@ static void rope_inplace(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor>
 
 static void rope_qk_inplace(Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions,
                             std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                            std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                            Section mrope_section, bool mrope_interleaved) {
   RopeParams p = rope_params(q, &k, q, &k, cos, sin, positions, cu_seqlens, rotary_offset, conjugate, false,
                              mrope_section, mrope_interleaved);
   run("rope_qk_", q, p, interleaved);
-}
-
-#define TABLES "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
-#define OPTIONS "bool interleaved, int rotary_offset, bool conjugate, int[] mrope_section, bool mrope_interleaved"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cuda, m) {
-  m.def("rope_fwd(Tensor x, " TABLES ", " OPTIONS ") -> Tensor");
-  m.def("rope_qk_fwd(Tensor q, Tensor k, " TABLES ", " OPTIONS ") -> (Tensor, Tensor)");
-  m.def("rope_inplace(Tensor(a!) x, " TABLES ", " OPTIONS ") -> ()");
-  m.def("rope_qk_inplace(Tensor(a!) q, Tensor(b!) k, " TABLES ", " OPTIONS ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {

@@ -261,11 +261,14 @@ inline Tensor empty_contiguous(const Tensor& t) {
   return out;
 }
 
+// pairs of each axis; absent without mrope
+using Section = std::optional<std::vector<int64_t>>;
+
 // fills the call and resolves its positions, which live in the returned object; raises before anything is written
 inline RopeRows rope_call(const char* op, RopeCall& call, const Tensor& q, const Tensor* k, const Tensor& q_out,
                           const Tensor* k_out, const Tensor& cos, const Tensor& sin,
                           const std::optional<Tensor>& positions, const std::optional<Tensor>& cu_seqlens,
-                          bool interleaved, int64_t rotary_offset, bool conjugate, const std::vector<int64_t>& section,
+                          bool interleaved, int64_t rotary_offset, bool conjugate, const Section& section,
                           bool mrope_interleaved) {
   const int64_t rank = q.dim();
   const int64_t batch = rank == 4 ? q.size(0) : 1;
@@ -284,9 +287,9 @@ inline RopeRows rope_call(const char* op, RopeCall& call, const Tensor& q, const
   call.sin_stride = sin.stride(0);
   call.interleaved = interleaved;
   call.conjugate = conjugate;
-  call.mrope = !section.empty();
+  call.mrope = section.has_value();
   call.mrope_interleaved = mrope_interleaved;
-  for (size_t i = 0; i < section.size() && i < 3; ++i) call.section[i] = section[i];
+  for (size_t i = 0; section && i < section->size() && i < 3; ++i) call.section[i] = (*section)[i];
   return RopeRows(op, call, batch, cos.size(0), positions, cu_seqlens);
 }
 

@@ -183,13 +183,6 @@ static Tensor rope_append_kv_fwd(Tensor q, Tensor k, Tensor v, Tensor cos, Tenso
   return q_out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def(
-      "rope_append_kv_fwd(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, "
-      "Tensor(b!) v_cache, Tensor slot_mapping, bool interleaved, int rotary_offset, float k_scale, float v_scale)"
-      " -> Tensor");
-}
-
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("rope_append_kv_fwd", TORCH_BOX(&rope_append_kv_fwd)); }
 
 #endif  // TILEFUSE_REGISTER

@@ -26,7 +26,7 @@ constexpr int64_t kGrain = 32768;
 static void run(const char* op, const Tensor& q, const Tensor* k, const Tensor& q_out, const Tensor* k_out,
                 const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
                 const std::optional<Tensor>& cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                const std::vector<int64_t>& section, bool mrope_interleaved) {
+                const Section& section, bool mrope_interleaved) {
   RopeCall call{};
   const RopeRows rows = rope_call(op, call, q, k, q_out, k_out, cos, sin, positions, cu_seqlens, interleaved,
                                   rotary_offset, conjugate, section, mrope_interleaved);
@@ -38,7 +38,7 @@ static void run(const char* op, const Tensor& q, const Tensor* k, const Tensor& 
 
 static Tensor rope_fwd(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
                        std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                       std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                       Section mrope_section, bool mrope_interleaved) {
   Tensor out = empty_contiguous(x);
   run("rope", x, nullptr, out, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
       mrope_section, mrope_interleaved);
@@ -48,7 +48,7 @@ static Tensor rope_fwd(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> p
 static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin,
                                               std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens,
                                               bool interleaved, int64_t rotary_offset, bool conjugate,
-                                              std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                                              Section mrope_section, bool mrope_interleaved) {
   Tensor q_out = empty_contiguous(q), k_out = empty_contiguous(k);
   run("rope_qk", q, &k, q_out, &k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
       mrope_section, mrope_interleaved);
@@ -57,26 +57,16 @@ static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Te
 
 static void rope_inplace(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
                          std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                         std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                         Section mrope_section, bool mrope_interleaved) {
   run("rope_", x, nullptr, x, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
       mrope_section, mrope_interleaved);
 }
 
 static void rope_qk_inplace(Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions,
                             std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                            std::vector<int64_t> mrope_section, bool mrope_interleaved) {
+                            Section mrope_section, bool mrope_interleaved) {
   run("rope_qk_", q, &k, q, &k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section,
       mrope_interleaved);
-}
-
-#define TABLES "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
-#define OPTIONS "bool interleaved, int rotary_offset, bool conjugate, int[] mrope_section, bool mrope_interleaved"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(tilefuse_cpu, m) {
-  m.def("rope_fwd(Tensor x, " TABLES ", " OPTIONS ") -> Tensor");
-  m.def("rope_qk_fwd(Tensor q, Tensor k, " TABLES ", " OPTIONS ") -> (Tensor, Tensor)");
-  m.def("rope_inplace(Tensor(a!) x, " TABLES ", " OPTIONS ") -> ()");
-  m.def("rope_qk_inplace(Tensor(a!) q, Tensor(b!) k, " TABLES ", " OPTIONS ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {

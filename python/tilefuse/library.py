@@ -8,26 +8,31 @@ Two kinds of ops are registered in the ``tilefuse`` namespace of torch:
   ``torch.ops.tilefuse.<name>``; it checks its arguments and calls kernel ops, through an
   ``autograd.Function`` when a gradient is needed.
 
-Schemas live here, in Python, so every op exists without the compiled libraries. The kernel ops have no default
-values in their schemas: torch's dispatcher drops trailing arguments that equal a default.
+A schema is written once. That of a kernel op is also that of ``tilefuse_cpu::<name>`` and ``tilefuse_cuda::<name>``,
+for which the compiled libraries register implementations alone; that of a public op follows from its function's
+signature. The kernel ops have no default values in their schemas: torch's dispatcher drops trailing arguments that
+equal a default.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import arch, backends, native
 from .backends import Candidate
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 LIBRARY = torch.library.Library("tilefuse", "FRAGMENT")
 STANDARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,14 +101,15 @@ class Kernel:
 
     def __init__(
         self,
-        name: str,
+        schema: str,
         module: str,
         names: tuple[str, ...],
         dtypes: Mapping[str, tuple[torch.dtype, ...]],
         when: Mapping[str, Callable[..., str | None]],
         dtype_arg: int,
     ):
-        self.name = name
+        self.schema = schema
+        self.name = schema.split("(", 1)[0]
         self.module = module
         self.backends = names
         self.dtypes = dtypes
@@ -116,7 +122,7 @@ class Kernel:
     def implementation(self, name: str) -> tuple[Callable[..., Any] | None, str | None]:
         """The callable of one backend, or the reason why it is not there."""
         if name in ("cpu", "cuda"):
-            return native.find(name, self.name)
+            return native.find(name, self.schema)
         if name == "triton" and (missing := backends.triton_missing()):
             return None, missing
         layer = "reference" if name == "reference" else "triton_kernels"
@@ -207,9 +213,10 @@ def kernel(
         when: backend -> predicate that refuses a call with a reason.
         dtype_arg: position of the tensor whose device and dtype choose the backend.
     """
-    name = schema.split("(", 1)[0]
     limits = {b: STANDARD_DTYPES for b in backends if b != "reference"} | dict(dtypes or {})
-    entry = _kernels[name] = Kernel(name, module, tuple(backends), limits, dict(when or {}), dtype_arg)
+    entry = Kernel(schema, module, tuple(backends), limits, dict(when or {}), dtype_arg)
+    name = entry.name
+    _kernels[name] = entry
 
     def traced_fake(*args: Any) -> Any:
         calls = getattr(_trace, "calls", None)
@@ -282,26 +289,78 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
+# annotation of a public op's argument -> its type in a schema. Sizes stay symbolic, so every int may be a symbol
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[int]: "SymInt[]",
+    int: "SymInt",
+    bool: "bool",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+    torch.dtype: "ScalarType",
+    torch.dtype | None: "ScalarType?",
+}
+
+
+def signature_schema(function: Callable[..., Any], mutates: Sequence[str] = ()) -> str:
+    """The torch schema of a function: its name, arguments, types and defaults.
+
+    Arguments named in ``mutates`` are marked as written to. A function whose name ends in ``_`` returns them, which a
+    schema cannot say: there it returns nothing.
+    """
+    hints = get_type_hints(function)
+    arguments = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = _SCHEMA_TYPES[hints[name]]
+        if name in mutates:
+            kind = f"Tensor({chr(ord('a') + mutates.index(name))}!)"
+        default = parameter.default
+        if isinstance(default, torch.dtype):
+            default = str(default).removeprefix("torch.")
+        elif default is not parameter.empty:
+            default = repr([*default] if isinstance(default, tuple) else default)
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in arguments:
+            arguments.append("*")
+        arguments.append(f"{kind} {name}" if default is parameter.empty else f"{kind} {name}={default}")
+    returns = hints["return"]
+    if function.__name__.endswith("_") or returns is type(None):
+        result = "()"
+    elif returns is Tensor:
+        result = "Tensor"
+    else:
+        result = f"({', '.join(_SCHEMA_TYPES[part] for part in get_args(returns))})"
+    return f"{function.__name__}({', '.join(arguments)}) -> {result}"
+
+
 def op(
-    schema: str,
     *,
     module: str,
     kernels: Sequence[str],
+    mutates: Sequence[str] = (),
     differentiable: Sequence[str] = (),
     dtypes: tuple[torch.dtype, ...] = (*STANDARD_DTYPES, torch.float64),
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers the decorated Python function as ``torch.ops.tilefuse.<name>`` and lists it in ``ops()``."""
-    name = schema.split("(", 1)[0]
+) -> Callable[[Function], Function]:
+    """Registers the decorated Python function as ``torch.ops.tilefuse.<name>`` and lists it in ``ops()``.
 
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        returns_nothing = schema.rstrip().endswith("-> ()")
+    Args:
+        module: path of the op below each layer, ``<family>/<op>``.
+        kernels: the kernel ops that it calls, gradients included.
+        mutates: arguments that it writes to.
+        differentiable: arguments that receive gradients.
+        dtypes: those it takes on some backend.
+    """
 
-        def composite(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            return None if returns_nothing else result
+    def register(function: Function) -> Function:
+        schema = signature_schema(function, mutates)
+
+        def composite(*args: Any, **kwargs: Any) -> None:
+            function(*args, **kwargs)
 
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, composite if returns_nothing else function, "CompositeImplicitAutograd")
+        name = function.__name__
+        LIBRARY.impl(name, composite if schema.endswith("-> ()") else function, "CompositeImplicitAutograd")
         _ops[name] = Op(
             name, module.split("/")[0], module, schema, tuple(kernels), tuple(differentiable), dtypes, function
         )

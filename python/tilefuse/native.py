@@ -1,8 +1,8 @@
 """Loads the compiled libraries and records why one is missing.
 
 The libraries are built on LibTorch's stable ABI: one binary for every Python and every torch >= 2.11. They
-register ``torch.ops.tilefuse_cpu.*`` and ``torch.ops.tilefuse_cuda.*``, one op per kernel that has a C++
-implementation, with the kernel's own argument list.
+register implementations of ``torch.ops.tilefuse_cpu.*`` and ``torch.ops.tilefuse_cuda.*``, one op per kernel that has
+a C++ implementation; the schemas of these ops are those of the kernels, and ``find`` defines them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
+
+_FRAGMENTS = {name: torch.library.Library(f"tilefuse_{name}", "FRAGMENT") for name in ("cpu", "cuda")}
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,18 @@ def load(name: str) -> Library:
         return Library(name, path, f"{path.name} cannot be loaded: {error}")
 
 
-def find(name: str, kernel: str) -> tuple[Any, str | None]:
-    """The native op of a kernel, or the reason why there is none."""
+def find(name: str, schema: str) -> tuple[Any, str | None]:
+    """The native op of a kernel with this schema, or the reason why there is none."""
     library = load(name)
     if library.missing:
         return None, library.missing
-    packet = getattr(getattr(torch.ops, f"tilefuse_{name}"), kernel, None)
-    return (packet.default, None) if packet is not None else (None, f"{library.path.name} has no {kernel}")
+    kernel = schema.split("(", 1)[0]
+    namespace = getattr(torch.ops, f"tilefuse_{name}")
+    with _lock:
+        # only now: a library of an older source defines its ops itself, and aborts where they exist
+        if not hasattr(namespace, kernel):
+            _FRAGMENTS[name].define(schema)
+    found = getattr(namespace, kernel).default
+    if not found.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, name.upper())):
+        return None, f"{library.path.name} has no {kernel}"
+    return found, None

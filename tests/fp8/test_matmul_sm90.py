@@ -11,6 +11,11 @@ from tilefuse.testing import assert_bit_equal, assert_close
 
 CODES = torch.float8_e4m3fn
 TILES = 5
+# one tile shape of the kernel
+TILE_SCHEMA = (
+    "fp8_matmul_sm90(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias, ScalarType out_dtype, int tile)"
+    " -> Tensor"
+)
 # (M, N, K): whole tiles, ragged everything, N = 160 tiles across scale blocks, one wave and many, short and long K
 SHAPES = [(128, 128, 128), (65, 136, 16), (129, 576, 320), (1000, 2112, 1152), (4096, 1024, 7168), (257, 24, 2048)]
 
@@ -96,10 +101,9 @@ def test_it_is_for_hopper_alone(monkeypatch):
 @pytest.mark.parametrize("tile", range(TILES))
 def test_every_tile_against_the_oracle(tile, shape, out_dtype):
     n = shape[1]
-    native.load("cuda")
+    run, _ = native.find("cuda", TILE_SCHEMA)
     a, a_scale, b, b_scale = operands(*shape, "cuda")
     bias = torch.randn(n, device="cuda")
-    run = torch.ops.tilefuse_cuda.fp8_matmul_sm90
     outs = [run(a, a_scale, b, b_scale, bias, out_dtype, tile) for _ in range(5)]
     for out in outs[1:]:
         assert_bit_equal(out, outs[0])
@@ -116,8 +120,9 @@ def test_every_tile_against_the_oracle(tile, shape, out_dtype):
 @pytest.mark.sm90
 def test_rows_do_not_depend_on_the_batch():
     a, a_scale, b, b_scale = operands(512, 512, 1024, "cuda")
+    run, _ = native.find("cuda", TILE_SCHEMA)
     for tile in range(TILES):
-        whole = torch.ops.tilefuse_cuda.fp8_matmul_sm90(a, a_scale, b, b_scale, None, torch.bfloat16, tile)
+        whole = run(a, a_scale, b, b_scale, None, torch.bfloat16, tile)
         part_scale = torch.empty_strided((256, 8), (1, 256), device="cuda").copy_(a_scale[:256])
-        part = torch.ops.tilefuse_cuda.fp8_matmul_sm90(a[:256], part_scale, b, b_scale, None, torch.bfloat16, tile)
+        part = run(a[:256], part_scale, b, b_scale, None, torch.bfloat16, tile)
         assert_bit_equal(whole[:256], part)

@@ -214,7 +214,7 @@ def _launch(
     table_vec = vector_width(4, cos.stride(0), sin.stride(0))
     pos_st = position_strides(positions, q, mrope_section)
     half = cos.shape[1]
-    section = tuple(mrope_section) or (0, 0, 0)
+    section = mrope_section or (0, 0, 0)
     tile = config(heads, 2 * half, q.shape[-1] - 2 * half)
     grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in heads))
     with on_device(q):

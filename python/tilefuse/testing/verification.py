@@ -150,9 +150,7 @@ class _Call:
 
     def __init__(self, op: library.Op, sample: Sample):
         self.op = op
-        self.mutated = tuple(
-            i for i, part in enumerate(op.schema.split("(", 1)[1].split(" -> ")[0].split(", ")) if "!)" in part
-        )
+        self.mutated = library.mutated_arguments(op.schema)
         self.differentiable = tuple(
             i
             for i, name in enumerate(_names(op.function)[: len(sample.args)])

@@ -60,8 +60,6 @@ class _BlockSparseAttention(torch.autograd.Function):
 
 
 @library.op(
-    "block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor row_offsets, Tensor col_index, "
-    "Tensor? key_mask=None, *, SymInt block_size=64, bool causal=False, float? scale=None) -> (Tensor, Tensor)",
     module=MODULE,
     kernels=("block_sparse_attention_fwd", "block_sparse_attention_bwd"),
     differentiable=("q", "k", "v"),

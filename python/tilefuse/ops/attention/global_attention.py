@@ -69,9 +69,6 @@ class _GlobalAttention(torch.autograd.Function):
 
 
 @library.op(
-    "global_attention(Tensor q, Tensor k, Tensor v, Tensor global_index, Tensor? q_global=None, Tensor? k_global=None, "
-    "Tensor? v_global=None, Tensor? key_mask=None, *, SymInt[2] window, SymInt dilation=1, bool causal=False, "
-    "float? scale=None) -> (Tensor, Tensor)",
     module=MODULE,
     kernels=("global_attention_fwd", "global_attention_bwd"),
     differentiable=("q", "k", "v", "q_global", "k_global", "v_global"),

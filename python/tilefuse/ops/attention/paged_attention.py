@@ -32,9 +32,6 @@ _fwd = library.kernel(
 
 
 @library.op(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor? sinks=None, Tensor? alibi_slopes=None, *, SymInt[2] window=[-1, 0], float? scale=None, float softcap=0.0, "
-    "float k_scale=1.0, float v_scale=1.0) -> (Tensor, Tensor)",
     module=MODULE,
     kernels=("paged_attention_fwd",),
 )

@@ -86,10 +86,6 @@ class _WindowAttention(torch.autograd.Function):
 
 
 @library.op(
-    "window_attention(Tensor q, Tensor k, Tensor v, Tensor? sinks=None, Tensor? alibi_slopes=None, "
-    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, SymInt[2] window=[-1, -1], SymInt dilation=1, "
-    "float? scale=None, float softcap=0.0, SymInt sink_tokens=0, SymInt max_seqlen_q=0, SymInt max_seqlen_k=0) "
-    "-> (Tensor, Tensor)",
     module=MODULE,
     kernels=("window_attention_fwd", "window_attention_bwd"),
     differentiable=("q", "k", "v", "sinks"),

@@ -30,8 +30,6 @@ fp8_grouped_matmul_fwd = kernel(
 
 
 @op(
-    "fp8_grouped_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, *, "
-    "ScalarType out_dtype=bfloat16) -> Tensor",
     module=_MODULE,
     kernels=("fp8_grouped_matmul_fwd",),
     dtypes=(CODES,),

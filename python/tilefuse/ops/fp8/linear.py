@@ -69,7 +69,6 @@ class _Linear(torch.autograd.Function):
 
 
 @op(
-    'fp8_linear(Tensor x, Tensor weight, Tensor? bias=None, *, str scale_format="fp32") -> Tensor',
     module=_MODULE,
     kernels=("fp8_quantize_rows", "fp8_quantize_tiles", "fp8_quantize_dual_fwd", "fp8_matmul_fwd"),
     differentiable=("x", "weight", "bias"),

@@ -79,8 +79,6 @@ fp8_matmul_fwd = kernel(
 
 
 @op(
-    "fp8_matmul(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? bias=None, *, "
-    "ScalarType out_dtype=bfloat16) -> Tensor",
     module=_MODULE,
     kernels=("fp8_matmul_fwd",),
     dtypes=(CODES,),

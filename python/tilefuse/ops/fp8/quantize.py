@@ -132,7 +132,6 @@ fp8_dequantize_fwd = kernel(
 
 
 @op(
-    'fp8_quantize(Tensor x, *, int[2] block=[1, 128], str scale_format="fp32", float eps=1e-12) -> (Tensor, Tensor)',
     module=_MODULE,
     kernels=("fp8_quantize_rows", "fp8_quantize_tiles"),
 )
@@ -186,7 +185,6 @@ def fp8_quantize(
 
 
 @op(
-    'fp8_quantize_dual(Tensor x, *, str scale_format="fp32", float eps=1e-12) -> (Tensor, Tensor, Tensor, Tensor)',
     module=_MODULE,
     kernels=("fp8_quantize_dual_fwd",),
 )
@@ -218,7 +216,6 @@ def fp8_quantize_dual(
 
 
 @op(
-    "fp8_dequantize(Tensor q, Tensor scale, *, int[2] block=[1, 128], ScalarType out_dtype=bfloat16) -> Tensor",
     module=_MODULE,
     kernels=("fp8_dequantize_fwd",),
     dtypes=(CODES,),

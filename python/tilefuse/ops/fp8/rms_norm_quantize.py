@@ -45,8 +45,6 @@ rms_norm_quantize_fwd = kernel(
 
 
 @op(
-    "rms_norm_quantize(Tensor x, Tensor weight, Tensor? residual=None, *, float norm_eps=1e-6, "
-    'str scale_format="fp32", float eps=1e-12) -> (Tensor, Tensor, Tensor)',
     module=_MODULE,
     kernels=("rms_norm_quantize_fwd",),
 )

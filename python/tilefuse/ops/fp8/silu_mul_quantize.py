@@ -27,7 +27,6 @@ silu_mul_quantize_fwd = kernel(
 
 
 @op(
-    'silu_mul_quantize(Tensor gate_up, *, str scale_format="fp32", float eps=1e-12) -> (Tensor, Tensor)',
     module=_MODULE,
     kernels=("silu_mul_quantize_fwd",),
 )

@@ -65,7 +65,6 @@ class _Merge(torch.autograd.Function):
 
 
 @op(
-    "merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
     module=_MODULE,
     kernels=("merge_attention_fwd", "merge_attention_bwd"),
     differentiable=("out_a", "lse_a", "out_b", "lse_b"),

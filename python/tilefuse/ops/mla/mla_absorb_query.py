@@ -57,8 +57,6 @@ class _Absorb(torch.autograd.Function):
 
 
 @op(
-    "mla_absorb_query(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions=None, *, bool interleaved=True) "
-    "-> Tensor",
     module=_MODULE,
     kernels=("mla_absorb_query_fwd", "mla_absorb_query_bwd"),
     differentiable=("q", "w_uk"),

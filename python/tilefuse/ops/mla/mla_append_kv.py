@@ -57,10 +57,9 @@ mla_append_kv_fwd = kernel(
 
 
 @op(
-    "mla_append_kv(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) cache, "
-    'Tensor slot_mapping, *, float eps=1e-06, bool interleaved=True, str layout="bf16") -> ()',
     module=_MODULE,
     kernels=("mla_append_kv_fwd",),
+    mutates=("cache",),
 )
 def mla_append_kv(
     kv_a: Tensor,

@@ -86,8 +86,6 @@ class _Attention(torch.autograd.Function):
 
 
 @op(
-    "mla_attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, *, "
-    "float softmax_scale, bool causal=True) -> (Tensor, Tensor)",
     module=_MODULE,
     kernels=("mla_attention_fwd", "mla_attention_bwd"),
     differentiable=("q", "k", "v"),

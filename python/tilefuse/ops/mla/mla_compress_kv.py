@@ -66,8 +66,6 @@ class _Compress(torch.autograd.Function):
 
 
 @op(
-    "mla_compress_kv(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor? positions=None, *, float eps=1e-06, "
-    "bool interleaved=True) -> Tensor",
     module=_MODULE,
     kernels=("mla_compress_kv_fwd", "mla_compress_kv_bwd"),
     differentiable=("kv_a", "weight"),

@@ -86,9 +86,6 @@ mla_sparse_decode_fwd = kernel(
 
 
 @op(
-    "mla_decode(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? sinks=None, *, "
-    "float softmax_scale, int kv_lora_rank=512, bool causal=True, int window=-1, "
-    'str layout="bf16", int num_splits=0) -> (Tensor, Tensor)',
     module=_MODULE,
     kernels=("mla_decode_fwd",),
 )
@@ -154,8 +151,6 @@ def mla_decode(
 
 
 @op(
-    "mla_sparse_decode(Tensor q, Tensor cache, Tensor indices, Tensor? sinks=None, *, float softmax_scale, "
-    'int kv_lora_rank=512, str layout="bf16") -> (Tensor, Tensor)',
     module=_MODULE,
     kernels=("mla_sparse_decode_fwd",),
 )

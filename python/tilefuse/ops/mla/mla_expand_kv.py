@@ -65,7 +65,6 @@ class _Expand(torch.autograd.Function):
 
 
 @op(
-    "mla_expand_kv(Tensor latent, Tensor w_ukv, *, int kv_lora_rank, int nope_dim, int v_dim) -> (Tensor, Tensor)",
     module=_MODULE,
     kernels=("mla_expand_kv_fwd", "mla_expand_kv_bwd"),
     differentiable=("latent", "w_ukv"),

@@ -49,8 +49,6 @@ mla_gather_kv_fwd = kernel(
 
 
 @op(
-    "mla_gather_kv(Tensor cache, Tensor block_table, Tensor cu_seqlens, *, SymInt total_tokens, int kv_lora_rank=512, "
-    'str layout="bf16", ScalarType out_dtype=bfloat16) -> Tensor',
     module=_MODULE,
     kernels=("mla_gather_kv_fwd",),
 )

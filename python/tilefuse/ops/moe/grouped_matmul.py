@@ -125,8 +125,6 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 @op(
-    "grouped_matmul(Tensor a, Tensor b, Tensor offsets, Tensor? a_index=None, Tensor? bias=None, *,"
-    " ScalarType? out_dtype=None) -> Tensor",
     module="moe/grouped_matmul",
     kernels=("grouped_matmul_fwd", "grouped_matmul_wgrad"),
     differentiable=("a", "b", "bias"),

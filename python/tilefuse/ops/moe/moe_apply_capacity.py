@@ -33,8 +33,6 @@ def _check(ids: Tensor, weights: Tensor, num_experts: int, capacity: int, policy
 
 
 @op(
-    "moe_apply_capacity(Tensor ids, Tensor weights, int num_experts, int capacity, *, str policy='position')"
-    " -> (Tensor, Tensor)",
     module="moe/moe_apply_capacity",
     kernels=("moe_plan_fwd",),
     differentiable=("weights",),

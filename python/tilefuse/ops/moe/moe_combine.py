@@ -69,7 +69,6 @@ class _Combine(torch.autograd.Function):
 
 
 @op(
-    "moe_combine(Tensor y, Tensor inverse, Tensor weights) -> Tensor",
     module="moe/moe_combine",
     kernels=("moe_combine_fwd", "moe_combine_bwd"),
     differentiable=("y", "weights"),

@@ -156,8 +156,6 @@ def _weighted_bias_grad(grad, weights, offsets, order, top_k, dtype):
 
 
 @op(
-    "moe_experts(Tensor x, Tensor w_gate_up, Tensor w_down, Tensor weights, Tensor ids, Tensor? bias_gate_up=None,"
-    " Tensor? bias_down=None, *, str activation='silu', float alpha=1.702, float limit=0.0) -> Tensor",
     module="moe/moe_experts",
     kernels=(
         "moe_plan_fwd", "moe_experts_up", "grouped_matmul_fwd", "moe_combine_fwd", "moe_experts_act_bwd",

@@ -39,8 +39,6 @@ def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, ac
 
 
 @op(
-    "moe_experts_fp8(Tensor x, Tensor w_gate_up, Tensor w_gate_up_scale, Tensor w_down, Tensor w_down_scale,"
-    " Tensor weights, Tensor ids, *, str activation='silu') -> Tensor",
     module="moe/moe_experts_fp8",
     kernels=(
         "moe_plan_fwd",

@@ -69,8 +69,6 @@ def _rows(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 @op(
-    "moe_balance_loss(Tensor logits, Tensor ids, Tensor? valid=None, *, str kind='switch', str score='softmax',"
-    " str normalization='none', int n_devices=1, int sequence_length=0) -> Tensor",
     module=_MODULE,
     kernels=(),
     differentiable=("logits",),
@@ -154,7 +152,6 @@ def moe_balance_loss(
 
 
 @op(
-    "moe_z_loss(Tensor logits, Tensor? valid=None) -> Tensor",
     module=_MODULE,
     kernels=(),
     differentiable=("logits",),
@@ -184,7 +181,7 @@ def moe_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     return (x.logsumexp(-1).square() * use).sum() / use.sum().clamp(min=1)
 
 
-@op("moe_update_bias(Tensor bias, Tensor counts, *, float rate=0.001) -> Tensor", module=_MODULE, kernels=())
+@op(module=_MODULE, kernels=())
 def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tensor:
     """The step of auxiliary-loss-free balancing: ``bias + rate * sign(mean(counts) - counts)``, with sign(0) = 0.
 

@@ -37,7 +37,6 @@ moe_plan_fwd = kernel(
 
 
 @op(
-    "moe_plan(Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)",
     module="moe/moe_plan",
     kernels=("moe_plan_fwd",),
     dtypes=INDEX_DTYPES,

@@ -114,9 +114,6 @@ class _Route(torch.autograd.Function):
 
 
 @op(
-    "moe_route(Tensor logits, Tensor? bias=None, *, int top_k, str score='softmax', bool renormalize=True,"
-    " int n_group=1, int topk_group=1, str group_score='top2', float scale=1.0, str nan_policy='propagate')"
-    " -> (Tensor, Tensor)",
     module="moe/moe_route",
     kernels=("moe_route_fwd", "moe_route_bwd"),
     differentiable=("logits",),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import kernel, op
-from .rope import check_rope, contiguous_bounds, contiguous_rows
+from .rope import check_rope, contiguous_rows, rest_of
 
 __all__ = ["qk_norm_rope"]
 
@@ -79,9 +79,6 @@ class _QKNormRope(torch.autograd.Function):
 
 
 @op(
-    "qk_norm_rope(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, "
-    "Tensor? positions=None, Tensor? cu_seqlens=None, *, float eps=1e-6, float weight_offset=0.0, "
-    "bool interleaved=False, int rotary_offset=0) -> (Tensor, Tensor)",
     module=_MODULE,
     kernels=("qk_norm_rope_fwd", "qk_norm_rope_bwd"),
     differentiable=("q", "k", "q_weight", "k_weight"),
@@ -129,8 +126,7 @@ def qk_norm_rope(
     _check(q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, rotary_offset)
     args = (
         contiguous_rows(q), contiguous_rows(k), contiguous_rows(q_weight), contiguous_rows(k_weight),
-        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
-        eps, weight_offset, interleaved, rotary_offset,
+        *rest_of(cos, sin, positions, cu_seqlens, eps, weight_offset, interleaved, rotary_offset),
     )  # fmt: skip
     if errors.needs_grad(q, k, q_weight, k_weight):
         return _QKNormRope.apply(*args)

@@ -15,12 +15,7 @@ __all__ = ["rope", "rope_", "rope_qk", "rope_qk_"]
 
 _MODULE = "rope/rope"
 _TABLES = "Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens"
-_OPTIONS = "bool interleaved, int rotary_offset, bool conjugate, int[] mrope_section, bool mrope_interleaved"
-_PUBLIC_TABLES = "Tensor cos, Tensor sin, Tensor? positions=None, Tensor? cu_seqlens=None, *"
-_PUBLIC_OPTIONS = (
-    "bool interleaved=False, int rotary_offset=0, bool conjugate=False, int[] mrope_section=[], "
-    "bool mrope_interleaved=False"
-)
+_OPTIONS = "bool interleaved, int rotary_offset, bool conjugate, int[]? mrope_section, bool mrope_interleaved"
 
 
 def check_rope(
@@ -33,7 +28,7 @@ def check_rope(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     rotary_offset: int,
-    mrope_section: Sequence[int] = (),
+    mrope_section: Sequence[int] | None = None,
 ) -> None:
     """The argument checks of every op of this family, for the public function and the fake alike."""
     # every eager call passes here: sizes are compared one by one, because a slice of a shape costs 0.2 us
@@ -122,8 +117,12 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_contiguous() or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def contiguous_bounds(cu_seqlens: Tensor | None) -> Tensor | None:
-    return cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+def rest_of(
+    cos: Tensor, sin: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
+    """What the kernel ops take after the tensors that they rotate."""
+    bounds = cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    return contiguous_rows(cos), contiguous_rows(sin), positions, bounds, *options
 
 
 def _fake_x(name: str) -> Any:
@@ -222,7 +221,6 @@ def _apply_qk(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tens
 
 
 @op(
-    f"rope(Tensor x, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> Tensor",
     module=_MODULE,
     kernels=("rope_fwd",),
     differentiable=("x",),
@@ -279,15 +277,13 @@ def rope(
     Source: Su et al., RoFormer (arXiv 2104.09864); mRoPE: Wang et al., Qwen2-VL (arXiv 2409.12191).
     """
     check_rope("rope", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
-    rest = (
-        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
-        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
-    )  # fmt: skip
+    rest = rest_of(
+        cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section or None, mrope_interleaved
+    )
     return _apply(x, rest)
 
 
 @op(
-    f"rope_qk(Tensor q, Tensor k, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> (Tensor, Tensor)",
     module=_MODULE,
     kernels=("rope_qk_fwd", "rope_fwd"),
     differentiable=("q", "k"),
@@ -316,17 +312,16 @@ def rope_qk(
         ``(q', k')``, contiguous.
     """
     check_rope("rope_qk", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
-    rest = (
-        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
-        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
-    )  # fmt: skip
+    rest = rest_of(
+        cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section or None, mrope_interleaved
+    )
     return _apply_qk(q, k, rest)
 
 
 @op(
-    f"rope_(Tensor(a!) x, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> ()",
     module=_MODULE,
     kernels=("rope_inplace",),
+    mutates=("x",),
 )
 def rope_(
     x: Tensor,
@@ -355,10 +350,9 @@ def rope_(
     check_rope("rope_", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     check_in_place("rope_", x=x)
     errors.check_not_differentiated("rope_", "works in place and has no gradient", x=x)
-    rest = (
-        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
-        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
-    )  # fmt: skip
+    rest = rest_of(
+        cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section or None, mrope_interleaved
+    )
     if x.stride(-1) == 1:
         rope_inplace(x, *rest)
     else:
@@ -367,9 +361,9 @@ def rope_(
 
 
 @op(
-    f"rope_qk_(Tensor(a!) q, Tensor(b!) k, {_PUBLIC_TABLES}, {_PUBLIC_OPTIONS}) -> ()",
     module=_MODULE,
     kernels=("rope_qk_inplace",),
+    mutates=("q", "k"),
 )
 def rope_qk_(
     q: Tensor,
@@ -395,10 +389,9 @@ def rope_qk_(
     check_rope("rope_qk_", "q", q, k, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     check_in_place("rope_qk_", q=q, k=k)
     errors.check_not_differentiated("rope_qk_", "works in place and has no gradient", q=q, k=k)
-    rest = (
-        contiguous_rows(cos), contiguous_rows(sin), positions, contiguous_bounds(cu_seqlens),
-        interleaved, rotary_offset, conjugate, mrope_section, mrope_interleaved,
-    )  # fmt: skip
+    rest = rest_of(
+        cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section or None, mrope_interleaved
+    )
     if q.stride(-1) == 1 and k.stride(-1) == 1:
         rope_qk_inplace(q, k, *rest)
     else:

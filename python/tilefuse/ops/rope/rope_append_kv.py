@@ -65,11 +65,9 @@ rope_append_kv_fwd = kernel(
 
 
 @op(
-    "rope_append_kv(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, Tensor slot_mapping, *, bool interleaved=False, int rotary_offset=0, float k_scale=1.0, "
-    "float v_scale=1.0) -> Tensor",
     module=_MODULE,
     kernels=("rope_append_kv_fwd",),
+    mutates=("k_cache", "v_cache"),
 )
 def rope_append_kv(
     q: Tensor,
