@@ -105,6 +105,21 @@ def test_the_kernel_folder_refuses_to_shadow_the_package_of_openai():
     assert "import it as tilefuse.triton_kernels" in done.stderr
 
 
+def test_imported_again():
+    code = """
+    import importlib, sys
+    import tilefuse
+    names = {name: getattr(tilefuse, name) for name in tilefuse.__all__}
+    assert importlib.reload(tilefuse) is tilefuse
+    del sys.modules["tilefuse"]
+    import tilefuse as again
+    for module in (tilefuse, again):
+        assert all(getattr(module, name) == value for name, value in names.items())
+    print(len(again.ops()) > 30)
+    """
+    assert run_python(code).strip() == "True"
+
+
 @pytest.mark.parametrize("name", ["__version__", "backend", "explain", "ops"])
 def test_public_names(name):
     import tilefuse

@@ -55,9 +55,16 @@ def defined_functions(path):
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_there_are_ops():
-    assert OPS and KERNELS
-    assert set(OPS) <= set(tilefuse.__all__)
+def test_the_package_imports_what_its_modules_name():
+    public = {"__version__", "backend", "explain", "nn", "ops"}
+    for path in (ROOT / "python/tilefuse/ops").glob("*/*.py"):
+        if path.stem != "__init__":
+            module = importlib.import_module(f"tilefuse.ops.{path.parent.name}.{path.stem}")
+            for name in module.__all__:
+                assert getattr(tilefuse, name, None) is getattr(module, name), f"tilefuse/__init__.py lacks {name}"
+            public |= {*module.__all__}
+    assert sorted(tilefuse.__all__) == sorted(public)
+    assert OPS and KERNELS and set(OPS) < public
 
 
 @each_module

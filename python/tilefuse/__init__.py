@@ -4,13 +4,88 @@ Every op is reachable twice with the same name, argument order and defaults: as 
 ``tilefuse.<op>`` and as ``torch.ops.tilefuse.<op>``. ``tilefuse.ops()`` lists them.
 """
 
-from . import ops as _ops_package
+# first: importing the package `ops` binds its name here, which the function `ops` takes over below
+from . import nn
 from .backends import backend
-from .library import explain
-from .ops import *  # noqa: F403
+from .library import explain, ops
+from .ops.attention.block_pattern import BlockPattern, block_pattern
+from .ops.attention.block_sparse_attention import block_sparse_attention
+from .ops.attention.global_attention import global_attention
+from .ops.attention.paged_attention import paged_attention
+from .ops.attention.window_attention import window_attention, window_from
+from .ops.fp8.grouped_matmul import fp8_grouped_matmul
+from .ops.fp8.linear import fp8_linear
+from .ops.fp8.matmul import fp8_matmul
+from .ops.fp8.quantize import fp8_dequantize, fp8_quantize, fp8_quantize_dual
+from .ops.fp8.rms_norm_quantize import rms_norm_quantize
+from .ops.fp8.silu_mul_quantize import silu_mul_quantize
+from .ops.mla.merge_attention import merge_attention
+from .ops.mla.mla_absorb_query import mla_absorb_query
+from .ops.mla.mla_append_kv import mla_append_kv
+from .ops.mla.mla_attention import mla_attention
+from .ops.mla.mla_compress_kv import mla_compress_kv
+from .ops.mla.mla_decode import mla_decode, mla_sparse_decode
+from .ops.mla.mla_expand_kv import mla_expand_kv
+from .ops.mla.mla_gather_kv import mla_gather_kv
+from .ops.moe.grouped_matmul import grouped_matmul
+from .ops.moe.moe_apply_capacity import moe_apply_capacity
+from .ops.moe.moe_combine import moe_combine
+from .ops.moe.moe_experts import moe_experts
+from .ops.moe.moe_experts_fp8 import moe_experts_fp8
+from .ops.moe.moe_losses import moe_balance_loss, moe_update_bias, moe_z_loss
+from .ops.moe.moe_plan import moe_plan
+from .ops.moe.moe_route import moe_route
+from .ops.rope.qk_norm_rope import qk_norm_rope
+from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
+from .ops.rope.rope_append_kv import rope_append_kv
+from .ops.rope.rope_tables import rope_tables
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "explain", "nn", "ops", *_ops_package.__all__]
-
-from . import nn
-from .library import ops
+__all__ = [
+    "BlockPattern",
+    "__version__",
+    "backend",
+    "block_pattern",
+    "block_sparse_attention",
+    "explain",
+    "fp8_dequantize",
+    "fp8_grouped_matmul",
+    "fp8_linear",
+    "fp8_matmul",
+    "fp8_quantize",
+    "fp8_quantize_dual",
+    "global_attention",
+    "grouped_matmul",
+    "merge_attention",
+    "mla_absorb_query",
+    "mla_append_kv",
+    "mla_attention",
+    "mla_compress_kv",
+    "mla_decode",
+    "mla_expand_kv",
+    "mla_gather_kv",
+    "mla_sparse_decode",
+    "moe_apply_capacity",
+    "moe_balance_loss",
+    "moe_combine",
+    "moe_experts",
+    "moe_experts_fp8",
+    "moe_plan",
+    "moe_route",
+    "moe_update_bias",
+    "moe_z_loss",
+    "nn",
+    "ops",
+    "paged_attention",
+    "qk_norm_rope",
+    "rms_norm_quantize",
+    "rope",
+    "rope_",
+    "rope_append_kv",
+    "rope_qk",
+    "rope_qk_",
+    "rope_tables",
+    "silu_mul_quantize",
+    "window_attention",
+    "window_from",
+]

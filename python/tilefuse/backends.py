@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import torch
 
@@ -59,6 +60,14 @@ def forget() -> None:
     verified.cache_clear()
     with _lock:
         generation += 1
+
+
+@overload
+def backend(name: None = None) -> str: ...
+
+
+@overload
+def backend(name: str) -> _Setting: ...
 
 
 def backend(name: str | None = None) -> str | _Setting:

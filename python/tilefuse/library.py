@@ -41,13 +41,14 @@ _kernels: dict[str, Kernel] = {}
 _ops: dict[str, Op] = {}
 # while `explain` traces a call, kernels of that thread note themselves and their arguments in `calls`
 _trace = threading.local()
-# what eager calls ask each time, bound once
-_autocast_on = torch._C._is_any_autocast_enabled
+# what eager calls ask each time, bound once; torch's stubs lack some of it
+_C: Any = torch._C
+_autocast_on = _C._is_any_autocast_enabled
 _compiling = torch.compiler.is_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_profiling = torch.autograd._profiler_enabled
+_dispatch_modes = _C._len_torch_dispatch_stack
+_function_modes = _C._len_torch_function_stack
+_transforms = _C._functorch.peek_interpreter_stack
+_profiling = _C._autograd._profiler_enabled
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Kernel:
         self.dtype_arg = dtype_arg
         # (generation of the setting, (device index, dtype) -> implementations in order of preference); replaced as
         # one object, so that another thread never sees choices of an older setting
-        self._cache: tuple[int, dict[tuple[int, torch.dtype], list[tuple[Callable[..., Any], Any]]]] = (-1, {})
+        self._cache: tuple[int, dict[tuple[int, torch.dtype], list[tuple[Any, Any]]]] = (-1, {})
 
     def implementation(self, name: str) -> tuple[Callable[..., Any] | None, str | None]:
         """The callable of one backend, or the reason why it is not there."""

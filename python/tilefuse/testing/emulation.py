@@ -196,6 +196,7 @@ def load_source(source: Path, *, sources: tuple[str, ...] = ()) -> ModuleType:
         ],
     )
     spec = importlib.util.spec_from_file_location(name, library)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

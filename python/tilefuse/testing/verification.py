@@ -141,8 +141,9 @@ class StepByStep(TorchDispatchMode):
 def _low_precision(sample: Sample) -> AbstractContextManager[Any]:
     """The step-by-step rounding that a sample's main operand asks for; nothing where that is float32."""
     main = next((a for a in sample.args if _is_float(a)), None)
-    half = main is not None and main.dtype in (torch.bfloat16, torch.float16)
-    return StepByStep(main.dtype) if half else nullcontext()
+    if main is None or main.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return StepByStep(main.dtype)
 
 
 class _Call:
@@ -326,9 +327,9 @@ def _check_sample(
 
 def _backward_kernels(function: Callable[..., Any], call: _Call, sample: Sample) -> set[str]:
     def run(*args: Any, **kwargs: Any) -> None:
-        args = [a.detach().requires_grad_() if i in call.differentiable else a for i, a in enumerate(args)]
+        leaves = [a.detach().requires_grad_() if i in call.differentiable else a for i, a in enumerate(args)]
         with torch.enable_grad():
-            out = function(*args, **kwargs)
+            out = function(*leaves, **kwargs)
             outputs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad]
             leaves = [args[i] for i in call.differentiable]
             torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)

@@ -18,7 +18,7 @@ MODULE = "attention/paged_attention"
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, sq, heads, _ = q.shape
+    batch, sq, heads = q.shape[:3]
     return q.new_empty(batch, sq, heads, v_cache.shape[-1]), q.new_empty(batch, heads, sq, dtype=lse_dtype(q))
 
 

@@ -165,7 +165,7 @@ def window_attention(
         cu_seqlens_k = cu_seqlens_q
     for arg, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu is not None:
-            if not packed:
+            if not packed or cu_seqlens_q is None:
                 errors.value_error(name, arg, "None unless q is packed [T, H, D]", cu)
             check_index(name, arg, cu, q, 1, "[N + 1]")
             if cu.shape[0] < 1 or cu.shape != cu_seqlens_q.shape:

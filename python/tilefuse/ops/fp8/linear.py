@@ -118,5 +118,6 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_f
         out = _Linear.apply(rows, weight, bias, pow2)
     else:
         w, w_scale = _quantize_weight(weight, pow2)
-        out = matmul(*fp8_quantize_rows(rows, pow2, _EPS), w, w_scale, bias, x.dtype)
+        codes, scale = fp8_quantize_rows(rows, pow2, _EPS)
+        out = matmul(codes, scale, w, w_scale, bias, x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])

@@ -37,9 +37,9 @@ def _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale) -> None:
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if not packed and bounds is not None:
             errors.value_error(_NAME, name, "None unless q is packed [Tq, H, D]", bounds)
-        if packed and (bounds is None or bounds.ndim != 1 or bounds.shape[0] == 0):
-            errors.value_error(_NAME, name, "[B + 1] int32 or int64 with packed q", bounds)
         if packed:
+            if bounds is None or cu_seqlens_q is None or bounds.ndim != 1 or bounds.shape[0] == 0:
+                errors.value_error(_NAME, name, "[B + 1] int32 or int64 with packed q", bounds)
             check_index(_NAME, name, bounds, tuple(cu_seqlens_q.shape), q, "q")
     if not softmax_scale > 0:
         errors.value_error(_NAME, "softmax_scale", "positive: (P + r) ** -0.5 * mscale ** 2", softmax_scale)

@@ -14,7 +14,14 @@ from .window_attention import qkv
 
 
 def lists(
-    batch: int, heads: int, rows: int, columns: int, *, device="cpu", seed: int = 0, dtype=torch.int32
+    batch: int,
+    heads: int,
+    rows: int,
+    columns: int,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    dtype=torch.int32,
 ) -> tuple[Tensor, Tensor]:
     """Random lists: unsorted, with repeats, empty rows and a few blocks that do not exist."""
     draw = random.Random(seed)

@@ -23,14 +23,14 @@ def dense_attention(
     alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Sq, Hq, Dv] in q's dtype and lse [B, Hq, Sq], every product in q's dtype."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, 1) for x in (k, v))
     seen = visible.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     anyone = seen.any(2)[..., None]
     k, v = (torch.where(anyone, x, torch.zeros_like(x)) for x in (k, v))
-    x = (q @ k.transpose(-1, -2)) * scale
+    x = (q @ k.transpose(-1, -2)) * factor
     if softcap > 0:
         x = softcap * torch.tanh(x / softcap)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -75,6 +75,7 @@ def dense_window(
 
     if q.dim() == 4:
         return dense_attention(q, k, v, mask(q.shape[1], k.shape[1]), **options)
+    assert cu_seqlens_q is not None
     cu_q = cu_seqlens_q.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -121,8 +122,8 @@ def dense_global(
     visible = order & (band | is_global[:, None, :]) & shown[:, None, :] & local_rows[:, :, None]
     out, lse = dense_attention(q, k, v, visible[:, None], scale=scale)
     visible = order & shown[:, None, :] & is_global[:, :, None]
-    own = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
-    wide, wide_lse = dense_attention(*own, visible[:, None], scale=scale)
+    own_q, own_k, own_v = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
+    wide, wide_lse = dense_attention(own_q, own_k, own_v, visible[:, None], scale=scale)
     return (
         torch.where(is_global[:, :, None, None], wide, out),
         torch.where(is_global[:, None, :], wide_lse, lse),

@@ -19,18 +19,19 @@ def normal(
 
 
 def qkv(
-    batch: int, sq: int, sk: int, heads: int, kv_heads: int, dim: int, dim_v: int | None = None, *, device="cpu",
-    dtype=torch.float32, seed: int = 0,
+    batch: int, sq: int, sk: int, heads: int, kv_heads: int, dim: int, dim_v: int | None = None, *,
+    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """[B, S, H, D] tensors; a batch of 0 gives packed ones [S, H, D]."""
     lead = (batch,) if batch else ()
     shapes = (*lead, sq, heads, dim), (*lead, sk, kv_heads, dim), (*lead, sk, kv_heads, dim_v or dim)
-    return tuple(normal(*s, device=device, dtype=dtype, seed=seed + i) for i, s in enumerate(shapes))
+    q, k, v = (normal(*s, device=device, dtype=dtype, seed=seed + i) for i, s in enumerate(shapes))
+    return q, k, v
 
 
 def cases(
     device: torch.device | str, dtype: torch.dtype
-) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Tensor], dict[str, Any]]]:
+) -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Tensor], dict[str, Any]]]:
     """name, (q, k, v), the other tensors by name, the options of one call."""
 
     def make(*sizes: int) -> tuple[Tensor, Tensor, Tensor]:

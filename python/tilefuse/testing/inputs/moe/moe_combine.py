@@ -12,7 +12,9 @@ from ...sample import Sample
 from .moe_plan import ids_of
 
 
-def case(tokens, top_k, hidden, device="cpu", dtype=torch.float32, dropped=0.2, experts=6, seed=0):
+def case(
+    tokens, top_k, hidden, device: torch.device | str = "cpu", dtype=torch.float32, dropped=0.2, experts=6, seed=0
+):
     """(y, inverse, weights), the plan's inverse of random ids."""
     generator = torch.Generator().manual_seed(seed + tokens + hidden)
     with tilefuse.backend("auto"):
