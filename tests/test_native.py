@@ -59,6 +59,14 @@ def test_a_kernel_that_a_library_lacks():
 
 
 @pytest.mark.cpu_library
+def test_a_library_of_other_sources():
+    native._FRAGMENTS["cpu"].define("other_kernel(Tensor x, int[] sizes) -> Tensor")
+    op, reason = native.find("cpu", SCHEMA.replace("no_such_kernel", "other_kernel"))
+    assert op is None
+    assert reason == "_cpu.abi3.so was built from other sources: its other_kernel takes other arguments"
+
+
+@pytest.mark.cpu_library
 def test_an_op_has_the_schema_of_its_kernel():
     kernel = library.kernels()["rope_fwd"]
     found, reason = native.find("cpu", kernel.schema)

@@ -62,6 +62,12 @@ def find(name: str, schema: str) -> tuple[Any, str | None]:
         if not hasattr(namespace, kernel):
             _FRAGMENTS[name].define(schema)
     found = getattr(namespace, kernel).default
+    if _types(found._schema) != _types(torch._C.parse_schema(schema)):
+        return None, f"{library.path.name} was built from other sources: its {kernel} takes other arguments"
     if not found.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, name.upper())):
         return None, f"{library.path.name} has no {kernel}"
     return found, None
+
+
+def _types(schema: Any) -> list[str]:
+    return [str(argument.type) for argument in schema.arguments]
