@@ -294,6 +294,7 @@ setup(
     packages=PACKAGES,
     package_data={
         "tilefuse": ["py.typed", "*.json", "_cpu.abi3.so", "_cuda.abi3.so"],
+        "tilefuse.integrations.transformers": ["verified.json"],
         "tilefuse.triton_kernels": ["tuned/*.json"],
     },
     # no sources: the extension only makes the wheel a platform wheel, BuildNative compiles csrc/ itself

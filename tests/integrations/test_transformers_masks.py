@@ -1,6 +1,10 @@
-"""Every mask that Hugging Face can ask for, as a code or dense, says the same as Hugging Face's own."""
+"""Every mask that Hugging Face can ask for says the same as Hugging Face's own, in entries and in numbers."""
 
+import copy
+import functools
+import io
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -12,13 +16,7 @@ pytest.importorskip("transformers", reason="needs transformers (pip install tile
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tilefuse.integrations.transformers import attention
-
-
-class Config:
-    sliding_window = 4
-    attention_chunk_size = None
-    model_type = "mistral"
+from tilefuse.integrations.transformers import attention, mask, rules
 
 
 def padding_of(kind, batch, length):
@@ -75,7 +73,6 @@ def ask(q_length, before, free, kind, window):
         "attention_mask": padding_of(kind, batch, length),
         "local_size": window,
         "allow_is_causal_skip": not (free is not None and q_length == 1),
-        "config": Config(),
         "dtype": torch.float32,
     }
 
@@ -83,6 +80,18 @@ def ask(q_length, before, free, kind, window):
 def wanted(arguments):
     """Hugging Face's dense mask ``[B, 1, Sq, Sk]``."""
     return masking_utils.sdpa_mask(**arguments | {"allow_is_causal_skip": False}).expand(2, 1, -1, -1)
+
+
+def seen(compact, q_length, kv_length):
+    """The entries that a compact form stands for, found by the ops themselves: each key has its own output."""
+    q = torch.zeros(2, 1, q_length, 8)
+    k = torch.zeros(2, 1, kv_length, 8)
+    v = torch.eye(kv_length).expand(2, 1, -1, -1)
+    if compact.lengths is not None:
+        return (torch.arange(kv_length) < compact.lengths[:, None])[:, None, None]
+    fake = mask.LazyMask.of(compact, pytest.fail, (2, 1, q_length, kv_length), torch.bool, torch.device("cpu"))
+    out, _ = attention.attention(pytest.fail, None, Layer(), q, k, v, fake)
+    return (out > 0).transpose(1, 2)
 
 
 class Layer(torch.nn.Module):
@@ -93,68 +102,59 @@ class Layer(torch.nn.Module):
         self.is_causal = is_causal
 
 
-def check_attention(found, expected, q_length, kv_length, is_causal=True, **options):
+def sdpa(module, *arguments, **options):
+    return attention.attention(sdpa_attention_forward, None, module, *arguments, **options)
+
+
+def check_attention(found, expected, q_length, kv_length, is_causal=True):
     """The attention function on a mask against Hugging Face's on the dense one, with gradients."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, q_length, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(2, 2, kv_length, 8, generator=generator, requires_grad=True) for _ in range(2))
     weight = torch.randn(2, q_length, 4, 8, generator=generator)
     results = []
-    for run, mask in ((attention.attention, found), (sdpa_attention_forward, expected)):
-        out, _ = run(Layer(is_causal), q, k, v, mask, scaling=0.3, **(options if run is attention.attention else {}))
+    for run, each in ((sdpa, found), (sdpa_attention_forward, expected)):
+        out, _ = run(Layer(is_causal), q, k, v, each, scaling=0.3)
         grads = torch.autograd.grad(out, (q, k, v), weight)
         results.append((out, *grads))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        out, _ = attention.attention(Layer(is_causal), q, k, v, found, scaling=0.3, **options)
+        out, _ = sdpa(Layer(is_causal), q, k, v, found, scaling=0.3)
     torch.testing.assert_close(out, results[1][0], rtol=1e-5, atol=1e-5)
+
+
+def check(arguments, lazy=None):
+    """A mask of ours against Hugging Face's: None where that is None, else the same entries and the same numbers."""
+    arguments = {"device": torch.device("cpu")} | arguments
+    q_length, kv_length = arguments["q_length"], arguments["kv_length"]
+    found, stock = mask.sdpa_mask(**arguments), masking_utils.sdpa_mask(**arguments)
+    assert (found is None) == (stock is None)
+    is_causal = arguments["mask_function"] is not masking_utils.bidirectional_mask_function
+    check_attention(found, stock if stock is None else stock.expand(2, 1, -1, -1), q_length, kv_length, is_causal)
+    if found is None:
+        return
+    assert found.shape == (2, 1, q_length, kv_length) and found.dtype == stock.dtype
+    compact = mask.compact_of(found)
+    assert lazy is None or (compact is not None) == lazy
+    if compact is not None:
+        assert_bit_equal(seen(compact, q_length, kv_length).expand(found.shape), stock.expand(found.shape))
+    # someone else's look at it, and the additive one
+    assert_bit_equal(found & True, stock.expand(found.shape))
+    arguments |= {"dtype": torch.bfloat16}
+    additive, expected = mask.eager_mask(**arguments), masking_utils.eager_mask(**arguments)
+    assert additive.dtype == torch.bfloat16
+    assert_bit_equal(additive + 0, expected.expand(additive.shape))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("window", [None, 4], ids=["full", "window"])
-def test_codes_say_what_hugging_face_says(size, window):
+def test_masks_say_what_hugging_face_says(size, window):
     for q_length, before, free, kind, w in cases():
-        if (q_length, before, free) != size or w != window:
-            continue
-        arguments = ask(q_length, before, free, kind, window)
-        kv_length = arguments["kv_length"]
-        found, expected = attention.mask(**arguments), wanted(arguments)
-        if found is None or attention.is_code(found):
-            dense = attention.dense_mask(found, 2, q_length, kv_length, True, "cpu")
-            dense = torch.ones_like(expected) if dense is None else dense.expand(expected.shape)
-        else:
-            dense = found
-        assert_bit_equal(dense, expected, name=f"{kind}")
-        check_attention(found, expected, q_length, kv_length, sliding_window=window)
-        if found is not None and found.dim() == 4 and found.shape[2] == 3:
-            # a model that does not say its window
-            check_attention(found, expected, q_length, kv_length)
-
-
-@pytest.mark.parametrize(
-    "size, kind, window, rows",
-    [
-        ((9, 0, None), "none", None, None),
-        ((9, 0, None), "full", None, None),
-        ((9, 0, None), "none", 4, 0),
-        ((3, 7, None), "none", None, 0),
-        ((3, 7, None), "full", 4, 0),
-        ((1, 8, None), "full", None, None),
-        ((1, 8, 6), "none", None, 1),
-        ((1, 8, 6), "full", None, 1),
-        ((9, 0, 6), "none", None, None),
-        ((3, 7, 6), "none", None, 2),
-        ((9, 0, None), "left", None, 2),
-        ((9, 0, None), "left", 4, 3),
-        ((9, 0, None), "right", None, 4),
-        ((9, 0, None), "both", None, 4),
-        ((9, 0, None), "nothing", None, 4),
-    ],
-)
-def test_common_masks_are_not_dense(size, kind, window, rows):
-    found = attention.mask(**ask(*size, kind, window))
-    assert found is None if rows is None else attention.is_code(found) and found.shape[2] == rows
+        if (q_length, before, free) == size and w == window:
+            # a mask of one row is small: with padding it stays dense; a window may have left the padding behind
+            lazy = kind in ("none", "full") or (kind != "hole" and q_length > 1)
+            check(ask(q_length, before, free, kind, window), lazy if window is None or q_length > 1 else None)
 
 
 @pytest.mark.parametrize("kind", ["none", "left", "right", "both", "nothing", "hole"])
@@ -174,16 +174,17 @@ def test_sinks(size, kind):
     Sinks.__module__ = GptOssAttention.__module__
     arguments = ask(*size, kind, None)
     q_length, kv_length = arguments["q_length"], arguments["kv_length"]
-    found = attention.mask(**arguments)
-    additive = torch.zeros(()).masked_fill(~wanted(arguments), torch.finfo(torch.float32).min)
+    found = mask.eager_mask(device=torch.device("cpu"), **arguments)
+    additive = masking_utils.eager_mask(**arguments)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, 4, q_length, 8, generator=generator, requires_grad=True)
     k, v = (torch.randn(2, 2, kv_length, 8, generator=generator, requires_grad=True) for _ in range(2))
     weight = torch.randn(2, q_length, 4, 8, generator=generator)
     module = Sinks()
+    ours = functools.partial(attention.attention, eager_attention_forward, attention.form_of(eager_attention_forward))
     results = []
-    for run, mask in ((attention.attention_over_eager, found), (eager_attention_forward, additive)):
-        out, _ = run(module, q, k, v, mask, scaling=0.3, s_aux=module.sinks)
+    for run, each in ((ours, found), (eager_attention_forward, additive)):
+        out, _ = run(module, q, k, v, each, scaling=0.3, s_aux=module.sinks)
         results.append((out, *torch.autograd.grad(out, (q, k, v, module.sinks), weight)))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -193,67 +194,114 @@ def test_sinks(size, kind):
 def test_packed_sequences(window):
     ids = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1]])
     positions = torch.tensor([[0, 1, 2, 3, 0, 0, 1, 2], [5, 6, 0, 1, 2, 3, 4, 5]])
+    plain = {"batch_size": 2, "q_length": 8, "kv_length": 8, "local_size": window, "allow_is_causal_skip": False}
     function = masking_utils.causal_mask_function
+    rule = rules.CAUSAL
     if window is not None:
         function = masking_utils.sliding_window_causal_mask_function(window)
-    config = Config()
-    config.sliding_window = window
-    arguments = {
-        "batch_size": 2,
-        "q_length": 8,
-        "kv_length": 8,
-        "mask_function": masking_utils.packed_sequence_compatibility_function(function, positions, ids),
-        "attention_mask": None,
-        "local_size": window,
-        "allow_is_causal_skip": False,
-        "config": config,
-    }
-    expected = wanted(arguments)
-    found = attention.mask(**arguments)
-    assert attention.is_code(found) and found.shape[3] == 6
-    assert_bit_equal(attention.dense_mask(found, 2, 8, 8, True, "cpu"), expected)
-    check_attention(found, expected, 8, 8, sliding_window=window)
-    # as under torch.compile, where the number of sequences is not known
-    starts = attention._starts_of(arguments["mask_function"], 2, 8, "cpu")
-    assert starts.shape == (17,)
-    found = attention._packed(starts, window)
-    assert_bit_equal(attention.dense_mask(found, 2, 8, 8, True, "cpu"), expected)
-    check_attention(found, expected, 8, 8, sliding_window=window)
+        rule = rules.sliding(window)
+    by_closure = masking_utils.packed_sequence_compatibility_function(function, positions, ids)
+    for each in (by_closure, rules.packed(rule, positions, ids)):
+        check(plain | {"mask_function": each}, lazy=True)
 
 
-def test_masks_that_no_code_says_stay_dense():
+def test_masks_that_no_numbers_say_stay_dense():
     blocks = torch.tensor([[0, 0, 0, -1, -1, 1, 1, 1]] * 2)
     causal = masking_utils.causal_mask_function
-    plain = {"batch_size": 2, "q_length": 8, "kv_length": 8, "config": Config()}
     composed = masking_utils.or_masks(causal, masking_utils.blockwise_overlay(blocks))
-    chunked = masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.int64))
-    config = Config()
-    config.attention_chunk_size = 4
-    for arguments in (
-        plain | {"mask_function": composed, "allow_is_causal_skip": False},
-        plain | {"mask_function": chunked, "local_size": 4, "config": config},
-        plain | {"mask_function": chunked, "local_size": 4, "allow_is_causal_skip": False},
-    ):
-        found = attention.mask(**arguments)
-        assert found.dtype == torch.bool
-        assert_bit_equal(found.expand(2, 1, 8, 8), wanted(arguments))
+    plain = {"batch_size": 2, "q_length": 8, "kv_length": 8, "allow_is_causal_skip": False}
+    check(plain | {"mask_function": composed}, lazy=False)
+    check(plain | {"mask_function": causal, "use_vmap": True}, lazy=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(11, 0, None), (3, 7, None), (5, 10, None), (1, 9, None), (9, 0, 6)], ids=str)
+def test_chunks(size, kind):
+    """Chunks of 4 are counted from the first real token; the cache keeps the last ones."""
+    q_length, before, free = size
+    arguments = ask(q_length, before, free, kind, None if free is not None else 6)
+    padding = arguments["attention_mask"]
+    first = torch.zeros(2, dtype=torch.int64)
+    if padding is not None:
+        first = (padding.cumsum(-1) == 0).sum(-1)
+    arguments |= {"mask_function": rules.chunked(4, first), "local_size": 4}
+    check(arguments, lazy=kind in ("none", "full") or (kind != "hole" and q_length > 1) or None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [9, 14])
+@pytest.mark.parametrize("window", [1, 3, 20])
+def test_windows_in_both_directions(window, length, kind):
+    arguments = {
+        "batch_size": 2,
+        "q_length": length,
+        "kv_length": length,
+        "mask_function": rules.sliding_both_ways(window),
+        "attention_mask": padding_of(kind, 2, length),
+        "local_size": window,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": True,
+    }
+    check(arguments, lazy=kind != "hole")
 
 
 @pytest.mark.parametrize("kind", ["none", "full", "left", "right", "hole"])
 def test_bidirectional(kind):
-    padding = padding_of(kind, 2, 9)
     arguments = {
         "batch_size": 2,
         "q_length": 5,
         "kv_length": 9,
         "mask_function": masking_utils.bidirectional_mask_function,
-        "attention_mask": padding,
+        "attention_mask": padding_of(kind, 2, 9),
         "allow_is_causal_skip": False,
-        "allow_is_bidirectional_skip": True,
-        "config": Config(),
     }
-    found = attention.mask(**arguments)
-    expected = wanted(arguments | {"allow_is_bidirectional_skip": False})
-    assert (found is None) == (kind in ("none", "full"))
-    assert found is None or attention.is_code(found) == (kind != "hole")
-    check_attention(found, expected, 5, 9, is_causal=False)
+    check(arguments | {"allow_is_bidirectional_skip": True}, lazy=kind != "hole")
+    # a model that asks for entries gets them
+    check(arguments | {"allow_is_bidirectional_skip": False}, lazy=kind != "hole")
+
+
+def test_a_lazy_mask_is_a_mask():
+    """Every way to look at one, without and with its numbers kept."""
+    arguments = ask(9, 0, None, "left", 4) | {"device": torch.device("cpu")}
+    expected = wanted(arguments)
+
+    def lazy():
+        return mask.sdpa_mask(**arguments)
+
+    assert type(lazy()) is mask.LazyMask and "LazyMask" in repr(lazy())
+    for look in (
+        lambda x: x[:, :, -3:],
+        lambda x: torch.cat((x, x), -1),
+        lambda x: x.sum(),
+        lambda x: x.contiguous(),
+        lambda x: x.to(torch.float32),
+        lambda x: x.expand(2, 4, -1, -1),
+        lambda x: torch.where(x, 0.0, -1.0),
+        lambda x: x.clone().masked_fill_(x, False),
+        lambda x: torch.from_numpy(x.numpy()),
+        lambda x: torch.tensor(x.tolist()),
+        copy.deepcopy,
+        lambda x: pickle.loads(pickle.dumps(x)),
+    ):
+        assert_bit_equal(look(lazy()), look(expected))
+    for same in (lambda x: x.detach(), lambda x: x.to("meta")):
+        kept = same(lazy())
+        assert mask.compact_of(kept) is not None and kept.shape == expected.shape
+    buffer = io.BytesIO()
+    torch.save(lazy(), buffer)
+    buffer.seek(0)
+    assert_bit_equal(torch.load(buffer, weights_only=True), expected)
+    # a region that someone compiles sees the entries
+    torch._dynamo.reset()
+    assert_bit_equal(torch.compile(lambda x: x.logical_not(), backend="aot_eager", fullgraph=True)(lazy()), ~expected)
+    torch._dynamo.reset()
+
+
+def test_the_cache_may_count_on_before_someone_looks():
+    """A static cache hands over its counter, which it then changes in place."""
+    arguments = ask(1, 8, 6, "none", None) | {"device": torch.device("cpu")}
+    expected = wanted(arguments)
+    found = mask.sdpa_mask(**arguments)
+    arguments["q_offset"] += 1
+    assert_bit_equal(found.expand(2, 1, 1, -1) & True, expected)
+    assert mask.compact_of(found).lengths.tolist() == [9, 9]

@@ -5,7 +5,8 @@ Needs ``pip install tilefuse[transformers]`` (transformers 5.23 or newer). ``imp
 ===================  =========================================  ==================================================
 part                 what runs on tilefuse                      models
 ===================  =========================================  ==================================================
-attention and masks  ``window_attention``, ``paged_attention``  all that use Hugging Face's attention registry
+attention            ``window_attention``, ``paged_attention``  all that use Hugging Face's attention registry and
+                                                                are verified
 rotary embedding     ``rope_qk``, ``qk_norm_rope``              Llama, Mistral, Qwen3, Gemma-3, gpt-oss, DeepSeek-V2
                                                                 and V3, and all with the same functions
 routers              ``moe_route``                              Mixtral, Qwen3-MoE, gpt-oss, DeepSeek-V2 and V3
@@ -24,13 +25,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention, bigbird, experts, fp8_linear, longformer, router
+from . import attention, bigbird, check, experts, fp8_linear, longformer, router
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
-
-# asked in this order about every module
-PARTS = [longformer.swap, bigbird.swap, fp8_linear.swap, attention.swap, router.swap, experts.swap]
 
 
 def register() -> None:
@@ -39,10 +37,9 @@ def register() -> None:
     After that a model can be built with it, or switched to it. No existing model changes, and calling it again is
     harmless. Rotary embedding, routers, FP8 linears, Longformer and BigBird have no registry: ``patch`` swaps those.
 
-    The attention registered under this name never builds a dense mask for causal attention, sliding windows, left or
-    right padding, packed sequences and caches. It hands attention dropout in training, position biases, 4-D masks of
-    the user and masks with holes to Hugging Face's ``sdpa`` function (models with sinks or a soft cap: to the eager
-    function of their own file). ``"tilefuse_eager"`` is the same with the eager function throughout.
+    The attention registered under this name takes verified model types (``patch`` says which those are); the first
+    forward of another raises ValueError. So does one of a model whose code asks for ``"sdpa"`` or ``"eager"`` by name:
+    such a model would leave the branch that makes it right, while ``patch`` keeps its config as it is.
 
     Raises:
         ImportError: transformers is not installed, when this package is imported.
@@ -68,28 +65,37 @@ def register() -> None:
     experts.register()
 
 
-def patch(model: nn.Module) -> Report:
+def patch(model: nn.Module, *, unverified: bool = False) -> Report:
     """Runs what it can of one live model on tilefuse, and says what that is.
 
-    Each module that a part of tilefuse knows gets a new forward on the *instance*, and the model gets configs of its
-    own that name the ``"tilefuse"`` attention. Parameters, ``state_dict``, hooks, module classes, device placement
-    and other models, of the same class or built from the same config object, stay as they are. Works in training
-    (gradient checkpointing, autocast), with every cache of ``generate``, under ``torch.compile`` and with the hooks of
-    ``device_map``, in either order. Patching a patched model changes nothing and returns its report again.
+    Each module that a part of tilefuse knows gets a new forward on the *instance*. Configs, parameters,
+    ``state_dict``, hooks, module classes, device placement and other models, of the same class or built from the same
+    config object, stay as they are. Works in training (gradient checkpointing, autocast), with every cache of
+    ``generate``, under ``torch.compile`` and ``torch.export`` and with the hooks of ``device_map``, in either order. A
+    patched model that is pickled or copied comes back patched. Patching a patched model changes nothing and returns
+    its report again.
 
-    What tilefuse does not compute exactly stays with Hugging Face, at the module or for the call, and is in the report
-    where it is known beforehand: attention dropout in training, position biases, unknown forms of rotary embedding
-    and routing. For single calls that is so for 4-D masks of the user, masks with holes, padding under
-    ``torch.compile``, ``output_attentions`` of an eager model, and right padding together with a window that is
-    shorter than the sequence. Unknown models get the parts that match.
+    The attention of a model runs on tilefuse if its type is *verified*: if it was compared with Hugging Face's, with
+    this version of transformers, in every mode of use. On other types only rotary embedding, routers, experts and
+    linears are swapped, and the report says so.
+
+    What tilefuse does not compute exactly stays with Hugging Face, at the module or for the call: attention dropout in
+    training, position biases, masks of the user, masks with holes, padding under ``torch.compile``, attention weights
+    of an eager model, and every call with an argument that tilefuse does not know. The report names modules;
+    ``report.calls()`` counts what their attention calls ran on.
 
     Args:
         model: any module. Usually a ``transformers.PreTrainedModel``; wrapped ones (DDP, PEFT, ``torch.compile``)
             are searched too.
+        unverified: swap the attention of a model whose type is not verified all the same, after its output for a
+            small random input was compared with Hugging Face's.
 
     Returns:
         A mapping from module path to ``Change(changed, left)``: what runs on tilefuse now, and what was left with the
         reason. ``report.changed`` and ``report.left`` hold one of the two; ``print(report)`` shows equal layers once.
+
+    Raises:
+        RuntimeError: with ``unverified``, if the outputs differ or could not be compared. The model is then as before.
 
     Example::
 
@@ -107,20 +113,26 @@ def patch(model: nn.Module) -> Report:
         tokens = model.generate(torch.randint(1, 100, (1, 8)), max_new_tokens=8, do_sample=False)
         unpatch(model)
     """
-    register()
     state = model.__dict__.get(STATE)
     if state is None:
         # a part of it may be patched on its own
         undo(model)
-        state = apply(model, PARTS, attention.adopt)
+        parts = [
+            longformer.swap, bigbird.swap, fp8_linear.swap, attention.part(model.__dict__.get("config"), unverified),
+            router.swap, experts.swap,
+        ]  # fmt: skip
+        if unverified and not attention.is_verified(model):
+            state = check.compared(model, lambda: apply(model, parts))
+        else:
+            state = apply(model, parts)
+    state.report.belongs_to(model)
     return state.report
 
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Takes ``patch`` back: the model computes what it did before, bit for bit.
 
-    Forwards and configs are again the ones from before; settings that were changed on ``model.config`` meanwhile are
-    kept. Also takes back what was patched in a part of the model. A model that was never patched is left alone.
+    Also takes back what was patched in a part of the model. A model that was never patched is left alone.
 
     Args:
         model: what was given to ``patch``, or something that contains it.

@@ -61,6 +61,13 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return moe_combine(rows, inverse, top_k_weights).to(hidden_states.dtype)
 
 
+def forward(self: nn.Module, *args: Any, implementation: str | None, **kwargs: Any) -> Tensor:
+    """``experts``, unless another implementation than the one from before ``patch`` was chosen since."""
+    if self.config._experts_implementation != implementation:
+        return type(self).forward(self, *args, **kwargs)
+    return experts(self, *args, **kwargs)
+
+
 def swap(module: nn.Module, config: Any) -> Swap | Left | None:
     """Modules of classes that Hugging Face marks with ``use_experts_implementation``."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj")):
@@ -73,4 +80,5 @@ def swap(module: nn.Module, config: Any) -> Swap | Left | None:
     if any(type(w) not in (Tensor, nn.Parameter) for w in weights):
         return Left("its weights are sharded tensors")
     fused = fused_activation(module)
-    return Swap(experts, "experts" if fused else "experts (activation as in the model)")
+    what = "experts" if fused else "experts (activation as in the model)"
+    return Swap(forward, what, options={"implementation": module.config._experts_implementation})

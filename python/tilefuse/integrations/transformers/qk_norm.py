@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...ops.rope.qk_norm_rope import qk_norm_rope
 from . import rope
@@ -44,8 +44,10 @@ def _eps(norm: nn.Module) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def fuse(otherwise: Callable[..., Any], offset: float, eager: Callable[..., Any]) -> Callable[..., Any]:
-    """The fused forward; ``otherwise`` runs where it cannot. ``eager`` is the model's eager attention function."""
+def fuse(otherwise: types.FunctionType, offset: float) -> Callable[..., Any]:
+    """The fused forward; ``otherwise`` runs where it cannot, and has the registry of attention functions."""
+    registry = otherwise.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    eager = otherwise.__globals__["eager_attention_forward"]
 
     def forward(
         self: nn.Module,
@@ -87,7 +89,7 @@ def fuse(otherwise: Callable[..., Any], offset: float, eager: Callable[..., Any]
         q, k = q.transpose(1, 2), k.transpose(1, 2)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        function = registry.get_interface(self.config._attn_implementation, eager)
         out, weights = function(
             self,
             q,

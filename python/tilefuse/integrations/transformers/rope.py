@@ -1,9 +1,9 @@
-"""Rotary embedding: ``apply_rotary_pos_emb`` is a global of each model's file, so a module gets a copy of its forward
-that sees another one. No other model changes, and torch.compile traces the copy as it does the original."""
+"""Rotary embedding: ``apply_rotary_pos_emb`` is a global of each model's file (see ``rebuild``)."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import backend
 from ...ops.rope.rope import rope_qk
 
 # an implementation of Hugging Face's function in tilefuse, given the original one for what it does not take
@@ -99,49 +100,53 @@ _CANDIDATES: dict[str, tuple[Callable[[Apply], Apply], ...]] = {
 }
 
 
-@functools.cache
-def counterpart(stock: Apply, name: str) -> Apply | None:
+# only successes: a failure may be due to where it was tried
+_found: dict[tuple[Apply, str], Apply] = {}
+
+
+def counterpart(stock: Any, name: str) -> Apply | None:
     """The tilefuse form of a model's rotary function, found by running both on a few random numbers."""
-    generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(2, heads, 3, 8, generator=generator) for heads in (4, 2))
-    angle = torch.randn(2, 3, 4, generator=generator)
-    tables = {
-        "apply_rotary_emb": (torch.polar(torch.ones_like(angle), angle),),
-    }
-    for make in _CANDIDATES[name]:
-        ours = make(stock)
-        full = not (isinstance(make, functools.partial) and not make.keywords["full"])
-        wide = torch.cat((angle, angle), -1) if full else angle
-        arguments = tables.get(name, (wide.cos(), wide.sin()))
-        try:
-            with torch.no_grad():
-                expected = stock(q, k, *arguments)
-                got = ours(q, k, *arguments)
-            if all(torch.allclose(a, b, atol=1e-5) and a.shape == b.shape for a, b in zip(got, expected)):
-                return ours
-        except (RuntimeError, TypeError, ValueError, IndexError):
-            # not a function of these arguments, or not of these tables
-            continue
-    return None
-
-
-def rebuild(module: nn.Module) -> tuple[Callable[..., Any] | None, str]:
-    """``(forward with tilefuse's rotary embedding or None, why not)`` for an attention module."""
-    forward = type(module).forward
-    names = [name for name in _CANDIDATES if name in forward.__code__.co_names]
-    changed = {}
-    for name in names:
-        stock = forward.__globals__.get(name)
-        ours = counterpart(stock, name) if isinstance(stock, types.FunctionType) else None
+    if not isinstance(stock, types.FunctionType):
+        return None
+    if (stock, name) not in _found:
+        with torch.no_grad(), torch.device("cpu"), backend("reference"):
+            ours = next((made for make in _CANDIDATES[name] if _same(stock, made := make(stock), name, make)), None)
         if ours is None:
-            return None, "its rotary embedding is of another form"
-        changed[name] = ours
-    if not changed:
-        rotary = [name for name in forward.__code__.co_names if "rotary" in name or "rope" in name]
-        return None, f"its rotary embedding ({rotary[0]}) has no tilefuse form" if rotary else ""
-    scope = {**forward.__globals__, **changed}
-    # torch.compile would look names up in the module that __name__ says, and find the original functions
-    del scope["__name__"]
-    copy = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    copy.__kwdefaults__ = forward.__kwdefaults__
-    return functools.update_wrapper(copy, forward, updated=()), ""
+            return None
+        _found[stock, name] = ours
+    return _found[stock, name]
+
+
+def _same(stock: Apply, ours: Apply, name: str, make: Any) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, heads, 3, 8, generator=generator, dtype=torch.float32) for heads in (4, 2))
+    angle = torch.randn(2, 3, 4, generator=generator, dtype=torch.float32)
+    full = not (isinstance(make, functools.partial) and not make.keywords["full"])
+    wide = torch.cat((angle, angle), -1) if full else angle
+    tables = (wide.cos(), wide.sin())
+    if name == "apply_rotary_emb":
+        tables = (torch.polar(torch.ones_like(angle), angle),)
+    try:
+        expected, got = stock(q, k, *tables), ours(q, k, *tables)
+        return all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(got, expected))
+    except Exception:
+        # not a function of these arguments, or not of these tables
+        return False
+
+
+def replace(name: str, value: Any, scope: dict[str, Any]) -> Any:
+    """What stands in for a global of a model's file."""
+    return counterpart(value, name) if name in _CANDIDATES else None
+
+
+def in_forward(cls: type[nn.Module]) -> tuple[bool, str]:
+    """Whether the forward of an attention class rotates by functions with a tilefuse form, and why not if it does."""
+    forward = inspect.unwrap(cls.forward)
+    names = forward.__code__.co_names
+    known = [name for name in _CANDIDATES if name in names]
+    if known:
+        if all(counterpart(forward.__globals__.get(name), name) for name in known):
+            return True, ""
+        return False, "its rotary embedding is of another form"
+    rotary = [name for name in names if "rotary" in name or "rope" in name]
+    return False, f"its rotary embedding ({rotary[0]}) has no tilefuse form" if rotary else ""

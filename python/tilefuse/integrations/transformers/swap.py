@@ -11,15 +11,17 @@ stay as they are, because hooks that record router logits or offload weights sit
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from . import calls
 
 # where the state of a patched model lives: an attribute goes along with copy.deepcopy
 STATE = "_tilefuse_patch"
@@ -30,13 +32,17 @@ class Swap:
     """A new forward for one instance.
 
     ``forward`` is a plain function that takes the module as its first argument (it is bound to the instance, so that
-    a deep copy of the model calls it with the copy), or None if the change needs no new forward. ``what`` names the
-    parts that changed, ``left`` what the same module still does as Hugging Face does it, and why.
+    a deep copy of the model calls it with the copy) and that pickle finds by its name, or None if the change needs no
+    new forward. ``what`` names the parts that changed ("" keeps the module out of the report), ``left`` what the same
+    module still does as Hugging Face does it, and why. ``methods`` are others than forward, ``options`` keywords that
+    forward is called with.
     """
 
     forward: Callable[..., Any] | None
     what: str
     left: str = ""
+    methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,14 @@ class Report(Mapping[str, Change]):
 
     def __init__(self, changes: Mapping[str, Change]):
         self._changes = dict(changes)
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def __reduce__(self) -> Any:
+        # a copy is that of another model
+        return Report, (self._changes,)
+
+    def belongs_to(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
 
     def __getitem__(self, path: str) -> Change:
         return self._changes[path]
@@ -81,6 +95,14 @@ class Report(Mapping[str, Change]):
     def left(self) -> dict[str, str]:
         """Only what stays with Hugging Face, with the reason."""
         return {path: change.left for path, change in self._changes.items() if change.left}
+
+    def calls(self) -> dict[str, dict[str, int]]:
+        """What the attention calls of each module ran on since it was made: an op of tilefuse, or Hugging Face's
+        function with the reason. Calls inside of compiled graphs are not counted."""
+        model = None if self._model is None else self._model()
+        modules = {} if model is None else dict(model.named_modules())
+        found = {path: calls.of(modules[path]) for path in self if path in modules}
+        return {path: counts for path, counts in found.items() if counts}
 
     def __repr__(self) -> str:
         if not self._changes:
@@ -103,23 +125,20 @@ class _State:
     """What ``undo`` needs."""
 
     report: Report
-    # module, our bound forward, the forward that was in the instance's __dict__ (None: the class's)
-    forwards: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-    # module, its own config, the copy it got
-    configs: list[tuple[nn.Module, Any, Any]] = field(default_factory=list)
-    # config, its copy, the copy's values when it was made
-    copies: list[tuple[Any, Any, dict[str, Any]]] = field(default_factory=list)
+    # module, name of the method, ours, what was in the instance's __dict__ (None: nothing)
+    methods: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
 
 
-def _slot(module: nn.Module) -> str:
-    """The attribute that holds an instance's forward: accelerate's hooks wrap it and keep it elsewhere."""
-    return "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+def _slot(module: nn.Module, name: str) -> str:
+    """The attribute that holds an instance's method: accelerate's hooks wrap forward and keep it elsewhere."""
+    return "_old_forward" if name == "forward" and "_old_forward" in module.__dict__ else name
 
 
-def set_forward(state: _State, module: nn.Module, forward: Callable[..., Any]) -> None:
-    slot = _slot(module)
-    bound = types.MethodType(forward, module)
-    state.forwards.append((module, bound, module.__dict__.get(slot)))
+def set_method(state: _State, module: nn.Module, name: str, method: Callable[..., Any], **options: Any) -> None:
+    slot = _slot(module, name)
+    # unlike a bound method, this is pickled as what it is
+    bound = functools.partial(method, module, **options)
+    state.methods.append((module, name, bound, module.__dict__.get(slot)))
     setattr(module, slot, bound)
 
 
@@ -148,86 +167,46 @@ def same_code(module: nn.Module, classes: tuple[tuple[str, str, Any], ...]) -> A
     return _known(classes).get(_code_key(type(module).forward))
 
 
-def own_configs(state: _State, model: nn.Module) -> None:
-    """Gives the model configs of its own: ``from_config`` shares one object among models that must not change."""
-    copies: dict[int, Any] = {}
-
-    def own(config: Any) -> Any:
-        if id(config) not in copies:
-            made = copies[id(config)] = copy.copy(config)
-            for key in getattr(config, "sub_configs", ()):
-                if (sub := getattr(config, key, None)) is not None and not isinstance(sub, dict):
-                    object.__setattr__(made, key, own(sub))
-            state.copies.append((config, made, dict(vars(made))))
-        return copies[id(config)]
-
-    from transformers import PreTrainedConfig
-
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PreTrainedConfig):
-            made = own(config)
-            state.configs.append((module, config, made))
-            module.config = made
-
-
 def undo(model: nn.Module) -> None:
     """Takes back what patching did to the model or to any part of it."""
     for module in model.modules():
         state = module.__dict__.pop(STATE, None)
         if state is None:
             continue
-        for changed, bound, before in reversed(state.forwards):
-            for slot in ("forward", "_old_forward"):
+        for changed, name, bound, before in reversed(state.methods):
+            for slot in {name, _slot(changed, name)}:
                 if changed.__dict__.get(slot) is not bound:
                     continue
                 if before is not None:
                     setattr(changed, slot, before)
-                elif slot == "forward":
-                    del changed.forward
+                elif slot == name:
+                    delattr(changed, name)
                 else:
                     # a hook was added since: what it wraps is the class's forward again
                     changed._old_forward = types.MethodType(type(changed).forward, changed)
-        for owner, config, made in state.configs:
-            if owner.__dict__.get("config") is made:
-                owner.config = config
-        for config, made, before in state.copies:
-            # settings that the user changed meanwhile stay
-            for name, value in vars(made).items():
-                if (name not in before or before[name] is not value) and name != "_attn_implementation_internal":
-                    object.__setattr__(config, name, value)
 
 
-def apply(
-    model: nn.Module,
-    parts: list[Callable[[nn.Module, Any], Swap | Left | None]],
-    prepare: Callable[[nn.Module], None] = lambda model: None,
-) -> _State:
-    """Walks the model and asks the parts, in order, about each module; the first that knows it decides.
-
-    ``prepare`` runs first, when the model has configs of its own.
-    """
+def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left | None]]) -> _State:
+    """Walks the model and asks the parts, in order, about each module; the first that knows it decides."""
     state = _State(Report({}))
-    own_configs(state, model)
     setattr(model, STATE, state)
     changes: dict[str, Change] = {}
     # path -> config of the closest module above that has one
     configs: dict[str, Any] = {}
     try:
-        prepare(model)
         for path, module in model.named_modules():
             parent = path.rpartition(".")[0]
             config = configs[path] = module.__dict__.get("config") or (configs.get(parent) if path else None)
-            for part in parts:
-                answer = part(module, config)
-                if isinstance(answer, Left):
-                    changes[path] = Change(left=answer.why)
-                elif answer is not None:
-                    if answer.forward is not None:
-                        set_forward(state, module, answer.forward)
+            answer = next((answer for part in parts if (answer := part(module, config)) is not None), None)
+            if isinstance(answer, Left):
+                changes[path] = Change(left=answer.why)
+            elif answer is not None:
+                for name, method in answer.methods.items():
+                    set_method(state, module, name, method)
+                if answer.forward is not None:
+                    set_method(state, module, "forward", answer.forward, **answer.options)
+                if answer.what:
                     changes[path] = Change(answer.what, answer.left)
-                if answer is not None:
-                    break
     except BaseException:
         undo(model)
         raise

@@ -1,0 +1,206 @@
+"""Masks that say what they mean: tensors ``[B, 1, Sq, Sk]`` that have no memory until someone looks at an entry.
+
+Hugging Face makes one mask per forward and kind of layer and hands it to each layer. A dense one costs O(S^2), and
+what nearly all of them say fits in a few numbers (``compact.Compact``). A ``LazyMask`` holds these, and how Hugging
+Face would have made the mask: tilefuse's attention reads the numbers, and any other use of the tensor, by a model,
+``generate`` or another library, finds the entries that Hugging Face's own function makes, in its dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from transformers import masking_utils as stock
+from transformers.utils.import_utils import is_tracing
+
+from . import rules
+from .compact import Compact, describe
+
+_aten = torch.ops.aten
+# these give the same mask again, unless their arguments after the first say otherwise
+_SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
+
+
+class LazyMask(Tensor):
+    """A mask without entries. ``compact``: what it says; ``dense()``: the entries, made once."""
+
+    compact: Compact | None
+    _make: Callable[[], Tensor]
+    _made: Tensor | None
+
+    # nothing is left to do when an op is called from Python: they are caught below
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(
+        compact: Compact, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> LazyMask:
+        mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
+        mask.compact, mask._make, mask._made = compact, make, None
+        return mask
+
+    def dense(self) -> Tensor:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _like(self, make: Callable[[], Tensor], compact: Compact, device: torch.device) -> LazyMask:
+        return LazyMask.of(compact, make, tuple(self.shape), self.dtype, device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mask = args[0] if args else None
+        if isinstance(mask, LazyMask):
+            if func in _SAME:
+                return mask._like(mask.dense, mask.compact, mask.device)
+            if func is _aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype) and kwargs.get("device"):
+                device = torch.device(kwargs["device"])
+                return mask._like(lambda: mask.dense().to(device), mask.compact.to(device), device)
+        args, kwargs = pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    # dynamo takes a mask that comes into a compiled region as the wrapper of its entries
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        self.dense()
+        return ["_made"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> LazyMask:
+        made = inner["_made"]
+        mask = Tensor._make_wrapper_subclass(LazyMask, size, stride, dtype=made.dtype, device=made.device)
+        mask.compact, mask._made = None, made
+        return mask
+
+    # what does not pass through the dispatcher
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().clone()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"LazyMask({list(self.shape)}, dtype={self.dtype}, {self.compact})"
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.dense().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    def data_ptr(self) -> int:
+        return self.dense().data_ptr()
+
+
+class TracedMask(Tensor):
+    """The same in a graph: Hugging Face's mask with ``compact`` at its side. Entries that no one uses are not made."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+def compact_of(mask: Any) -> Compact | None:
+    """What a mask says, or None if it has to be looked at."""
+    return mask.compact if type(mask) in (LazyMask, TracedMask) else None
+
+
+def dense(mask: Any) -> Any:
+    """The mask for someone else's eyes."""
+    return mask.dense() if type(mask) is LazyMask else mask
+
+
+def _function(stock_function: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """``stock_function`` of Hugging Face's registry, ``sdpa_mask`` or ``eager_mask``, with lazy masks."""
+
+    def mask(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = stock.causal_mask_function,
+        attention_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        **options: Any,
+    ) -> Tensor | None:
+        arguments = {
+            "batch_size": batch_size,
+            "q_length": q_length,
+            "kv_length": kv_length,
+            "q_offset": q_offset,
+            "kv_offset": kv_offset,
+            "attention_mask": attention_mask,
+            "device": device,
+            **options,
+        }
+        rule = rules.of(mask_function)
+        if rule is None or isinstance(kv_offset, Tensor) or options.get("use_vmap"):
+            return stock_function(mask_function=mask_function, **arguments)
+        # the contents of tensors decide below, and a graph cannot depend on them
+        tracing = is_tracing(attention_mask) or is_tracing(q_offset if isinstance(q_offset, Tensor) else None)
+        # one entry stands for all: what is asked is whether there is a mask at all
+        found = stock_function(mask_function=mask_function if tracing else _everything, **arguments)
+        if found is None:
+            return None
+        padding = stock.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if padding is not None:
+            padding = padding[:, kv_offset : kv_offset + kv_length]
+        compact = describe(
+            rule, batch_size, q_length, kv_length, q_offset, kv_offset, padding, tracing, found.device
+        )  # fmt: skip
+        if compact is None:
+            return found if tracing else stock_function(mask_function=mask_function, **arguments)
+        if torch.compiler.is_dynamo_compiling():
+            traced = found.as_subclass(TracedMask)
+            traced.compact = compact
+            return traced
+        if isinstance(q_offset, Tensor):
+            # a static cache counts in place
+            arguments["q_offset"] = q_offset.clone()
+        make = functools.partial(stock_function, mask_function=mask_function, **arguments)
+        return LazyMask.of(compact, make, (batch_size, 1, q_length, kv_length), found.dtype, found.device)
+
+    return mask
+
+
+def _everything(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query.new_ones((1, 1, 1, 1), dtype=torch.bool)
+
+
+sdpa_mask = _function(stock.sdpa_mask)
+eager_mask = _function(stock.eager_mask)
+
+
+class _Registry:
+    """Hugging Face's registry of mask functions, with ours for models that run on ``sdpa`` or ``eager``."""
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        if name == "sdpa":
+            return sdpa_mask
+        if name == "eager":
+            return eager_mask
+        return stock.ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def _makers() -> dict[Any, Any]:
+    """Hugging Face's functions that a model's forward calls to make a mask -> those that make lazy ones."""
+    names = [name for name in vars(stock) if name.startswith("create_") and name.endswith("_mask")]
+    scope = {**vars(stock), **rules.NAMES, "ALL_MASK_ATTENTION_FUNCTIONS": _Registry()}
+    # torch.compile would look names up in the module that __name__ says
+    del scope["__name__"]
+    made = {}
+    for name in names:
+        function = getattr(stock, name)
+        ours = types.FunctionType(function.__code__, scope, name, function.__defaults__, function.__closure__)
+        ours.__kwdefaults__ = function.__kwdefaults__
+        made[function] = ours
+    scope.update({function.__name__: ours for function, ours in made.items()})
+    return made
+
+
+MAKERS = _makers()

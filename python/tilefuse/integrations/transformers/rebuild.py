@@ -1,0 +1,143 @@
+"""Methods of Hugging Face's classes that see other globals: how a part reaches what a class takes from its file.
+
+``apply_rotary_pos_emb``, ``ALL_ATTENTION_FUNCTIONS`` and ``create_causal_mask`` are globals of each model's file. A
+patched module gets a copy of its own method in whose globals they are tilefuse's; no other module changes, and
+torch.compile traces the copy as it does the original. Copies pickle by name: which class, method and parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Function = types.FunctionType
+# name and value of a global -> what takes its place, None: it stays
+Replace = Callable[[str, Any, dict[str, Any]], Any]
+
+_built: dict[tuple[type, str, tuple[str, ...]], Function] = {}
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def copy(function: Function, replace: Replace, callers: tuple[Function, ...] = ()) -> Function | None:
+    """The function with other globals, also in the functions of its file that it calls and in those that it wraps.
+
+    None if nothing that it uses changes.
+    """
+    if function in callers:
+        return None
+    callers = (*callers, function)
+    scope = function.__globals__
+    changed = {}
+    for name in set(_names(function.__code__)) & scope.keys():
+        value = scope[name]
+        new = replace(name, value, scope)
+        if new is None and isinstance(value, Function) and value.__globals__ is scope:
+            new = copy(value, replace, callers)
+        if new is not None:
+            changed[name] = new
+    # a decorator keeps what it wraps in a cell
+    cells = []
+    for cell in function.__closure__ or ():
+        inner = _contents(cell)
+        new = copy(inner, replace, callers) if isinstance(inner, Function) else None
+        cells.append(cell if new is None else types.CellType(new))
+    if not changed and all(a is b for a, b in zip(cells, function.__closure__ or ())):
+        return None
+    if changed:
+        scope = {**scope, **changed}
+        # torch.compile would look names up in the module that __name__ says, and find the original functions
+        scope.pop("__name__", None)
+    made = Function(function.__code__, scope, function.__name__, function.__defaults__, tuple(cells))
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.update_wrapper(made, function, updated=())
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _of_a_model(cls: type) -> bool:
+    """Whether a class comes from a model's file, Hugging Face's or remote code, and not from a library."""
+    package = cls.__module__.partition(".")[0]
+    return cls.__module__.startswith("transformers.models.") or package not in ("transformers", "torch", "builtins")
+
+
+def methods(cls: type) -> dict[str, Function]:
+    """The plain methods that a class or its bases in a model's file define."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        if _of_a_model(base):
+            found |= {name: value for name, value in vars(base).items() if not name.startswith("__")}
+    return {name: value for name, value in found.items() if isinstance(value, Function)}
+
+
+def uses(function: Function, wanted: Callable[[Any], bool]) -> bool:
+    """Whether a global of this kind is used by a function, or by what ``copy`` would copy with it."""
+    found = []
+
+    def look(name: str, value: Any, scope: dict[str, Any]) -> None:
+        if wanted(value):
+            found.append(name)
+
+    copy(function, look)
+    return bool(found)
+
+
+def method(cls: type, name: str, parts: tuple[str, ...]) -> Function:
+    """The copy of a class's method that runs these parts on tilefuse: ``"attention"``, ``"rope"``, ``"norm=0.0"``."""
+    key = (cls, name, parts)
+    if key not in _built:
+        from . import attention, qk_norm, rope
+
+        replaces = {"attention": attention.replace, "rope": rope.replace}
+        wanted = [replaces[part] for part in parts if part in replaces]
+
+        def replace(name: str, value: Any, scope: dict[str, Any]) -> Any:
+            answers = (one(name, value, scope) for one in wanted)
+            return next((answer for answer in answers if answer is not None), None)
+
+        stock = inspect.getattr_static(cls, name)
+        made = copy(stock, replace)
+        if made is None:
+            raise LookupError(f"{cls.__qualname__}.{name} has nothing of {', '.join(parts)}")
+        for part in parts:
+            if part.startswith("norm="):
+                made = functools.update_wrapper(qk_norm.fuse(made, float(part[5:])), stock, updated=())
+        made.__module__, made.__qualname__ = __name__, _encode(cls, name, parts)
+        _built[key] = made
+    return _built[key]
+
+
+def _encode(cls: type, name: str, parts: tuple[str, ...]) -> str:
+    # pickle takes a dot for an attribute's attribute
+    return ":".join((cls.__module__, cls.__qualname__, name, *parts)).replace(".", "/")
+
+
+def __getattr__(name: str) -> Function:
+    """How pickle finds a copy: by the name that ``_encode`` gave it."""
+    if ":" not in name:
+        raise AttributeError(name)
+    file, path, method_name, *parts = name.replace("/", ".").split(":")
+    cls = functools.reduce(getattr, path.split("."), importlib.import_module(file))
+    try:
+        return method(cls, method_name, tuple(parts))
+    except Exception as error:
+        warnings.warn(
+            f"tilefuse: {path}.{method_name} was pickled patched and is loaded as Hugging Face's own ({error})",
+            stacklevel=2,
+        )
+        return inspect.getattr_static(cls, method_name)
