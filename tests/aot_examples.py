@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tilefuse.testing.aot import AotCase
+from tilefuse.testing.aot import AotCase, launch, tensor
 
 
 @triton.jit
@@ -32,21 +32,28 @@ def launch_forgotten(x):
     forgotten[(1,)](x)
 
 
+def launch_scale(x, out, block):
+    scale[(triton.cdiv(x.numel(), block),)](x, out, x.numel(), BLOCK=block)
+
+
+def launch_narrow(x, out):
+    # the second element is not aligned
+    launch_scale(x[1:], out[1:], 1024)
+
+
+def launch_matmul(a, b, c, k):
+    matmul[(1,)](a, b, c, a.shape[1], M=a.shape[0], N=b.shape[0], K=k, num_stages=2)
+
+
 def aot_cases():
-    pointers = {"x": "*bf16", "out": "*bf16", "n": "i32", "BLOCK": "constexpr"}
-    yield AotCase(
-        "wide", scale, pointers, {"BLOCK": 1024}, {"num_warps": 4}, divisible=("x", "out", "n"), expect=("LDG.128",)
-    )
+    x = tensor("bf16", 4096)
+    yield AotCase("wide", launch(launch_scale, x, x, 1024), expect=("LDG.128",))
     # without known alignment the accesses are 16 bits wide
-    yield AotCase("narrow", scale, pointers, {"BLOCK": 1024}, {"num_warps": 4}, divisible=(), expect=("LDG.128",))
-    tiles = {"a": "*bf16", "b": "*bf16", "c": "*fp32", "k": "i32"} | dict.fromkeys("MNK", "constexpr")
+    yield AotCase("narrow", launch(launch_narrow, x, x), expect=("LDG.128",))
+    tile = tensor("bf16", 64, 256), tensor("bf16", 64, 256), tensor("fp32", 64, 64)
     yield AotCase(
         "tile",
-        matmul,
-        tiles,
-        {"M": 64, "N": 64, "K": 64},
-        {"num_warps": 4, "num_stages": 2},
-        divisible=("a", "b", "c", "k"),
+        launch(launch_matmul, *tile, 64),
         expect={
             "sm_80": ("HMMA",),
             "sm_90": ("HGMMA",),
@@ -55,6 +62,6 @@ def aot_cases():
             "gfx942": ("MMA",),
         },
     )
-    big = {"M": 256, "N": 256, "K": 64}
-    yield AotCase("spilling", matmul, tiles, big, {"num_warps": 4, "num_stages": 2}, targets=("sm_80",))
-    yield AotCase("unsupported", scale, {**pointers, "x": "*fp8e4nv"}, {"BLOCK": 64}, targets=("sm_80",))
+    big = tensor("bf16", 256, 256), tensor("bf16", 256, 256), tensor("fp32", 256, 256)
+    yield AotCase("spilling", launch(launch_matmul, *big, 64), targets=("sm_80",))
+    yield AotCase("unsupported", launch(launch_scale, tensor("fp8", 4096), x, 64), targets=("sm_80",))

@@ -307,7 +307,7 @@ def test_explain(toy):
 
 
 def test_explain_is_not_disturbed_by_other_threads(toy):
-    with library._tracing() as mine:
+    with library.tracing() as mine:
         other = []
 
         def explain():

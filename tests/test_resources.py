@@ -5,8 +5,11 @@ configuration for all.
 """
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import tilefuse
 from tilefuse.backends import triton_missing
 from tilefuse.cli import main
 from tilefuse.testing import aot, emulation
+from tilefuse.testing.aot import binaries
 
 pytestmark = pytest.mark.xdist_group("resources")
 
@@ -64,14 +68,16 @@ def examples():
 @needs_triton
 def test_quick_takes_the_first_case_of_each_kernel():
     quick = aot.records(file=EXAMPLES, targets=("sm_80",), quick=True)
-    # of `scale` and `matmul` the first case, and the first of those for sm_80 only
-    assert [r["case"] for r in quick["records"]] == ["wide", "tile", "spilling", "unsupported"]
+    assert [(r["case"], r["kernel"]) for r in quick["records"]] == [("wide", "scale"), ("tile", "matmul")]
 
 
 def test_progress_is_reported(examples):
     seen = []
     aot.records(file=EXAMPLES, targets=("sm_90",), progress=lambda *step: seen.append(step))
-    assert seen == [(i + 1, 3, f"file/aot_examples/{c} on sm_90") for i, c in enumerate(("wide", "narrow", "tile"))]
+    assert seen == [
+        (i + 1, 3, f"file/aot_examples/{c} on sm_90")
+        for i, c in enumerate(("wide/scale", "narrow/scale", "tile/matmul"))
+    ]
 
 
 def find(result, case, target):
@@ -98,13 +104,13 @@ def test_each_kind_of_problem_is_reported(examples):
     found = aot.problems(examples, folder=Path("/nonexistent"))
     expected = [
         "file/aot_examples: forgotten is launched but compiled by no aot case",
-        "file/aot_examples/narrow on sm_80: no LDG.128",
-        "file/aot_examples/narrow on sm_90: no LDG.128",
-        "file/aot_examples/narrow on sm_100: no LDG.128",
+        "file/aot_examples/narrow/scale on sm_80: no LDG.128",
+        "file/aot_examples/narrow/scale on sm_90: no LDG.128",
+        "file/aot_examples/narrow/scale on sm_100: no LDG.128",
     ]
     assert [p for p in found if "spilling" not in p and "unsupported" not in p] == expected
     (spill,) = [p for p in found if "spilling" in p]
-    assert spill.startswith("file/aot_examples/spilling on sm_80: ") and "spill instructions" in spill
+    assert spill.startswith("file/aot_examples/spilling/matmul on sm_80: ") and "spill instructions" in spill
     (error,) = [p for p in found if "unsupported" in p]
     assert "does not compile" in error and "fp8e4nv not supported" in error
 
@@ -144,8 +150,8 @@ def test_baseline(examples, tmp_path):
 
     assert worse(more_registers=aot.REGISTER_SLACK) == []
     assert len(worse(more_registers=aot.REGISTER_SLACK + 1)) == len(good["records"])
-    assert any(p.endswith("wide on sm_90: registers 14 -> 90") for p in worse(registers=90))
-    assert any(p.endswith("wide on sm_90: shared 0 -> 64") for p in worse(shared=64))
+    assert any(p.endswith("wide/scale on sm_90: registers 14 -> 90") for p in worse(registers=90))
+    assert any(p.endswith("wide/scale on sm_90: shared 0 -> 64") for p in worse(shared=64))
     assert any("loads_128 1 -> 0" in p for p in worse(loads_128=0))
     assert any("stores_128 1 -> 0" in p for p in worse(stores_128=0))
     assert worse(loads_128=0, stores_128=0, bulk_copies=1) == []
@@ -159,12 +165,12 @@ def test_baseline(examples, tmp_path):
     assert aot.problems(fewer, tmp_path) == []
     gone = {**fewer, "known": {"good": {"aot_examples/tile": ["sm_80", "sm_90", "sm_100", "gfx942"]}}}
     assert [p for p in aot.problems(gone, tmp_path) if "sm_9" in p] == [
-        "good/aot_examples/wide on sm_90: in the baseline but no longer compiled",
+        "good/aot_examples/wide/scale on sm_90: in the baseline but no longer compiled",
     ]
     aot.write_baseline(fewer, tmp_path)
     assert path.read_text() == text
     aot.write_baseline(gone, tmp_path)
-    assert set(aot.read_baseline("good", tmp_path)["kernels"]) == {"aot_examples/tile"}
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]) == {"aot_examples/tile/matmul"}
 
 
 def test_only_first_cases_must_be_in_the_baseline(examples, tmp_path):
@@ -184,7 +190,7 @@ def test_allowed_spill_still_has_a_baseline(examples, tmp_path):
     assert aot.problems(result(), tmp_path) == []
     spills = result()["records"][0]["spills"]
     assert aot.problems(result(spills=spills + 1), tmp_path) == [
-        f"good/aot_examples/spilling on sm_80: spills {spills} -> {spills + 1}"
+        f"good/aot_examples/spilling/matmul on sm_80: spills {spills} -> {spills + 1}"
     ]
 
 
@@ -194,16 +200,16 @@ def test_baseline_of_other_targets_and_backends_is_kept(examples, tmp_path):
     aot.write_baseline(cuda, tmp_path)
     aot.write_baseline({**good, "nvcc": None}, tmp_path)
     kernels = aot.read_baseline("good", tmp_path)["kernels"]
-    assert set(kernels) == {"aot_examples.cu/k<float>", "aot_examples/wide", "aot_examples/tile"}
+    assert set(kernels) == {"aot_examples.cu/k<float>", "aot_examples/wide/scale", "aot_examples/tile/matmul"}
     assert aot.read_baseline("good", tmp_path)["nvcc"] == "13.0"
     only = {**good, "records": [r for r in good["records"] if r["target"] == "sm_90"]}
     aot.write_baseline(only, tmp_path)
-    assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide"]) == {
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide/scale"]) == {
         r["target"] for r in good["records"]
     }
     # but the figures of two compilers do not mix
     aot.write_baseline({**only, "triton": "99.0"}, tmp_path)
-    assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide"]) == {"sm_90"}
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]["aot_examples/wide/scale"]) == {"sm_90"}
 
 
 def test_baselines_are_up_to_date_with_the_families():
@@ -212,49 +218,43 @@ def test_baselines_are_up_to_date_with_the_families():
         assert set(json.loads(path.read_text())) == {"triton", "nvcc", "kernels"}
 
 
-class Jit:
-    cache_key = "x"
-    arg_names = ("x", "n", "BLOCK")
+def test_a_case_names_targets_that_exist():
+    with pytest.raises(ValueError, match=r"aot case bad: targets must be of .*, got \['sm_42'\]"):
+        aot.AotCase("bad", None, targets=("sm_90", "sm_42")).check()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"signature": {"n": "i32", "x": "*fp32", "BLOCK": "constexpr"}}, "signature must name"),
-        ({"constexprs": {}}, r"constexprs must be \['BLOCK'\], got \[\]"),
-        ({"targets": ("sm_90", "sm_42")}, r"targets must be of .*, got \['sm_42'\]"),
-    ],
-)
-def test_cases_that_do_not_fit_their_kernel(changes, message):
-    fits = {
-        "signature": {"x": "*fp32", "n": "i32", "BLOCK": "constexpr"},
-        "constexprs": {"BLOCK": 64},
-        "targets": ("sm_90",),
-    }
-    aot.AotCase("fits", Jit(), **fits).check()
-    with pytest.raises(ValueError, match=f"aot case bad: {message}"):
-        aot.AotCase("bad", Jit(), **{**fits, **changes}).check()
+def test_names_of_cases_differ():
+    module = types.SimpleNamespace(__name__="twice", aot_cases=lambda: [aot.AotCase("c", None)] * 2)
+    with pytest.raises(ValueError, match=r"twice: aot cases must have different names, got \['c'\]"):
+        aot.cases(module)
 
 
-def test_expected_instructions_by_target():
-    def case(expect):
-        return aot.AotCase("c", Jit(), {}, expect=expect)
+def test_expected_instructions_by_kernel_and_target():
+    def expected(expect, target, kernel="k"):
+        return aot.AotCase("c", None, expect=expect).expected(kernel, target)
 
-    assert case(None).expected("sm_90") == ()
-    assert case(("MMA",)).expected("sm_90") == ("MMA",)
-    assert case(("MMA",)).expected("gfx942") == ()
-    by_target = case({"sm_90": ("HGMMA",), "nvidia": ("MMA",), "gfx942": ("MFMA",)})
-    assert [by_target.expected(t) for t in ("sm_90", "sm_80", "gfx942")] == [("HGMMA",), ("MMA",), ("MFMA",)]
-    assert case({"sm_90": ("HGMMA",)}).expected("sm_100") == ()
+    assert expected((), "sm_90") == ()
+    assert expected(("MMA",), "sm_90") == ("MMA",)
+    assert expected(("MMA",), "gfx942") == ()
+    by_target = {"sm_90": ("HGMMA",), "nvidia": ("MMA",), "gfx942": ("MFMA",), "plain": ()}
+    assert [expected(by_target, t) for t in ("sm_90", "sm_80", "gfx942")] == [("HGMMA",), ("MMA",), ("MFMA",)]
+    assert [expected(by_target, t, "plain") for t in ("sm_90", "gfx942")] == [(), ("MFMA",)]
+    assert expected({"sm_90": ("HGMMA",)}, "sm_100") == ()
 
 
-def test_alignment_attributes():
-    signature = {"x": "*fp32", "n": "i32", "BLOCK": "constexpr"}
-    sixteen = [["tt.divisibility", 16]]
-    assert aot.AotCase("c", Jit(), signature).resolved_attrs() == {(0,): sixteen}
-    assert aot.AotCase("c", Jit(), signature, divisible=()).resolved_attrs() == {}
-    assert aot.AotCase("c", Jit(), signature, divisible=("x", "n")).resolved_attrs() == {(0,): sixteen, (1,): sixteen}
-    assert aot.AotCase("c", Jit(), signature, attrs={(1,): sixteen}).resolved_attrs() == {(1,): sixteen}
+@needs_triton
+def test_what_is_compiled_ahead_is_what_a_launch_takes_from_the_cache():
+    """Recorded on fake tensors against Triton's launcher on real ones: source, types, alignment, constants, options."""
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("aot_launches.py")), "keys"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    same = json.loads(process.stdout)
+    assert {name.split("/")[0] for name in same} == set(FAMILIES)
+    assert [name for name, equal in same.items() if not equal] == []
 
 
 def test_instructions_are_counted_with_predicates_and_without_data():
@@ -268,9 +268,9 @@ def test_instructions_are_counted_with_predicates_and_without_data():
     .section  .text.other,"ax",@progbits
         /*0000*/                   EXIT ;
     """
-    mixes = aot._instructions(text)
+    mixes = binaries.instructions(text)
     assert set(mixes) == {"kernel", "other"} and mixes["other"] == {"EXIT": 1}
-    figures = aot._summary(mixes["kernel"])
+    figures = binaries.summary(mixes["kernel"])
     expected = {"loads_128": 2, "loads_16": 1, "bulk_copies": 1, "spills": 1, "stores_128": 0, "matrix": {}}
     assert figures == expected
 
@@ -285,12 +285,12 @@ def test_instructions_are_counted_with_predicates_and_without_data():
     ],
 )
 def test_names_of_cuda_kernels(name, short):
-    assert aot._short(name) == short
+    assert binaries.short_name(name) == short
 
 
 def test_cubin_of_nvcc(tmp_path):
     nvcc = shutil.which("nvcc")
-    if nvcc is None or emulation._cuda_include() is None or not aot._can_read():
+    if nvcc is None or emulation._cuda_include() is None or not binaries.can_read():
         pytest.skip("needs nvcc, cuobjdump and nvdisasm")
     source = tmp_path / "k.cu"
     source.write_text(
@@ -305,7 +305,7 @@ def test_cubin_of_nvcc(tmp_path):
     )
     command = [nvcc, "-cubin", "-arch=sm_90", "-o", str(tmp_path / "k.cubin"), str(source)]
     subprocess.run(command, check=True, capture_output=True)
-    found = aot.read_cubin(tmp_path / "k.cubin")
+    found = binaries.read_cubin(tmp_path / "k.cubin")
     copy, local = (found[next(n for n in found if k in n)] for k in ("copy", "local"))
     assert (copy["loads_128"], copy["stores_128"], copy["stack"], copy["spills"]) == (1, 1, 0, 0)
     # an array indexed at run time lives in local memory: as slow as a spill, and found like one
@@ -320,7 +320,7 @@ def test_inspect_command(capsys):
     assert code == 1 and {r["case"] for r in result["records"]} == {"wide", "narrow", "tile"}
     assert result["problems"] == [
         "file/aot_examples: forgotten is launched but compiled by no aot case",
-        "file/aot_examples/narrow on sm_90: no LDG.128",
+        "file/aot_examples/narrow/scale on sm_90: no LDG.128",
     ]
     assert "4 HGMMA" in captured.err
 

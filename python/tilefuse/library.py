@@ -381,7 +381,7 @@ def kernels() -> Mapping[str, Kernel]:
 
 
 @contextmanager
-def _tracing() -> Iterator[list[tuple[Kernel, tuple[Any, ...]]]]:
+def tracing() -> Iterator[list[tuple[Kernel, tuple[Any, ...]]]]:
     previous, _trace.calls = getattr(_trace, "calls", None), []
     try:
         yield _trace.calls
@@ -416,7 +416,7 @@ def trace_call(
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, dict(kwargs)))
-    with _tracing() as calls, mode:
+    with tracing() as calls, mode:
         function(*args, **kwargs)
     answer = {}
     for entry, call in calls:

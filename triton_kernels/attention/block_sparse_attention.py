@@ -6,7 +6,6 @@ ahead of the products of this one.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor
 from tilefuse import arch
 
 from ...reference.attention.block_lists import transpose_lists
-from ..common import aot
 from ..common.flash import (
     LOG2E,
-    aot_arguments,
     load_rows,
     logit_gradient,
     logits,
@@ -305,31 +302,24 @@ def block_sparse_attention_bwd(
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, tensor, train
 
-    types = dict.fromkeys(("LSE", "DLSE", "DELTA"), "fp32") | {"OFFSETS": "i32", "INDEX": "i32", "KEY_MASK": "u8"}
-    kernels = {"fwd": _fwd_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel}
-    for kernel, fn in kernels.items():
-        for dtype, dim, block, extra in (
-            ("bf16", 64, 64, False), ("bf16", 64, 128, True), ("bf16", 128, 64, True), ("fp16", 128, 128, False),
-            ("bf16", 256, 64, False), ("fp32", 64, 64, True), ("fp32", 128, 64, False),
-        ):  # fmt: skip
-            size = 4 if dtype == "fp32" else 2
-            constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "BLOCK": block}
-            constants |= {"MASKED": extra, "CAUSAL": extra, "DLSE_GIVEN": extra}
-            absent = () if extra else ("KEY_MASK", "DLSE")
-            for tile, targets, suffix in aot.tiles(functools.partial(config, kernel, dim, size, block)):
-                constants |= {"BM": tile.block_m, "BN": tile.block_n}
-                yield AotCase(
-                    f"{kernel}_{dtype}_d{dim}_block{block}{'_masked' * extra}{suffix}",
-                    fn,
-                    **aot_arguments(
-                        fn,
-                        {"": dtype} | types,
-                        {n: x for n, x in constants.items() if n in fn.arg_names},
-                        [n for n in absent if n in fn.arg_names],
-                    ),
-                    options={"num_warps": tile.warps, "num_stages": tile.stages},
-                    targets=targets,
-                    expect=("MMA",) if size == 2 else None,
-                )
+    for dtype, d, block, extra in (
+        ("bf16", 128, 128, False),
+        ("bf16", 64, 64, False),
+        ("bf16", 64, 128, True),
+        ("bf16", 128, 64, True),
+        ("fp16", 128, 128, False),
+        ("bf16", 256, 64, False),
+        ("fp32", 64, 64, True),
+        ("fp32", 128, 64, False),
+    ):
+        x, rows = [tensor(dtype, 2, 4096, 16, d) for _ in range(3)], 4096 // block
+        mask = tensor("bool", 2, 4096) if extra else None
+        lists = (tensor("i32", 1, 1, rows + 1), tensor("i32", 8 * rows), mask)
+        options = {"block_size": block, "causal": extra, "outputs": None if extra else 1}
+        yield AotCase(
+            f"{dtype}_d{d}_block{block}{'_masked' * extra}",
+            train("block_sparse_attention", *x, *lists, **options),
+            expect=("MMA",) if dtype != "fp32" else (),
+        )

@@ -7,7 +7,6 @@ all keys, split over the keys; their results replace the rows' own.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor
 from tilefuse import arch
 
 from ...reference.attention.global_attention import global_positions
-from ..common import aot
 from ..common.flash import (
     LOG2E,
-    aot_arguments,
     load_rows,
     logit_gradient,
     logits,
@@ -374,51 +371,17 @@ def _with_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, tensor, train
 
-    types = dict.fromkeys(("LSE", "DLSE", "DELTA", "PARTS", "PART_LSE", "DK", "DV_OUT"), "fp32")
-    types |= {"POSITIONS": "i32", "KEY_MASK": "u8"}
-    kernels = {"fwd": _rows_fwd_kernel, "dq": _rows_dq_kernel, "dkdv": _rows_dkdv_kernel}
-    for kernel, fn in kernels.items():
-        for dtype, dim, count in (
-            ("bf16", 64, 16),
-            ("bf16", 64, 256),
-            ("bf16", 128, 64),
-            ("bf16", 256, 16),
-            ("fp32", 64, 16),
-        ):
-            size = 4 if dtype == "fp32" else 2
-            constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "CHUNK": CHUNK}
-            constants |= {"MASKED": True, "CAUSAL": False, "DLSE_GIVEN": False, "ADD_K": True, "ADD_V": True}
-            for tile, targets, suffix in aot.tiles(functools.partial(config, kernel, dim, size, count)):
-                constants |= {"BM": tile.block_m, "BN": tile.block_n}
-                yield AotCase(
-                    f"{kernel}_{dtype}_d{dim}_g{count}{suffix}",
-                    fn,
-                    **aot_arguments(
-                        fn,
-                        {"": dtype} | types,
-                        {n: x for n, x in constants.items() if n in fn.arg_names},
-                        [n for n in ("DLSE",) if n in fn.arg_names],
-                    ),
-                    options={"num_warps": tile.warps, "num_stages": tile.stages},
-                    targets=targets,
-                    expect=("MMA",) if size == 2 else None,
-                )
-    yield AotCase(
-        "sum_bf16_d64",
-        _rows_sum_kernel,
-        **aot_arguments(_rows_sum_kernel, {"": "bf16"} | types, {"D": 64, "BD": 64}),
-        options={"num_warps": 1},
-    )
-    yield AotCase(
-        "merge_bf16_d64",
-        _merge_kernel,
-        **aot_arguments(
-            _merge_kernel,
-            {"": "bf16"} | types | {"LSE": "fp32", "ROWS": "i32"},
-            {"DV": 64, "BDV": 64, "SINK": False, "SCATTER": True},
-            ["SINKS"],
-        ),
-        options={"num_warps": 1},
-    )
+    plain = dict.fromkeys(("_rows_sum_kernel", "_merge_kernel", "_prefix_reduce_kernel"), ())
+    shapes = (("bf16", 64, 16), ("bf16", 64, 256), ("bf16", 128, 64), ("bf16", 256, 16), ("fp32", 64, 16))
+    for dtype, d, count in shapes:
+        x = [tensor(dtype, 2, 4096, 12, d) for _ in range(6)]
+        index, mask = tensor("i64", 2, count), tensor("bool", 2, 4096)
+        yield AotCase(
+            f"{dtype}_d{d}_g{count}",
+            train("global_attention", *x[:3], index, *x[3:], mask, window=(256, 256), outputs=1),
+            expect={"nvidia": ("MMA",), **plain} if dtype == "bf16" else (),
+        )
+    x = [tensor("bf16", 2, 4096, 12, 64) for _ in range(3)]
+    yield AotCase("bf16_d64_shared", train("global_attention", *x, tensor("i64", 2, 16), window=(256, 256), outputs=1))

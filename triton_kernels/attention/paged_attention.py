@@ -6,7 +6,6 @@ each key once.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from tilefuse import arch
 
-from ..common import aot, tuned
+from ..common import tuned
 from ..common.flash import (
     LN2,
     LOG2E,
-    aot_arguments,
     logits,
     softmax_end,
     softmax_start,
@@ -241,38 +239,31 @@ def paged_attention_fwd(
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, call, tensor
 
-    types = {"OUT": "fp32", "LSE": "fp32", "TABLE": "i32", "LENGTHS": "i32", "SINKS": "fp32", "SLOPES": "fp32"}
-    types |= {"PARTS": "fp32", "PART_LSE": "fp32"}
-    for dtype, dim, rows, fp8, extra in (
-        ("bf16", 64, 8, False, True), ("bf16", 128, 8, False, False), ("fp16", 128, 1, False, True),
-        ("bf16", 128, 64, False, False), ("bf16", 256, 8, False, False), ("bf16", 128, 8, True, True),
-        ("fp32", 64, 8, False, False), ("fp32", 128, 8, False, False),
-    ):  # fmt: skip
-        size = 4 if dtype == "fp32" else 2
-        constants = {"D": dim, "DV": dim, "BD": dim, "BDV": dim, "CHUNK": CHUNK}
-        constants |= {"FP8": fp8, "SINK": False, "ALIBI": extra, "SOFTCAP": extra}
-        absent = ["SINKS", *(() if extra else ("SLOPES",))]
-        caches = {"K": "u8", "V": "u8"} if fp8 else {}
-        for tile, targets, suffix in aot.tiles(functools.partial(config, dim, size, rows)):
-            constants |= {"BM": tile.block_m, "BN": tile.block_n}
-            yield AotCase(
-                f"chunk_{dtype}_d{dim}_rows{rows}{'_fp8' * fp8}{suffix}",
-                _chunk_kernel,
-                **aot_arguments(_chunk_kernel, {"": dtype} | types | caches, constants, absent),
-                options={"num_warps": tile.warps, "num_stages": tile.stages},
-                targets=targets,
-                expect=("MMA",) if size == 2 else None,
-            )
-    yield AotCase(
-        "merge_bf16_d128",
-        _merge_kernel,
-        **aot_arguments(
-            _merge_kernel,
-            {"": "bf16"} | types | {"OUT": "bf16"},
-            {"DV": 128, "BDV": 128, "SINK": True, "SCATTER": False},
-            ["ROWS"],
-        ),
-        options={"num_warps": 1},
-    )
+    for name, dtype, cache, d, queries, heads, extra in (
+        ("bf16_d128", "bf16", "bf16", 128, 1, 32, False),
+        ("bf16_d64_extra", "bf16", "bf16", 64, 1, 32, True),
+        ("fp16_d128_extra", "fp16", "fp16", 128, 1, 4, True),
+        ("bf16_d128_queries", "bf16", "bf16", 128, 8, 32, False),
+        ("bf16_d256", "bf16", "bf16", 256, 1, 32, False),
+        ("bf16_d128_fp8", "bf16", "fp8", 128, 1, 32, True),
+        ("fp32_d64", "fp32", "fp32", 64, 1, 32, False),
+        ("fp32_d128", "fp32", "fp32", 128, 1, 32, False),
+    ):
+        q, pages = tensor(dtype, 8, queries, heads, d), tensor(cache, 4096, 64, 4, d)
+        per_head = (tensor("fp32", heads),) * 2 if extra else ()
+        yield AotCase(
+            name,
+            call(
+                "paged_attention",
+                q,
+                pages,
+                pages,
+                tensor("i32", 8, 128),
+                tensor("i32", 8),
+                *per_head,
+                softcap=30.0 if extra else 0.0,
+            ),
+            expect={"nvidia": ("MMA",), "_merge_kernel": ()} if dtype != "fp32" else (),
+        )

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from tilefuse import arch
 
-from ..common import aot, tuned
+from ..common import tuned
 from ..common.flash import (
     LOG2E,
-    aot_arguments,
     load_rows,
     logit_gradient,
     logits,
@@ -939,61 +938,31 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, tensor, train
 
-    float32 = dict.fromkeys(("LSE", "DLSE", "DELTA", "SINKS", "SLOPES", "DK_PART", "DV_PART"), "fp32")
-    index = dict.fromkeys(("CU_Q", "CU_K", "PREFIX_AT"), "i32") | {"HIDDEN": "u8"}
+    packed = (*(tensor("i32", 9) for _ in range(2)),)
 
-    def case(name, kernel, fn, head_dims, dtype, span, **flags):
-        d, dv = head_dims
-        size = 4 if dtype == "fp32" else 2
-        extras = len(set(flags) - {"SINK", "DLSE_GIVEN"}) + ((d, dv) != (padded(d), padded(dv)))
-        constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "CHUNK": PREFIX_CHUNK}
-        constants |= {f: False for f in ("VARLEN", "DILATED", "SKIP", "SINK", "ALIBI", "SOFTCAP", "DLSE_GIVEN")}
-        constants |= {"PREFIX": 0} | flags
-        absent = [
-            *(() if constants["VARLEN"] else ("CU_Q", "CU_K")),
-            *(() if constants["PREFIX"] == 2 else ("PREFIX_AT",)),
-            *(() if constants["PREFIX"] == 2 or kernel == "prefix" else ("PK", "PV")),
-            *(() if constants["SKIP"] else ("HIDDEN",)),
-            *(() if constants["SINK"] else ("SINKS",)),
-            *(() if constants["ALIBI"] else ("SLOPES",)),
-            *(() if constants["DLSE_GIVEN"] else ("DLSE",)),
-        ]
+    def case(name, dtype, d, dv, window, *, slopes=False, varlen=False, outputs=1, sinks=False, **options):
+        size = (8192,) if varlen else (2, 4096)
+        q, k, v = tensor(dtype, *size, 16, d), tensor(dtype, *size, 4, d), tensor(dtype, *size, 4, dv)
+        heads = (tensor("fp32", 16) if given else None for given in (sinks, slopes))
+        bounds = packed if varlen else (None, None)
+        return AotCase(
+            name,
+            train("window_attention", q, k, v, *heads, *bounds, window=window, outputs=outputs, **options),
+            expect={"nvidia": ("MMA",), "_prefix_reduce_kernel": ()} if dtype != "fp32" else (),
+            allow_spill="192 runs padded to 256: a few values spill outside of the loops" if d == 192 else None,
+        )
 
-        def choose(target):
-            return config(kernel, max(padded(d), padded(dv)), size, span, extras, target)
-
-        for tile, targets, suffix in aot.tiles(choose):
-            sizes = {"BM": tile.block_m, "BN": 16 if fn is _prefix_reduce_kernel else tile.block_n}
-            yield AotCase(
-                f"{kernel}_{name}{suffix}",
-                fn,
-                **aot_arguments(
-                    fn,
-                    {"": dtype} | float32 | index,
-                    {n: value for n, value in (constants | sizes).items() if n in fn.arg_names},
-                    [n for n in absent if n in fn.arg_names],
-                ),
-                options={"num_warps": tile.warps, "num_stages": tile.stages},
-                targets=targets,
-                expect=("MMA",) if size == 2 and fn is not _prefix_reduce_kernel else None,
-                allow_spill="192 runs padded to 256: a few values spill outside of the loops" if d == 192 else None,
-            )
-
-    kernels = {"fwd": _fwd_kernel, "dq": _dq_kernel, "dkdv": _dkdv_kernel, "prefix": _prefix_dkdv_kernel}
-    for kernel, fn in kernels.items():
-        prefix = {"PREFIX": 1} if kernel == "prefix" else {}
-        for head_dims in ((64, 64), (128, 128), (256, 256), (96, 96), (192, 128)):
-            name = f"bf16_d{head_dims[0]}" + (f"_dv{head_dims[1]}" if head_dims[0] != head_dims[1] else "")
-            yield from case(name, kernel, fn, head_dims, "bf16", 1024, **prefix)
-        yield from case("bf16_d64_narrow", kernel, fn, (64, 64), "bf16", 128, SINK=True, **prefix)
-        yield from case("bf16_d128_narrow", kernel, fn, (128, 128), "bf16", 128, SINK=True, **prefix)
-        yield from case("fp16_d128_packed", kernel, fn, (128, 128), "fp16", 1024, VARLEN=True, ALIBI=True, **prefix)
-        full = {"DILATED": True, "SOFTCAP": True, "ALIBI": True, "DLSE_GIVEN": True, "VARLEN": True, "PREFIX": 1}
-        yield from case("bf16_d128_all", kernel, fn, (128, 128), "bf16", 1024, **full)
-        yield from case("bf16_d64_global", kernel, fn, (64, 64), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
-        yield from case("bf16_d128_global", kernel, fn, (128, 128), "bf16", 513, PREFIX=2, SKIP=True, DLSE_GIVEN=True)
-        yield from case("fp32_d64", kernel, fn, (64, 64), "fp32", 1024, **prefix)
-        yield from case("fp32_d128", kernel, fn, (128, 128), "fp32", 1024, **prefix)
-    yield from case("reduce_bf16_d128", "prefix", _prefix_reduce_kernel, (128, 128), "bf16", 1024, PREFIX=1)
+    wide, narrow = (1023, 0), (127, 0)
+    yield case("bf16_d128", "bf16", 128, 128, wide)
+    yield case("bf16_d128_prefix", "bf16", 128, 128, wide, sink_tokens=4)
+    for d, dv in ((64, 64), (256, 256), (96, 96), (192, 128)):
+        yield case(f"bf16_d{d}", "bf16", d, dv, wide, sink_tokens=4)
+    yield case("bf16_d64_narrow", "bf16", 64, 64, narrow, sinks=True)
+    yield case("bf16_d128_narrow", "bf16", 128, 128, narrow, sinks=True)
+    yield case("fp16_d128_packed", "fp16", 128, 128, wide, varlen=True, slopes=True)
+    every = {"dilation": 2, "softcap": 30.0, "slopes": True, "varlen": True, "sink_tokens": 4}
+    yield case("bf16_d128_all", "bf16", 128, 128, wide, outputs=None, **every)
+    for d in (64, 128):
+        yield case(f"fp32_d{d}", "fp32", d, d, wide, sink_tokens=4)

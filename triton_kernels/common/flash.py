@@ -91,29 +91,3 @@ def logit_gradient(p, dp, delta, capped, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         ds = ds * (1.0 - capped * capped)
     return ds
-
-
-def aot_arguments(fn, dtypes, constexprs, absent=()):
-    """Signature, constants and divisible arguments of a kernel for ``AotCase``, by the naming of this family.
-
-    Args:
-        fn: the kernel; pointers are upper case, ``stride_*`` are integers, ``scale`` and ``softcap`` floats.
-        dtypes: pointer -> element type, with the default under ``""``.
-        constexprs: value of every constexpr argument.
-        absent: pointers that are None in this configuration.
-    """
-    signature, constants, divisible = {}, dict(constexprs), []
-    for name in fn.arg_names:
-        if name in constexprs or name in absent:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        elif name.isupper():
-            signature[name] = "*" + dtypes.get(name, dtypes[""])
-            divisible.append(name)
-        elif name in ("scale", "softcap", "k_scale", "v_scale"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            if name.startswith("stride_"):
-                divisible.append(name)
-    return {"signature": signature, "constexprs": constants, "divisible": divisible}

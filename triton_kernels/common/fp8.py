@@ -118,16 +118,3 @@ def silu_mul(gate, up):
     high = ((exponent - half + 127) << 23).to(tl.float32, bitcast=True)
     e = p * low * high
     return tl.div_rn(gate, 1.0 + e) * up
-
-
-def aot_signature(fn, pointers: dict[str, str], constants: dict[str, object]) -> dict[str, str]:
-    """Types of a kernel's arguments for the compile gate: pointers as named, strides int64, everything else int32."""
-
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in pointers:
-            return pointers[name]
-        return "i64" if name.endswith(("_sm", "_sn", "_sg")) else "i32"
-
-    return {name: kind(name) for name in fn.arg_names}

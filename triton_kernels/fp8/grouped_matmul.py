@@ -6,15 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import fp8
 from ..common.grouped import find_tile, groups_padded, max_tiles
 from ..common.launch import on_device
 from .matmul import (
-    CAPABILITIES,
     MATRIX_UNIT,
     Config,
     accumulate,
-    aot_pointers,
     capability_of,
     narrow,
     operand,
@@ -84,20 +81,14 @@ def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, call, tensor
 
-    for target, capability in CAPABILITIES.items():
-        pointers = {**aot_pointers(capability), "offsets_ptr": "*i32"}
-        del pointers["bias_ptr"]
-        for rows, groups in ((256, 256), (32768, 256), (32768, 64)):
-            tile = config(rows, groups, capability)
-            constants = {
-                "GROUPS": groups, "GROUPS_PADDED": groups_padded(groups), "B_ROWS": False, "UPCAST": capability < 89,
-                "SWAP": tile.swap, "EVEN_K": True, "BM": tile.bm, "BN": tile.bn,
-            }  # fmt: skip
-            yield AotCase(
-                f"e{groups}_t{rows}_{target}", grouped_matmul_kernel,
-                fp8.aot_signature(grouped_matmul_kernel, pointers, constants), constants,
-                {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, (target,),
-                {target: MATRIX_UNIT.get(target, ())}, divisible=(*pointers, "a_sm", "b_sn", "b_sg", "n", "k"),
-            )  # fmt: skip
+    n, k = 4096, 7168
+    for rows, groups in ((256, 256), (32768, 256), (32768, 64)):
+        a, a_scale = tensor("fp8", rows, k), tensor("fp32", rows, k // 128)
+        b, b_scale = tensor("fp8", groups, n, k), tensor("fp32", groups, n // 128, k // 128)
+        yield AotCase(
+            f"e{groups}_t{rows}",
+            call("fp8_grouped_matmul", a, a_scale, b, b_scale, tensor("i32", groups + 1)),
+            expect=MATRIX_UNIT,
+        )

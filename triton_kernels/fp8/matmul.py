@@ -278,7 +278,7 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
     capability = capability_of(a.device)
     num_sms = 132
     if a.device.type == "cuda":
-        num_sms = torch.cuda.get_device_properties(a.device).multi_processor_count
+        num_sms = arch.multiprocessors(a.device)
     b_rows = b_scale.shape[0] == n
     tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms, b_rows=b_rows, k=k)
     key = f"n={n},k={k},m<={min(8192, max(16, triton.next_power_of_2(m)))},b_rows={b_rows}"
@@ -316,44 +316,19 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
 
 
 MATRIX_UNIT = {"sm_80": ("HMMA",), "sm_89": ("QMMA",), "sm_90": ("QGMMA",), "sm_100": ("UTCQMMA",), "sm_120": ("QMMA",)}
-CAPABILITIES = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": 0}
-
-
-def aot_pointers(capability: int) -> dict[str, str]:
-    codes = "*u8" if capability < 89 else "*fp8e4nv"
-    scales = {"sa_ptr": "*fp32", "sb_ptr": "*fp32"}
-    return {"a_ptr": codes, "b_ptr": codes, **scales, "bias_ptr": "*fp32", "out_ptr": "*bf16"}
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, call, tensor
 
-    for target, capability in CAPABILITIES.items():
-        pointers = aot_pointers(capability)
-        expect = {target: MATRIX_UNIT.get(target, ())}
-        for m, n in ((1, 24576), (1, 7168), (64, 24576), (64, 7168), (128, 7168), (4096, 7168)):
-            for b_rows in (False, True):
-                # 7168 columns are few enough to split 7168 of K, 24576 are not
-                tile = config(m, n, capability, tma=capability == 90, b_rows=b_rows, k=7168)
-                constants = {"B_ROWS": b_rows, "BM": tile.bm, "BN": tile.bn, "GROUP_M": 8}
-                if tile.tma:
-                    kernel, constants = matmul_tma_kernel, constants | {"SPECIALIZE": True}
-                else:
-                    kernel, constants = matmul_kernel, constants | {
-                        "UPCAST": capability < 89, "SWAP": tile.swap, "EVEN_K": True, "SPLIT": tile.split > 1,
-                    }  # fmt: skip
-                split = tile.split > 1
-                types = pointers | {"out_ptr": "*fp32"} if split else pointers
-                if split:
-                    constants["bias_ptr"] = None
-                yield AotCase(
-                    f"m{m}{'_split' if split else ''}_{'rows' if b_rows else 'tiles'}_{target}", kernel,
-                    fp8.aot_signature(kernel, types, constants), constants,
-                    {"num_warps": tile.num_warps, "num_stages": tile.num_stages}, (target,), expect,
-                    divisible=(*(p for p in types if p not in constants), "a_sm", "b_sn", "n", "k"),
-                )  # fmt: skip
-    pointers = {"part_ptr": "*fp32", "bias_ptr": "*fp32", "out_ptr": "*bf16"}
-    yield AotCase(
-        "add_parts", add_parts_kernel, fp8.aot_signature(add_parts_kernel, pointers, {"BLOCK": 512}), {"BLOCK": 512},
-        {"num_warps": 4}, divisible=(*pointers, "n"),
-    )  # fmt: skip
+    k = 7168
+    # 7168 columns are few enough to split 7168 of K, 24576 are not
+    for m, n in ((1, 24576), (1, 7168), (64, 24576), (64, 7168), (128, 7168), (4096, 7168)):
+        for name, b_rows in (("tiles", n // 128), ("rows", n)):
+            a, b = tensor("fp8", m, k), tensor("fp8", n, k)
+            scales = tensor("fp32", m, k // 128), tensor("fp32", b_rows, k // 128)
+            yield AotCase(
+                f"m{m}_n{n}_{name}",
+                call("fp8_matmul", a, scales[0], b, scales[1], tensor("fp32", n)),
+                expect=MATRIX_UNIT | {"add_parts_kernel": ()},
+            )

@@ -156,32 +156,15 @@ def fp8_dequantize_fwd(q, scale, block_rows, out_dtype):
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, call, tensor
 
-    scales = {"scale_ptr": "*fp32", "scale_t_ptr": "*fp32", "q_ptr": "*u8", "qt_ptr": "*u8"}
-    for native, targets in fp8.CAST_TARGETS.items():
-        for dtype in ("bf16", "fp32"):
-            for pow2 in (False, True):
-                rule = {"POW2": pow2, "NATIVE": native}
-                name = f"{dtype}_{'pow2' if pow2 else 'fp32'}_{'cast' if native else 'bits'}"
-                for kernel, label, constants, warps, divisible in (
-                    (quantize_rows_kernel, "rows", rule | {"BM": ROWS["BM"]}, ROWS["num_warps"], ("x_sm", "q_sm", "k")),
-                    (quantize_tiles_kernel, "tiles", rule, 8, ("x_sm", "x_sg", "k")),
-                    (quantize_dual_kernel, "dual", rule | {"VEC": 16}, 8, ("x_sm", "k")),
-                ):
-                    pointers = scales | {"x_ptr": f"*{dtype}"}
-                    signature = fp8.aot_signature(kernel, pointers, constants)
-                    options = {"num_warps": warps}
-                    yield AotCase(
-                        f"{label}_{name}", kernel, signature, constants, options, targets,
-                        divisible=(*(n for n in signature if n in pointers), *divisible),
-                    )  # fmt: skip
     for dtype in ("bf16", "fp32"):
+        x = tensor(dtype, 4096, 7168)
+        for rule in ("fp32", "pow2"):
+            for name, block in (("rows", (1, 128)), ("tiles", (128, 128))):
+                yield AotCase(f"{name}_{dtype}_{rule}", call("fp8_quantize", x, block=block, scale_format=rule))
+            yield AotCase(f"dual_{dtype}_{rule}", call("fp8_quantize_dual", x, scale_format=rule))
+        out = {"out_dtype": torch.bfloat16 if dtype == "bf16" else torch.float32}
         for rows in (1, 128):
-            constants = {"BLOCK_ROWS": rows, "BM": ROWS["BM"]}
-            pointers = {"q_ptr": "*u8", "scale_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-            yield AotCase(
-                f"dequantize_{rows}_{dtype}", dequantize_kernel,
-                fp8.aot_signature(dequantize_kernel, pointers, constants), constants,
-                {"num_warps": ROWS["num_warps"]}, divisible=(*pointers, "q_sm", "q_sg", "k"),
-            )  # fmt: skip
+            codes, scales = tensor("fp8", 4096, 7168), tensor("fp32", 4096 // rows, 56)
+            yield AotCase(f"dequantize_{rows}_{dtype}", call("fp8_dequantize", codes, scales, block=(rows, 128), **out))

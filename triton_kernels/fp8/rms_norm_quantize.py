@@ -73,29 +73,9 @@ def rms_norm_quantize_fwd(x, weight, residual, norm_eps, pow2, eps):
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, call, tensor
 
-    for native, targets in fp8.CAST_TARGETS.items():
-        for k in (2048, 7168):
-            for with_residual in (False, True):
-                tile = config(k)
-                options = {"num_warps": tile.pop("num_warps"), "enable_fp_fusion": False}
-                constants = {"POW2": False, "NATIVE": native, **tile}
-                pointers = {
-                    "x_ptr": "*bf16",
-                    "weight_ptr": "*bf16",
-                    "q_ptr": "*u8",
-                    "scale_ptr": "*fp32",
-                    "h_ptr": "*bf16",
-                }
-                if with_residual:
-                    pointers["residual_ptr"] = "*bf16"
-                else:
-                    constants["residual_ptr"] = None
-                signature = fp8.aot_signature(rms_norm_quantize_kernel, pointers, constants)
-                signature["norm_eps"] = "fp32"
-                yield AotCase(
-                    f"k{k}_{'residual' if with_residual else 'plain'}_{'cast' if native else 'bits'}",
-                    rms_norm_quantize_kernel, signature, constants, options, targets,
-                    expect=("LDG.128",), divisible=(*pointers, "x_sm", "residual_sm", "k"),
-                )  # fmt: skip
+    for k in (2048, 7168):
+        x, weight = tensor("bf16", 4096, k), tensor("bf16", k)
+        for name, rest in (("plain", ()), ("residual", (x,))):
+            yield AotCase(f"k{k}_{name}", call("rms_norm_quantize", x, weight, *rest), expect=("LDG.128",))

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import aot
 from ..common.launch import on_device
 
 
@@ -224,12 +223,8 @@ def merge_attention_bwd(
 
 
 def aot_cases():
-    for kind in ("bf16", "fp32"):
-        pointers = dict.fromkeys(("out_a", "out_b", "out"), kind) | dict.fromkeys(("lse_a", "lse_b", "lse"), "fp32")
-        odd = ("la_query", "lb_query", "gl_query", "heads")
-        yield aot.case(f"forward_{kind}", merge_kernel, pointers, tile(128), odd=odd, expect=("LDG.128", "STG.128"))
-        pointers = dict.fromkeys(("grad_out", "out_a", "out_b", "grad_a", "grad_b"), kind)
-        pointers |= dict.fromkeys(("grad_lse", "lse_a", "lse_b", "grad_lse_a", "grad_lse_b"), "fp32")
-        yield aot.case(
-            f"backward_{kind}", merge_backward_kernel, pointers, tile(128), odd=odd, expect=("LDG.128", "STG.128")
-        )
+    from ...testing.aot import AotCase, tensor, train
+
+    for dtype in ("bf16", "fp32"):
+        out, lse = tensor(dtype, 2, 4096, 128, 128), tensor("fp32", 2, 128, 4096)
+        yield AotCase(dtype, train("merge_attention", out, lse, out, lse), expect=("LDG.128", "STG.128"))

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import aot
 from ..common.launch import on_device
 from .mla_compress_kv import check_positions, load_pairs, load_tables, position_of, store_pairs
 
@@ -179,20 +178,14 @@ def mla_absorb_query_bwd(
 
 
 def aot_cases():
-    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
-        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
-        for name, tokens in (("decode", 8), ("prefill", 4096)):
-            if itemsize == 4 and name == "decode":
-                continue
-            pointers = {"x": kind, "weight": kind, "cos": "fp32", "sin": "fp32", "positions": "i32", "out": kind}
-            constants = {
-                "HEADS": 128, "K": 128, "N": 512, "HALF": 32, "HALF_PAD": 32, "INTERLEAVED": True, "CONJUGATE": False,
-                **tile(tokens, 512, 128, itemsize),
-            }  # fmt: skip
-            pinned = {"w_n": 1}
-            yield aot.case(f"{name}_{kind}", absorb_kernel, pointers, constants | pinned, expect=expect)
-            constants |= {"K": 512, "N": 128, "CONJUGATE": True, **tile(tokens, 128, 512, itemsize)}
-            yield aot.case(f"{name}_backward_{kind}", absorb_kernel, pointers, constants | {"w_k": 1}, expect=expect)
-        pointers = {"q": kind, "grad": kind, "grad_w": kind}
-        constants = {"K": 128, "N": 512, **tile(128, 512, 4096, itemsize)}
-        yield aot.case(f"weight_{kind}", absorb_weight_kernel, pointers, constants, expect=expect)
+    from ...testing.aot import AotCase, call, tensor, train
+
+    for dtype in ("bf16", "fp32"):
+        expect = ("LDG.128", "STG.128", "MMA") if dtype == "bf16" else ("LDG.128",)
+        table, weight = tensor("fp32", 8192, 32), tensor(dtype, 128, 128, 512)
+        q, positions = tensor(dtype, 4096, 128, 192), tensor("i32", 4096)
+        prefill = train("mla_absorb_query", q, weight, table, table, positions)
+        yield AotCase(f"prefill_{dtype}", prefill, expect=expect)
+        if dtype == "bf16":
+            decode = call("mla_absorb_query", tensor(dtype, 8, 128, 192), weight, table, table, tensor("i32", 8))
+            yield AotCase(f"decode_{dtype}", decode, expect=expect)

@@ -9,7 +9,7 @@ from torch import Tensor
 from tilefuse.ops.mla import layout as layouts
 
 from ...reference.mla.mla_append_kv import check_slots
-from ..common import aot, fp8
+from ..common import fp8
 from ..common.launch import on_device
 from .mla_compress_kv import dims, load_pairs, load_tables, position_of, rstd_of, store_pairs, tile
 from .mla_gather_kv import cache_parts, rope_vector
@@ -143,21 +143,10 @@ def mla_append_kv_fwd(
 
 
 def aot_cases():
-    for layout in ("bf16", "fp8"):
-        is_fp8 = layout == "fp8"
-        stored = {"latent": "u8", "scales": "fp32", "rotated": "bf16"} if is_fp8 else dict.fromkeys(
-            ("latent", "scales", "rotated"), "bf16"
-        )  # fmt: skip
-        pointers = {"kv_a": "bf16", "weight": "bf16", "cos": "fp32", "sin": "fp32", **stored}
-        pointers |= {"positions": "i64", "slot_mapping": "i64"}
-        for native in (False, True) if is_fp8 else (False,):
-            constants = {
-                "PAGE_SIZE": 64, "FP8": is_fp8, "NATIVE": native, "GROUP": layouts.GROUP, "ROPE_VEC": 8,
-                **dims(512, 64, True), **tile(512), "enable_fp_fusion": False,
-            }  # fmt: skip
-            yield aot.case(
-                f"{layout}{'_native' * native}", append_kernel, pointers, constants, floats=("eps",),
-                odd=("scale_page", "scale_row", "rotated_page", "rotated_row", "quantize_eps"),
-                targets=fp8.CAST_TARGETS[native] if is_fp8 else None,
-                expect=("LDG.128",) if is_fp8 else ("LDG.128", "STG.128"),
-            )  # fmt: skip
+    from ...testing.aot import AotCase, call, tensor
+
+    table, where = tensor("fp32", 8192, 32), tensor("i64", 4096)
+    for layout, cache in (("bf16", tensor("bf16", 256, 64, 576)), ("fp8", tensor("u8", 256, 64, 656))):
+        inputs = tensor("bf16", 4096, 576), tensor("bf16", 512), table, table, where, cache, where
+        expect = ("LDG.128",) if layout == "fp8" else ("LDG.128", "STG.128")
+        yield AotCase(layout, call("mla_append_kv", *inputs, layout=layout), expect=expect)

@@ -5,8 +5,6 @@ A head of width D is read in two power-of-two parts (192 = 128 + 64), so no tile
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from tilefuse import arch
 
-from ..common import aot
 from ..common.launch import on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -617,28 +614,16 @@ def mla_attention_bwd(
 
 
 def aot_cases():
-    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
-        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
-        shape = {"HEADS": 128, "CAUSAL": True, **dims(192, 128)}
+    from ...testing.aot import AotCase, tensor, train
+
+    for dtype in ("bf16", "fp32"):
+        products = ("LDG.128", "STG.128", "MMA") if dtype == "bf16" else ("LDG.128",)
         for packed in (False, True):
-            bounds = dict.fromkeys(("cu_q", "cu_k"), "i32" if packed else None)
-            packing_of = {"PACKED": packed, "SEQUENCES_PAD": 16 if packed else 1}
-            name = f"{'packed' if packed else 'padded'}_{kind}"
-            pointers = dict.fromkeys(("q", "k", "v", "out"), kind) | {"lse": "fp32"} | bounds
-            for config, targets, suffix in aot.tiles(functools.partial(forward_tile, 192, 128, itemsize)):
-                yield aot.case(
-                    f"forward_{name}{suffix}", forward_kernel, pointers, {**shape, **packing_of, **config},
-                    floats=("softmax_scale",), targets=targets, expect=expect,
-                )  # fmt: skip
-            pointers = dict.fromkeys(("q", "k", "v", "grad_out"), kind) | {"lse": "fp32", "delta": "fp32"} | bounds
-            for over, fn, outs in (
-                ("q", backward_q_kernel, ("grad_q",)), ("kv", backward_kv_kernel, ("grad_k", "grad_v")),
-            ):  # fmt: skip
-                for config, targets, suffix in aot.tiles(functools.partial(backward_tile, 192, 128, itemsize, over)):
-                    yield aot.case(
-                        f"backward_{over}_{name}{suffix}", fn, pointers | dict.fromkeys(outs, kind),
-                        {**shape, **packing_of, **config}, floats=("softmax_scale",), targets=targets, expect=expect,
-                    )  # fmt: skip
-        pointers = {"grad_out": kind, "out": kind, "grad_lse": "fp32", "delta": "fp32"}
-        constants = {"HEADS": 128, "V": 128, "V_PAD": 128, "BM": 32, "num_warps": 4}
-        yield aot.case(f"delta_{kind}", delta_kernel, pointers, constants, odd=("gl_row",), expect=("LDG.128",))
+            size = (8192,) if packed else (2, 4096)
+            q, k, v = (tensor(dtype, *size, 128, d) for d in (192, 192, 128))
+            bounds = (tensor("i32", 9),) * 2 if packed else ()
+            yield AotCase(
+                f"{'packed' if packed else 'padded'}_{dtype}",
+                train("mla_attention", q, k, v, *bounds, softmax_scale=192**-0.5),
+                expect={"nvidia": products, "delta_kernel": ("LDG.128",)},
+            )

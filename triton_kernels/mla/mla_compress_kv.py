@@ -8,7 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ...reference.rope.rope import token_positions
-from ..common import aot
 from ..common.launch import on_device
 
 
@@ -268,18 +267,11 @@ def mla_compress_kv_bwd(
 
 
 def aot_cases():
-    tables = {"cos": "fp32", "sin": "fp32", "positions": "i32"}
-    for kind in ("bf16", "fp16", "fp32"):
-        constants = {**dims(512, 64, True), **tile(512)}
-        pointers = {"kv_a": kind, "weight": kind, "out": kind, **tables}
-        yield aot.case(
-            f"forward_{kind}", compress_kernel, pointers, constants | {"enable_fp_fusion": False}, floats=("eps",),
-            expect=("LDG.128", "STG.128"),
-        )  # fmt: skip
-        pointers = {"grad": kind, "kv_a": kind, "weight": kind, "grad_kv": kind, "grad_weight": "fp32", **tables}
-        yield aot.case(
-            f"backward_{kind}", compress_backward_kernel, pointers, constants, floats=("eps",),
-            expect=("LDG.128", "STG.128"),
-        )  # fmt: skip
-    pointers = {"kv_a": "bf16", "weight": "bf16", "out": "bf16", **tables, "positions": None}
-    yield aot.case("forward_half", compress_kernel, pointers, {**dims(512, 64, False), **tile(512)}, floats=("eps",))
+    from ...testing.aot import AotCase, call, tensor, train
+
+    table, positions = tensor("fp32", 8192, 32), tensor("i32", 4096)
+    for dtype in ("bf16", "fp16", "fp32"):
+        inputs = tensor(dtype, 4096, 576), tensor(dtype, 512), table, table, positions
+        yield AotCase(dtype, train("mla_compress_kv", *inputs), expect=("LDG.128", "STG.128"))
+    inputs = tensor("bf16", 4096, 576), tensor("bf16", 512), table, table
+    yield AotCase("half", call("mla_compress_kv", *inputs, interleaved=False))

@@ -15,7 +15,7 @@ from torch import Tensor
 from tilefuse import arch
 from tilefuse.ops.mla import layout as layouts
 
-from ..common import aot, fp8, tuned
+from ..common import fp8, tuned
 from ..common.launch import on_device
 from .mla_gather_kv import cache_parts, dequantize, load_scales, rope_vector
 
@@ -334,7 +334,7 @@ SPARSE_SPLIT = 512
 def processors_of(tensor: Tensor) -> int:
     if tensor.device.type != "cuda":
         return 8
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return arch.multiprocessors(tensor.device)
 
 
 def attend(
@@ -480,42 +480,29 @@ def mla_sparse_decode_fwd(
 
 
 def aot_cases():
-    for name, kind, layout, heads, sparse, direct, rank in (
-        ("h16", "bf16", "bf16", 16, False, False, 512),
-        ("h128", "bf16", "bf16", 128, False, False, 512),
-        ("h128_direct", "bf16", "bf16", 128, False, True, 512),
-        ("h16_fp8", "bf16", "fp8", 16, False, False, 512),
-        ("h128_fp8", "bf16", "fp8", 128, False, False, 512),
-        ("h16_float", "fp32", "bf16", 16, False, False, 512),
-        ("sparse_h16_fp8", "bf16", "fp8", 16, True, False, 512),
-        ("sparse_h128", "bf16", "bf16", 128, True, False, 512),
-        ("h32_r256", "bf16", "bf16", 32, False, False, 256),
+    from ...testing.aot import AotCase, call, tensor
+
+    for name, dtype, layout, heads, sparse, batch, rank in (
+        ("h16", "bf16", "bf16", 16, False, 8, 512),
+        ("h128", "bf16", "bf16", 128, False, 8, 512),
+        # so many sequences that none is split
+        ("h16_direct", "bf16", "bf16", 16, False, 512, 512),
+        ("h16_fp8", "bf16", "fp8", 16, False, 8, 512),
+        ("h128_fp8", "bf16", "fp8", 128, False, 8, 512),
+        ("h16_float", "fp32", "fp32", 16, False, 8, 512),
+        ("sparse_h16_fp8", "bf16", "fp8", 16, True, 8, 512),
+        ("sparse_h128", "bf16", "bf16", 128, True, 8, 512),
+        ("h32_r256", "bf16", "bf16", 32, False, 8, 256),
     ):
         is_fp8 = layout == "fp8"
-        itemsize = 4 if kind == "fp32" else 2
-        stored = ("u8", "fp32", "bf16") if is_fp8 else (kind,) * 3
-        pointers = {"q": kind, "table": "i32", "sinks": None, "seq_lens": None if sparse else "i32", "lse": "fp32"}
-        pointers |= dict(zip(("latent", "scales", "rotated"), stored)) | {"out": kind if direct else "fp32"}
-
-        def choose(target, sizes=(heads, rank, itemsize, is_fp8, sparse)):
-            return tile(*sizes, target) | {"NATIVE": sizes[3] and target in fp8.CAST_TARGETS[True]}
-
-        for config, targets, suffix in aot.tiles(choose):
-            if direct and config["BM"] == 64:
-                continue
-            constants = {
-                "HEADS": heads, "PAGE_SIZE": 64, "SPARSE": sparse, "BALANCE": not (sparse or direct), "CAUSAL": True,
-                "DIRECT": direct, "FP8": is_fp8, "GROUP": layouts.GROUP,
-                "ROPE_VEC": 16 // itemsize if not is_fp8 else 8, "RANK": rank, "RANK_PAD": rank, "ROPE": 64,
-                "ROPE_PAD": 64, **config,
-            }  # fmt: skip
-            yield aot.case(
-                f"{name}_m{config['BM']}{suffix}", decode_kernel, pointers, constants,
-                floats=("softmax_scale",), targets=targets,
-                odd=("table_batch", "table_query", "scale_page", "scale_row", "rotated_page", "rotated_row"),
-                expect=("LDG.128", "MMA") if itemsize == 2 else ("LDG.128",),
-            )  # fmt: skip
-    pointers = {"partial": "fp32", "partial_lse": "fp32", "seq_lens": "i32", "sinks": "fp32", "out": "bf16"}
-    constants = {"HEADS": 128, "PAGE_SIZE": 64, "SPARSE": False, "BALANCE": True, "RANK": 512, "RANK_PAD": 512}
-    constants |= {"BN": 32, "num_warps": 4}
-    yield aot.case("combine", combine_kernel, pointers | {"lse": "fp32"}, constants, expect=("LDG.128",))
+        row = rank + rank // 32 + 2 * 64 if is_fp8 else rank + 64
+        q, cache = tensor(dtype, batch, 1, heads, rank + 64), tensor("u8" if is_fp8 else layout, 4096, 64, row)
+        if sparse:
+            where, op = (tensor("i32", batch, 1, 2048),), "mla_sparse_decode"
+        else:
+            where, op = (tensor("i32", batch, 128), tensor("i32", batch)), "mla_decode"
+        options = {"softmax_scale": 192**-0.5, "kv_lora_rank": rank, "layout": "fp8" if is_fp8 else "bf16"}
+        products = ("LDG.128", "MMA") if dtype == "bf16" else ("LDG.128",)
+        yield AotCase(
+            name, call(op, q, cache, *where, **options), expect={"nvidia": products, "combine_kernel": ("LDG.128",)}
+        )

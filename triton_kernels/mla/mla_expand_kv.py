@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +9,6 @@ from torch import Tensor
 
 from tilefuse import arch
 
-from ..common import aot
 from ..common.launch import on_device
 from .mla_absorb_query import tile
 
@@ -276,20 +273,12 @@ def mla_expand_kv_bwd(
 
 
 def aot_cases():
-    shape = {"RANK": 512, "P": 128, "V": 128}
-    rope = {"HEADS": 128, "ROPE": 64, "ROPE_PAD": 64}
-    for kind, itemsize in (("bf16", 2), ("fp32", 4)):
-        expect = ("LDG.128", "STG.128", "MMA") if itemsize == 2 else ("LDG.128",)
-        pointers = {"latent": kind, "weight": kind, "k_out": kind, "v_out": kind}
-        for name, tokens in (("few", 8), ("many", 4096)):
-            constants = {**shape, **rope, **tile(tokens, 128, 512, itemsize)}
-            yield aot.case(f"{name}_{kind}", expand_kernel, pointers, constants, expect=expect)
-        pointers = dict.fromkeys(("grad_k", "grad_v", "weight", "grad_latent"), kind)
-        constants = {**shape, **rope, **latent_tile(4096, 512, 128, itemsize)}
-        yield aot.case(f"latent_{kind}", expand_backward_kernel, pointers, constants, expect=expect)
-        pointers = dict.fromkeys(("grad_k", "grad_v", "latent", "grad_w"), kind)
-        for config, targets, suffix in aot.tiles(functools.partial(weight_tile, 128, 512, 4096, itemsize)):
-            yield aot.case(
-                f"weight_{kind}{suffix}", expand_weight_kernel, pointers, {**shape, **config}, targets=targets,
-                expect=expect,
-            )  # fmt: skip
+    from ...testing.aot import AotCase, call, tensor, train
+
+    dims = {"kv_lora_rank": 512, "nope_dim": 128, "v_dim": 128}
+    for dtype in ("bf16", "fp32"):
+        expect = ("LDG.128", "STG.128", "MMA") if dtype == "bf16" else ("LDG.128",)
+        weight = tensor(dtype, 128 * 256, 512)
+        many, few = tensor(dtype, 4096, 576), tensor(dtype, 8, 576)
+        yield AotCase(f"many_{dtype}", train("mla_expand_kv", many, weight, **dims), expect=expect)
+        yield AotCase(f"few_{dtype}", call("mla_expand_kv", few, weight, **dims), expect=expect)

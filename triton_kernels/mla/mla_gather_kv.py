@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tilefuse.ops.mla import layout as layouts
 
-from ..common import aot, fp8
+from ..common import fp8
 from ..common.launch import on_device, vector_width
 
 
@@ -172,17 +172,10 @@ def mla_gather_kv_fwd(
 
 
 def aot_cases():
-    for layout in ("bf16", "fp8"):
-        is_fp8 = layout == "fp8"
-        stored = ("u8", "fp32", "bf16") if is_fp8 else ("bf16",) * 3
-        pointers = dict(zip(("latent", "scales", "rotated"), stored)) | {"out": "bf16"}
-        pointers |= {"block_table": "i32", "cu_seqlens": "i32"}
-        for native in (False, True) if is_fp8 else (False,):
-            constants = {"PAGE_SIZE": 64, "FP8": is_fp8, "NATIVE": native, "GROUP": layouts.GROUP, "ROPE_VEC": 8}
-            constants |= {"RANK": 512, "RANK_PAD": 512, "ROPE": 64, "ROPE_PAD": 64, **tile(512)}
-            yield aot.case(
-                f"{layout}{'_native' * native}", gather_kernel, pointers, constants,
-                odd=("table_stride", "scale_page", "scale_row", "rotated_page", "rotated_row"),
-                targets=fp8.CAST_TARGETS[native] if is_fp8 else None,
-                expect=("LDG.128", "STG.128"),
-            )  # fmt: skip
+    from ...testing.aot import AotCase, call, tensor
+
+    for layout, cache in (("bf16", tensor("bf16", 256, 64, 576)), ("fp8", tensor("u8", 256, 64, 656))):
+        gathered = call(
+            "mla_gather_kv", cache, tensor("i32", 8, 64), tensor("i32", 9), total_tokens=8192, layout=layout
+        )
+        yield AotCase(layout, gathered, expect=("LDG.128", "STG.128"))

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ... import arch
 from ...backends import interpreting
 from ..common import tuned
 from ..common.grouped import find_tile, group_rows, groups_padded, max_tiles, tile_order
 from ..common.launch import on_device
-from ..common.signature import signature_of
 
 
 @triton.jit
@@ -185,21 +185,14 @@ def heuristic(rows: int, groups: int, n: int, k: int, itemsize: int) -> Config:
     return Config(128, 128 if n <= 1024 else 256, 64, 8, 4 if n <= 1024 else 8, 3)
 
 
-# bytes of shared memory for a tile's stages, and the architectures that have them
-BUDGETS = {
-    225 * 1024: ("sm_90", "sm_100"),
-    160 * 1024: ("sm_80",),
-    96 * 1024: ("sm_89", "sm_120"),
-    62 * 1024: ("gfx942",),
-}
+# bytes of shared memory for a tile's stages: sm_90 and sm_100, sm_80, sm_89 and sm_120, gfx942
+BUDGETS = (225 * 1024, 160 * 1024, 96 * 1024, 62 * 1024)
 
 
 def budget_of(device: torch.device) -> int:
     if device.type != "cuda":
         return max(BUDGETS)
-    if torch.version.hip:
-        return min(BUDGETS)
-    there = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    there = arch.shared_memory(device)
     return max((budget for budget in BUDGETS if budget < there), default=min(BUDGETS))
 
 
@@ -251,14 +244,14 @@ def programs_of(tiles: int, device: torch.device) -> int:
     """A persistent grid: two programs per multiprocessor, or every tile its own in the interpreter."""
     if device.type != "cuda":
         return min(tiles, 4)
-    return min(tiles, 2 * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(tiles, 2 * arch.multiprocessors(device))
 
 
-def rows_fit_tma(*tensors: torch.Tensor) -> bool:
+def fit_tma(*tensors: torch.Tensor) -> bool:
     """Hopper and newer, two bytes an element, and not empty; bases and rows at multiples of 16 bytes."""
     device = tensors[0].device
     if device.type == "cuda":
-        if torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        if arch.capability(arch.of(device)) < 90:
             return False
     elif not interpreting():
         return False
@@ -266,6 +259,7 @@ def rows_fit_tma(*tensors: torch.Tensor) -> bool:
         t.element_size() == 2
         and t.numel() > 0
         and t.data_ptr() % 16 == 0
+        and t.stride(-1) == 1
         and t.stride(-2) > 0
         and t.stride(-2) * t.element_size() % 16 == 0
         for t in tensors
@@ -273,20 +267,9 @@ def rows_fit_tma(*tensors: torch.Tensor) -> bool:
 
 
 def can_use_tma(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Hopper and newer, 16-byte rows, and b's experts one after another (coordinates are 32-bit)."""
-    if a.device.type == "cuda":
-        if torch.version.hip or torch.cuda.get_device_capability(a.device)[0] < 9:
-            return False
-    elif not interpreting():
-        return False
-    experts, n, k = b.shape
-    return (
-        b.stride(2) == 1
-        and b.stride(0) == n * b.stride(1)
-        and all(t.data_ptr() % 16 == 0 and t.stride(-2) * t.element_size() % 16 == 0 for t in (a, b))
-        and experts * n < 2**31
-        and min(a.shape[0], n, k) > 0
-    )
+    """Whether descriptors reach all of a and b: b's experts lie one after another, since coordinates are 32-bit."""
+    experts, n, _ = b.shape
+    return fit_tma(a, b) and b.stride(0) == n * b.stride(1) and experts * n < 2**31
 
 
 def set_scratch(device: torch.device) -> None:
@@ -340,7 +323,7 @@ def grouped_matmul_wgrad(a, grad, offsets, a_index, grad_index, index_div, out_d
     if out.numel() == 0:
         return out
     tile = wgrad_config(n, k, a.element_size())
-    tma = a_index is None and grad_index is None and rows_fit_tma(a, grad)
+    tma = a_index is None and grad_index is None and fit_tma(a, grad)
     programs = programs_of(groups * triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(k, tile["BLOCK_K"]), a.device)
     with on_device(a):
         if tma:
@@ -354,48 +337,18 @@ def grouped_matmul_wgrad(a, grad, offsets, a_index, grad_index, index_div, out_d
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, launch, tensor, train
 
-    pointers = {"offsets": "i32", "index": "i32", "a_index": "i32", "grad_index": "i32"}
-    yield AotCase(
-        "gather_bf16",
-        gather_rows_kernel,
-        **signature_of(gather_rows_kernel, pointers | {"": "bf16"}, {"GROUPS": 128, "ROWS": 4, "BLOCK": 1024}, ("K",)),
-        options={"num_warps": 4},
-    )
+    offsets, groups, n, k = tensor("i32", 129), 128, 2048, 768
     for dtype in ("bf16", "fp16", "fp32"):
-        itemsize = 4 if dtype == "fp32" else 2
-        expect = ("MMA",) if itemsize == 2 else None
-        for rows in (8, 32, 64, 512) if dtype == "bf16" else (512,):
-            for budget, targets in BUDGETS.items():
-                with_tma = tuple(t for t in targets if t in ("sm_90", "sm_100", "sm_120"))
-                tile = fitted(heuristic(rows * 128, 128, 2048, 768, itemsize), 1, itemsize, budget)
-                for tma in (False, True) if itemsize == 2 and with_tma else (False,):
-                    constants = tile.tile | {
-                        "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "HAS_INDEX": not tma, "HAS_BIAS": False,
-                        "TMA": tma, "stride_bk": 1, "bias": None,
-                    }  # fmt: skip
-                    if tma:
-                        constants["index"] = None
-                    yield AotCase(
-                        f"fwd_{dtype}_m{rows}_{budget // 1024}k{'_tma' if tma else ''}",
-                        grouped_matmul_kernel,
-                        **signature_of(grouped_matmul_kernel, pointers | {"": dtype}, constants, ("N", "K")),
-                        options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                        targets=with_tma if tma else targets,
-                        expect=expect,
-                    )
-        tile = wgrad_config(2048, 768, itemsize)
-        constants = {name: value for name, value in tile.items() if name.isupper()} | {"GROUPS": 128}
-        for tma in (False, True) if itemsize == 2 else (False,):
-            indexed = {"A_INDEX": not tma, "GRAD_INDEX": False, "grad_index": None, "TMA": tma}
-            if tma:
-                indexed["a_index"] = None
-            yield AotCase(
-                f"wgrad_{dtype}{'_tma' if tma else ''}",
-                grouped_matmul_wgrad_kernel,
-                **signature_of(grouped_matmul_wgrad_kernel, pointers | {"": dtype}, constants | indexed, ("N", "K")),
-                options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
-                targets=("sm_90", "sm_100", "sm_120") if tma else None,
-                expect=expect,
-            )
+        products = ("MMA",) if dtype != "fp32" else ()
+        b = tensor(dtype, groups, n, k)
+        for rows in (512, 8, 32, 64) if dtype == "bf16" else (512,):
+            slots = rows * groups
+            a, index = tensor(dtype, slots // 8, k), tensor("i32", slots)
+            yield AotCase(f"{dtype}_m{rows}_gathered", train("grouped_matmul", a, b, offsets, index), expect=products)
+            a = tensor(dtype, slots, k)
+            yield AotCase(f"{dtype}_m{rows}", train("grouped_matmul", a, b, offsets), expect=products)
+    # only a measured configuration gathers first
+    slots, index = tensor("bf16", 8192, k), tensor("i32", 65536)
+    yield AotCase("gather_bf16", launch(gathered, slots, index, offsets, 8))

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 from ..common.launch import on_device
-from ..common.signature import signature_of
 
 
 @triton.jit
@@ -85,22 +84,8 @@ def moe_combine_bwd(grad, y, inverse, weights, top_k):
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, tensor, train
 
     for dtype in ("bf16", "fp32"):
-        pointers = {"inverse": "i32", "weights": "fp32", "dweights": "fp32", "": dtype}
-        forward = {"TOP_K": 8, "HAS_WEIGHTS": True, "BLOCK": 1024}
-        yield AotCase(
-            f"fwd_{dtype}",
-            moe_combine_fwd_kernel,
-            **signature_of(moe_combine_fwd_kernel, pointers, forward, ("H",)),
-            options={"num_warps": 4},
-            expect=("LDG.128",),
-        )
-        yield AotCase(
-            f"bwd_{dtype}",
-            moe_combine_bwd_kernel,
-            **signature_of(moe_combine_bwd_kernel, pointers, {"TOP_K": 8, "BLOCK": 1024}, ("H",)),
-            options={"num_warps": 4},
-            expect=("LDG.128",),
-        )
+        y, inverse, weights = tensor(dtype, 32768, 2048), tensor("i32", 32768), tensor("fp32", 4096, 8)
+        yield AotCase(dtype, train("moe_combine", y, inverse, weights), expect=("LDG.128",))

@@ -10,9 +10,7 @@ import triton.language as tl
 from ..common import tuned
 from ..common.grouped import find_tile, groups_padded, max_tiles, tile_order
 from ..common.launch import on_device
-from ..common.signature import signature_of
 from .grouped_matmul import (
-    BUDGETS,
     TRIED,
     Config,
     budget_of,
@@ -192,34 +190,16 @@ def moe_experts_act_bwd(z, dh, offsets, order, weights, activation, alpha, limit
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, tensor, train
 
+    experts, hidden, inner = 128, 2048, 768
     for dtype in ("bf16", "fp16", "fp32"):
-        itemsize = 4 if dtype == "fp32" else 2
-        pointers = {"offsets": "i32", "order": "i32", "": dtype}
-        for rows in (8, 64, 512) if dtype == "bf16" else (512,):
-            for budget, targets in BUDGETS.items():
-                tile = fitted(narrowed(heuristic(rows * 128, 128, 768, 2048, itemsize)), 2, itemsize, budget)
-                constants = tile.tile | {
-                    "GROUPS": 128, "GROUPS_PADDED": groups_padded(128), "GATHER": True, "HAS_BIAS": False, "SAVE": True,
-                    "ACTIVATION": "silu", "stride_wk": 1, "bias": None,
-                }  # fmt: skip
-                yield AotCase(
-                    f"up_{dtype}_m{rows}_{budget // 1024}k",
-                    moe_experts_up_kernel,
-                    **signature_of(moe_experts_up_kernel, pointers, constants, ("INNER", "K")),
-                    options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-                    targets=targets,
-                    expect=("MMA",) if itemsize == 2 else None,
-                )
-        yield AotCase(
-            f"act_bwd_{dtype}",
-            moe_experts_act_bwd_kernel,
-            **signature_of(
-                moe_experts_act_bwd_kernel,
-                {"offsets": "i32", "order": "i32", "weights": "fp32", "dweights": "fp32", "": dtype},
-                {"GROUPS": 128, "ACTIVATION": "silu", "BLOCK": 1024},
-                ("INNER",),
-            ),
-            options={"num_warps": 4},
-        )
+        up, down = tensor(dtype, experts, 2 * inner, hidden), tensor(dtype, experts, hidden, inner)
+        for rows in (512, 8, 64) if dtype == "bf16" else (512,):
+            tokens = rows * experts // 8
+            routing = tensor("fp32", tokens, 8), tensor("i32", tokens, 8)
+            yield AotCase(
+                f"{dtype}_m{rows}",
+                train("moe_experts", tensor(dtype, tokens, hidden), up, down, *routing),
+                expect={"moe_experts_up_kernel": ("MMA",)} if dtype != "fp32" else (),
+            )

@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 from ..common.launch import on_device
-from ..common.signature import signature_of
 
 
 @triton.jit
@@ -229,35 +228,14 @@ def moe_route_bwd(grad, logits, ids, score, renormalize, scale, nan_policy):
 
 
 def aot_cases():
-    from ...testing.aot import AotCase
+    from ...testing.aot import AotCase, tensor, train
 
-    pointers = {"bias": "fp32", "weights": "fp32", "ids": "i32", "grad": "fp32"}
-    for name, experts, top_k, score, groups, kept, biased in (
-        ("deepseek_v3", 256, 8, "sigmoid", 8, 4, True),
-        ("qwen3", 128, 8, "softmax", 1, 1, False),
-        ("kimi_k2", 384, 8, "sigmoid", 1, 1, True),
-        ("wide", 4096, 8, "softmax", 1, 1, False),
+    for name, experts, score, groups, kept, biased in (
+        ("deepseek_v3", 256, "sigmoid", 8, 4, True),
+        ("qwen3", 128, "softmax", 1, 1, False),
+        ("kimi_k2", 384, "sigmoid", 1, 1, True),
+        ("wide", 4096, "softmax", 1, 1, False),
     ):
-        tile = config(experts, groups)
-        options = {"num_warps": tile.pop("num_warps")}
-        common = {"EXPERTS": experts, "TOP_K": top_k, "SCORE": score, "RENORMALIZE": True, "NAN_ZERO": False, "KP": 8}
-        constants = common | tile | {"HAS_BIAS": biased, "GROUPS": groups, "TOPK_GROUP": kept, "TOP2": True}
-        if not biased:
-            constants["bias"] = None
-        yield AotCase(
-            f"fwd_{name}",
-            moe_route_fwd_kernel,
-            **signature_of(moe_route_fwd_kernel, pointers | {"logits": "fp32"}, constants),
-            options=options,
-        )
-        ep = triton.next_power_of_2(experts)
-        yield AotCase(
-            f"bwd_{name}",
-            moe_route_bwd_kernel,
-            **signature_of(
-                moe_route_bwd_kernel,
-                pointers | {"logits": "bf16", "grad_logits": "bf16"},
-                common | {"ROWS": min(16, max(1, 1024 // ep)), "EP": ep},
-            ),
-            options={"num_warps": 8 if ep > 2048 else 4},
-        )
+        bias = (tensor("fp32", experts),) if biased else ()
+        options = {"top_k": 8, "score": score, "n_group": groups, "topk_group": kept}
+        yield AotCase(name, train("moe_route", tensor("bf16", 4096, experts), *bias, **options))

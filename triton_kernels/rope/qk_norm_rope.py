@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ...reference.rope.rope import token_positions
-from ..common import aot
 from ..common.launch import on_device, vector_width
 from .rope import LAYOUTS, config, load_tables, position_strides, rotate_half, strides_of, token_rows
 
@@ -289,21 +288,11 @@ def qk_norm_rope_bwd(
 
 
 def aot_cases():
-    for kernel, elements in ((qk_norm_rope_kernel, 4096), (qk_norm_rope_bwd_kernel, 2048)):
-        for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
-            tile = config(heads, rotary, dim - rotary, elements)
-            constants = {
-                "HQ": heads[0], "HK": heads[1], "D": dim, "HALF": rotary // 2, "OFFSET": offset,
-                "INTERLEAVED": interleaved, "VEC": 8, "TABLE_VEC": 4, "pos_ptr": None, "cu_ptr": None, **tile,
-            }  # fmt: skip
-            pointers = {f"{name}_ptr": "bf16" for name in ("qg", "q", "qo", "kg", "k", "ko", "q_weight", "k_weight")}
-            pointers |= {f"{name}_ptr": "fp32" for name in ("cos", "sin", "q_partial", "k_partial")}
-            yield aot.case(
-                f"{layout}_{'bwd' if elements == 2048 else 'fwd'}",
-                kernel,
-                pointers,
-                constants,
-                floats=("eps", "weight_offset"),
-                odd=kernel.arg_names,
-                expect=("LDG.128", "STG.128"),
-            )
+    from ...testing.aot import AotCase, tensor, train
+
+    for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
+        table, weight = tensor("fp32", 8192, rotary // 2), tensor("bf16", dim)
+        q, k = (tensor("bf16", 2, 4096, h, dim) for h in heads)
+        options = {"interleaved": interleaved, "rotary_offset": offset}
+        run = train("qk_norm_rope", q, k, weight, weight, table, table, **options)
+        yield AotCase(layout, run, expect=("LDG.128", "STG.128"))

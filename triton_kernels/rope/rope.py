@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ...reference.rope.rope import token_positions
-from ..common import aot
 from ..common.launch import on_device, vector_width
 
 
@@ -263,37 +262,22 @@ LAYOUTS = (
 
 
 def aot_cases():
-    # (q, k?) x (in place?) x mrope
-    variants = (
-        ("qk", True, True, ""),
-        ("x", False, True, ""),
-        ("inplace", True, False, ""),
-        ("mrope", True, True, "m"),
-    )
+    from ...testing.aot import AotCase, call, tensor, train
+
     for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
-        for variant, with_k, copy, mrope in variants:
-            for dtype in ("bf16", "fp32") if layout == "llama" else ("bf16",):
-                if mrope and layout not in ("llama", "gptj"):
-                    continue
-                half = rotary // 2
-                tile = config(heads if with_k else heads[:1], rotary, dim - rotary)
-                constants = {
-                    "HQ": heads[0], "HK": heads[1] if with_k else 0, "D": dim, "HALF": half, "OFFSET": offset,
-                    "INTERLEAVED": interleaved, "CONJUGATE": variant == "x", "COPY": copy, "MROPE": bool(mrope),
-                    "MROPE_INTERLEAVED": interleaved, "SECTION_T": half - 40 if mrope else 0,
-                    "SECTION_H": 20 if mrope else 0, "SECTION_W": 20 if mrope else 0,
-                    "VEC": 16 // (2 if dtype == "bf16" else 4), "TABLE_VEC": 4, **tile,
-                }  # fmt: skip
-                constants |= {} if with_k else {"k_ptr": None, "ko_ptr": None}
-                constants |= {} if mrope else {"pos_ptr": None}
-                constants |= {} if variant == "x" else {"cu_ptr": None}
-                pointers = {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "cu_ptr": "i32"}
-                pointers |= {f"{name}_ptr": dtype for name in ("q", "qo", "k", "ko")}
-                yield aot.case(
-                    f"{layout}_{variant}_{dtype}",
-                    rope_kernel,
-                    pointers,
-                    constants,
-                    odd=rope_kernel.arg_names,
-                    expect=("LDG.128", "STG.128"),
-                )
+        table = tensor("fp32", 8192, rotary // 2)
+        options = {"interleaved": interleaved, "rotary_offset": offset}
+        for dtype in ("bf16", "fp32") if layout == "llama" else ("bf16",):
+            q, k = (tensor(dtype, 2, 4096, h, dim) for h in heads)
+            runs = {
+                "qk": train("rope_qk", q, k, table, table, **options),
+                "packed": call(
+                    "rope", tensor(dtype, 8192, heads[0], dim), table, table, None, tensor("i32", 9), **options
+                ),
+                "inplace": call("rope_qk_", q, k, table, table, **options),
+            }
+            if layout in ("llama", "gptj"):
+                section = {"mrope_section": (rotary // 2 - 40, 20, 20), "mrope_interleaved": interleaved}
+                runs["mrope"] = call("rope_qk", q, k, table, table, tensor("i64", 3, 2, 4096), **options, **section)
+            for variant, run in runs.items():
+                yield AotCase(f"{layout}_{variant}_{dtype}", run, expect=("LDG.128", "STG.128"))

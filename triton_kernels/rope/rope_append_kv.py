@@ -8,8 +8,7 @@ import triton.language as tl
 
 from ...reference.rope.rope import token_positions
 from ...reference.rope.rope_append_kv import check_slots
-from ..common import aot
-from ..common.fp8 import CAST_TARGETS, encode, native_cast
+from ..common.fp8 import encode, native_cast
 from ..common.launch import on_device, vector_width
 from .rope import (
     LAYOUTS,
@@ -171,24 +170,13 @@ def rope_append_kv_fwd(
 
 
 def aot_cases():
+    from ...testing.aot import AotCase, call, tensor
+
     for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
-        for cache, native in (("bf16", False), ("u8", True), ("u8", False)):
-            tile = config(heads, rotary, dim - rotary)
-            fp8 = cache == "u8"
-            constants = {
-                "HQ": heads[0], "HK": heads[1], "D": dim, "DV": dim, "HALF": rotary // 2, "OFFSET": offset,
-                "INTERLEAVED": interleaved, "VEC": 8, "CACHE_VEC": 8, "TABLE_VEC": 4, "FP8": fp8, "NATIVE": native,
-                "WIDE_SLOTS": False, "BLOCK_V": 128, **tile,
-            }  # fmt: skip
-            pointers = {f"{name}_ptr": "bf16" for name in ("q", "qo", "k", "v")} | {"kc_ptr": cache, "vc_ptr": cache}
-            pointers |= {"cos_ptr": "fp32", "sin_ptr": "fp32", "pos_ptr": "i64", "slot_ptr": "i32"}
-            yield aot.case(
-                f"{layout}_{cache}{'_native' * native}",
-                rope_append_kv_kernel,
-                pointers,
-                constants,
-                floats=("k_scale", "v_scale"),
-                odd=rope_append_kv_kernel.arg_names,
-                targets=CAST_TARGETS[native] if fp8 else None,
-                expect=("LDG.128", "STG.128"),
-            )
+        table, where = tensor("fp32", 8192, rotary // 2), tensor("i64", 2, 4096)
+        q, k = (tensor("bf16", 2, 4096, h, dim) for h in heads)
+        for cache in ("bf16", "fp8"):
+            pages = tensor(cache, 256, 64, heads[1], dim)
+            inputs = q, k, k, table, table, where, pages, pages, where
+            run = call("rope_append_kv", *inputs, interleaved=interleaved, rotary_offset=offset)
+            yield AotCase(f"{layout}_{cache}", run, expect=("LDG.128", "STG.128"))

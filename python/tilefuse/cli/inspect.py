@@ -1,8 +1,8 @@
 """Compile every kernel for every GPU architecture and show what the compiler made of it. Needs no GPU.
 
-Registers, stack, shared memory, spills, 128-bit accesses and matrix instructions of each Triton configuration and each
-kernel of the CUDA library. Exits with 1 when a kernel spills, lacks an instruction that it should have, or got worse
-than the baseline in tests/resources (in a source checkout).
+Registers, stack, shared memory, spills, 128-bit accesses and matrix instructions of each Triton kernel that the calls
+of a module's aot_cases() launch, and of each kernel of the CUDA library. Exits with 1 when a kernel spills, lacks an
+instruction that it should have, or got worse than the baseline in tests/resources (in a source checkout).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _row(record: dict[str, Any], bad: bool) -> list[Any]:
     name = f"{record['family']}/{record['op']}"
     backend = "CUDA C++" if record["backend"] == "cuda" else "Triton"
-    head = [name, record["case"], backend, record["target"]]
+    kernel = f"{record['case']}/{record['kernel']}" if record["backend"] == "triton" else record["case"]
+    head = [name, kernel, backend, record["target"]]
     if record["error"]:
         return [*head, *[""] * 7, "failed: does not compile"]
     matrix = ", ".join(f"{count} {name}" for name, count in record["matrix"].items())
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for path in aot.write_baseline(result):
             console.say(f"wrote {path}")
     problems = aot.problems(result)
-    header = ["op", "case", "backend", "target", "registers", "stack", "spills", "shared"]
+    header = ["op", "kernel", "backend", "target", "registers", "stack", "spills", "shared"]
     header += ["128-bit loads", "128-bit stores", "matrix", "state"]
     rows = [_row(r, any(p.startswith(aot.label(r) + ":") for p in problems)) for r in result["records"]]
     compilers = [f"{name} {result[name]}" for name in ("triton", "nvcc") if result[name]]

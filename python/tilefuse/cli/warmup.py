@@ -1,8 +1,8 @@
 """Compile kernels ahead of time, so that no first request pays for it.
 
 With a GPU: runs every op once on the shapes of the benchmark cases (and its sample inputs with --samples), which
-fills Triton's cache for that GPU. With --arch: compiles what the resource gate lists for that architecture; this
-needs no GPU and fills the same cache (TRITON_CACHE_DIR), say while a container image is built.
+fills Triton's cache for that GPU. With --arch: compiles what the calls of the resource gate launch on that
+architecture; this needs no GPU and fills the same cache (TRITON_CACHE_DIR), say while a container image is built.
 """
 
 from __future__ import annotations
@@ -55,26 +55,29 @@ def _finish(console: Console, what: str, done: int, problems: list[str], began: 
 
 def _ahead(console: Console, target: str, families: list[str]) -> int:
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from ..testing import aot
 
-    found, _ = aot.cases(m for m in aot.modules() if not families or m[0] in families)
-    found = [(family, op, case) for family, op, case in found if case.targets is None or target in case.targets]
-    capability = arch.capability(target)
-    gpu = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", target, 64)
+    # launches of one binary are compiled once
+    found = {
+        launch.key: (f"{op}: {case.name}", launch)
+        for family, op, module in aot.modules()
+        if not families or family in families
+        for case in aot.cases(module)
+        if target in (case.targets or (target,))
+        for launch in aot.record(case, target, f"{family}/{op}")
+    }
     problems: list[str] = []
     began = time.monotonic()
     with console.progress(len(found), "compile") as progress:
-        for _, op, case in found:
-            progress.start(f"{op}: {case.name}")
+        for name, launch in found.values():
+            progress.start(f"{name} {launch.name}")
             try:
                 # not through the gate, which keeps figures and not binaries
-                source = ASTSource(case.jit, dict(case.signature), dict(case.constexprs), case.resolved_attrs())
-                triton.compile(source, target=gpu, options=dict(case.options))
+                launch.compile()
             except Exception as error:
-                problems.append(f"{op}: {case.name}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}")
+                lines = str(error).strip().splitlines()[-1:]
+                problems.append(f"{name} {launch.name}: {type(error).__name__}: {lines}")
             progress.done()
     console.say(f"cache: {os.environ.get('TRITON_CACHE_DIR', triton.knobs.cache.dir)}")
     return _finish(console, f"kernels for {target}", len(found) - len(problems), problems, began)

@@ -1,0 +1,182 @@
+"""What Triton's launcher makes of launches, in a process of its own, without the interpreter; prints JSON.
+
+``keys``: for each kernel of the gate's cases, whether the launcher asks for the binary that was recorded.
+``binaries``: for each kernel, what its launches with other lengths, batches and windows compile anew.
+"""
+
+import json
+import sys
+import types
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._pytree import tree_map_only
+
+from tilefuse.testing import aot
+from tilefuse.testing.aot import call, tensor, train
+from tilefuse.testing.aot.recorder import Launch, gpu_target
+
+TARGET = "sm_90"
+
+
+def asked(recorded: Launch) -> Launch:
+    """What ``JITFunction.run`` compiles for real tensors of the same layout."""
+
+    def real(x: torch.Tensor) -> torch.Tensor:
+        size = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
+        return torch.empty(size, dtype=x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    compiled = []
+
+    def compile(source, target, options):
+        compiled.append(Launch(source, target, types.SimpleNamespace(**options), (), {}))
+
+    recorded.kernel.device_caches.clear()
+    with mock.patch("triton.compiler.compile", compile):
+        args, keywords = tree_map_only(torch.Tensor, real, (recorded.args, dict(recorded.keywords)))
+        recorded.kernel.run(*args, grid=(1,), warmup=True, **keywords)
+    (launch,) = compiled
+    return launch
+
+
+def keys() -> dict[str, bool]:
+    """kernel of a case -> whether both are the same."""
+    device = types.SimpleNamespace(
+        get_current_target=lambda: gpu_target(TARGET), get_current_device=lambda: 0, get_current_stream=lambda _: 0
+    )
+    triton.runtime.driver.set_active(device)
+    found = {}
+    for family, op, module in aot.modules():
+        for case in aot.cases(module):
+            for launch in aot.record(case, TARGET, f"{family}/{op}"):
+                real = asked(launch)
+                same = (real.source.hash(), vars(real.options)) == (launch.source.hash(), vars(launch.options))
+                found[f"{family}/{op}/{case.name}/{launch.name}"] = same
+    return found
+
+
+def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
+    """(path of an op, a call of it) of every op with Triton kernels, in one dtype and one width."""
+
+    def x(*shape: int) -> Any:
+        return tensor("bf16", batch, length, *shape)
+
+    def tokens(*shape: int, dtype: str = "bf16") -> Any:
+        return tensor(dtype, batch * length, *shape)
+
+    qkv = x(8, 64), x(2, 64), x(2, 64)
+    packed = (tokens(8, 64), tokens(2, 64), tokens(2, 64), None, None, *(tensor("i32", batch + 1),) * 2)
+    per_head = tensor("fp32", 8)
+    band = {"window": (window, window + 1)}
+    every = {"dilation": window % 7 + 2, "sink_tokens": window % 5 + 1, "softcap": 30.0}
+    yield "attention/window_attention", train("window_attention", *qkv, **band)
+    yield "attention/window_attention", train("window_attention", *packed, **band)
+    yield "attention/window_attention", train("window_attention", *qkv, per_head, per_head, **band, **every)
+    index, mask = tensor("i64", batch, window % 40 + 1), tensor("bool", batch, length)
+    yield "attention/global_attention", train("global_attention", *qkv, index, *qkv, mask, **band)
+    rows = -(-length // 64)
+    lists = tensor("i32", 1, 8, rows + 1), tensor("i32", 8 * rows + window), mask
+    yield "attention/block_sparse_attention", train("block_sparse_attention", *qkv, *lists, causal=True)
+    pages, table, lengths = tensor("bf16", window, 64, 2, 64), tensor("i32", batch, window), tensor("i32", batch)
+    decode = tensor("bf16", batch, 1, 8, 64), pages, pages, table, lengths
+    yield "attention/paged_attention", call("paged_attention", *decode, window=(window, 0))
+
+    half, where, codes = (
+        tensor("fp32", length + window, 32),
+        tensor("i64", batch, length),
+        tensor("u8", window, 64, 656),
+    )
+    bounds = tensor("i32", batch + 1)
+    yield "rope/rope", train("rope_qk", *qkv[:2], half, half, where)
+    yield "rope/rope", call("rope", tokens(8, 64), half, half, None, bounds)
+    yield "rope/rope", call("rope_qk_", *qkv[:2], half, half, tensor("i64", 3, batch, length), mrope_section=(16, 8, 8))
+    yield "rope/qk_norm_rope", train("qk_norm_rope", *qkv[:2], *(tensor("bf16", 64),) * 2, half, half, where)
+    cache = tensor("bf16", window, 64, 2, 64)
+    yield "rope/rope_append_kv", call("rope_append_kv", *qkv, half, half, where, cache, cache, where)
+
+    place = tokens(dtype="i64")
+    latent = tokens(576), tensor("bf16", 512), half, half, place
+    yield "mla/mla_compress_kv", train("mla_compress_kv", *latent)
+    yield "mla/mla_append_kv", call("mla_append_kv", *latent, codes, place, layout="fp8")
+    yield (
+        "mla/mla_absorb_query",
+        train("mla_absorb_query", tokens(8, 192), tensor("bf16", 8, 128, 512), half, half, place),
+    )
+    dims = {"kv_lora_rank": 512, "nope_dim": 128, "v_dim": 128}
+    yield "mla/mla_expand_kv", train("mla_expand_kv", tokens(576), tensor("bf16", 8 * 256, 512), **dims)
+    yield "mla/mla_gather_kv", call("mla_gather_kv", codes, table, bounds, total_tokens=batch * length, layout="fp8")
+    yield "mla/mla_attention", train("mla_attention", x(8, 192), x(8, 192), x(8, 128), softmax_scale=0.1)
+    yield (
+        "mla/mla_attention",
+        train("mla_attention", tokens(8, 192), tokens(8, 192), tokens(8, 128), bounds, bounds, softmax_scale=0.1),
+    )
+    scaled = {"softmax_scale": 0.1, "layout": "fp8"}
+    query = tensor("bf16", batch, 1, 16, 576)
+    yield "mla/mla_decode", call("mla_decode", query, codes, table, lengths, window=window, **scaled)
+    yield "mla/mla_decode", call("mla_sparse_decode", query, codes, tensor("i32", batch, 1, window), **scaled)
+    out, lse = x(8, 64), tensor("fp32", batch, 8, length)
+    yield "mla/merge_attention", train("merge_attention", out, lse, out, lse)
+
+    ids, weights = tokens(4, dtype="i32"), tokens(4, dtype="fp32")
+    up, down, ends = tensor("bf16", 16, 512, 256), tensor("bf16", 16, 256, 256), tensor("i32", 17)
+    yield "moe/moe_plan", call("moe_plan", ids, 16)
+    yield "moe/moe_route", train("moe_route", tokens(16, dtype="fp32"), top_k=4)
+    slots = batch * length * 4
+    yield "moe/moe_combine", train("moe_combine", tensor("bf16", slots, 256), tensor("i32", slots), weights)
+    yield "moe/moe_experts", train("moe_experts", tokens(256), up, down, weights, ids)
+    yield "moe/grouped_matmul", train("grouped_matmul", tokens(256), up, ends, tensor("i32", slots))
+    yield "moe/grouped_matmul", train("grouped_matmul", tokens(256), up, ends)
+
+    a, a_scale = tokens(256, dtype="fp8"), tokens(2, dtype="fp32")
+    yield "fp8/matmul", call("fp8_matmul", a, a_scale, tensor("fp8", 512, 256), tensor("fp32", 4, 2))
+    experts = tensor("fp8", 16, 512, 256), tensor("fp32", 16, 4, 2)
+    yield "fp8/grouped_matmul", call("fp8_grouped_matmul", a, a_scale, *experts, ends)
+    yield "fp8/quantize", call("fp8_quantize", tokens(256))
+    yield "fp8/quantize", call("fp8_quantize", tokens(256), block=(128, 128))
+    yield "fp8/quantize", call("fp8_quantize_dual", tokens(256))
+    yield "fp8/quantize", call("fp8_dequantize", a, a_scale)
+    yield "fp8/rms_norm_quantize", call("rms_norm_quantize", tokens(256), tensor("bf16", 256), tokens(256))
+    yield "fp8/silu_mul_quantize", call("silu_mul_quantize", tokens(512))
+
+
+# lengths and windows beside and at multiples of 16, and one, which Triton makes a constant
+SIZES = ((1, 1, 1), (1, 1000, 511), (2, 1024, 512), (3, 1025, 33), (16, 4096, 4097))
+
+
+def binaries() -> dict[str, dict[str, list[str]]]:
+    """kernel -> ``arguments`` that make binaries of equal constants differ, and ``constants`` that differ."""
+    groups: dict[tuple[Any, ...], list[dict[str, str]]] = {}
+    constants: dict[tuple[Any, ...], list[dict[str, str]]] = {}
+    for size in SIZES:
+        for number, (module, run) in enumerate(calls(*size)):
+            times: Counter[str] = Counter()
+            for launch in aot.record(aot.AotCase("", run), TARGET, module):
+                source, names = launch.source, launch.kernel.arg_names
+                chosen = {
+                    names[p.num]: str(source.constants.get((p.num,), ""))
+                    for p in launch.kernel.params
+                    if p.is_constexpr
+                }
+                rest = {name: f"{source.signature[name]} " for name in names if name not in chosen}
+                for path, value in (*source.constants.items(), *source.attrs.items()):
+                    if names[path[0]] in rest:
+                        rest[names[path[0]]] += f"{path} {value} "
+                # the n-th launch of a kernel by a call, such as the one of its backward
+                name = (f"{module}/{launch.name}", number, times[launch.name])
+                times[launch.name] += 1
+                constants.setdefault(name, []).append(chosen)
+                groups.setdefault((*name, str(chosen), str(launch.options)), []).append(rest)
+    found: dict[str, dict[str, set[str]]] = {}
+    for kind, described in (("arguments", groups), ("constants", constants)):
+        for (kernel, *_), launches in described.items():
+            differing = {name for name in launches[0] if len({launch[name] for launch in launches}) > 1}
+            found.setdefault(kernel, {}).setdefault(kind, set()).update(differing)
+    return {kernel: {kind: sorted(names) for kind, names in kinds.items()} for kernel, kinds in found.items()}
+
+
+if __name__ == "__main__":
+    json.dump({"keys": keys, "binaries": binaries}[sys.argv[1]](), sys.stdout)
