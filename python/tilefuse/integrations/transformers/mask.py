@@ -143,8 +143,9 @@ def _function(stock_function: Callable[..., Tensor | None]) -> Callable[..., Ten
             return stock_function(mask_function=mask_function, **arguments)
         # the contents of tensors decide below, and a graph cannot depend on them
         tracing = is_tracing(attention_mask) or is_tracing(q_offset if isinstance(q_offset, Tensor) else None)
+        compiling = torch.compiler.is_dynamo_compiling()
         # one entry stands for all: what is asked is whether there is a mask at all
-        found = stock_function(mask_function=mask_function if tracing else _everything, **arguments)
+        found = stock_function(mask_function=mask_function if compiling else _everything, **arguments)
         if found is None:
             return None
         padding = stock.prepare_padding_mask(attention_mask, kv_length, kv_offset)
@@ -154,8 +155,8 @@ def _function(stock_function: Callable[..., Tensor | None]) -> Callable[..., Ten
             rule, batch_size, q_length, kv_length, q_offset, kv_offset, padding, tracing, found.device
         )  # fmt: skip
         if compact is None:
-            return found if tracing else stock_function(mask_function=mask_function, **arguments)
-        if torch.compiler.is_dynamo_compiling():
+            return found if compiling else stock_function(mask_function=mask_function, **arguments)
+        if compiling:
             traced = found.as_subclass(TracedMask)
             traced.compact = compact
             return traced

@@ -1,0 +1,293 @@
+"""What ``patch`` promises besides the numbers of a forward: where it works, what it leaves alone, what lasts."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tilefuse.testing import assert_bit_equal
+
+pytest.importorskip("transformers", reason="needs transformers (pip install tilefuse[transformers])")
+
+import transformers
+
+from tilefuse.integrations.transformers import patch, rebuild, register, rope, unpatch, verified
+
+
+@pytest.fixture(autouse=True)
+def _auto_backend():
+    import tilefuse
+
+    tilefuse.backend("auto")
+
+
+def tokens(seed=0, batch=2, length=18):
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model, ids, **more):
+    with torch.no_grad():
+        return model(ids, **more).logits
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def attention_calls(report):
+    """What all attention calls ran on, over all modules."""
+    return {what for counts in report.calls().values() for what in counts}
+
+
+def test_configs_are_not_touched(tiny):
+    model = tiny("mixtral", attn_implementation="eager")
+    before = model.config.to_dict()
+    owners = [module.__dict__.get("config") for module in model.modules()]
+    patch(model)
+    assert all(module.__dict__.get("config") is config for module, config in zip(model.modules(), owners))
+    assert model.config.to_dict() == before and model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
+def test_a_pickled_model_comes_back_patched(tiny, name):
+    model = tiny(name)
+    ids = tokens()
+    stock = logits(model, ids)
+    report = patch(model)
+    patched = logits(model, ids)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False), copy.deepcopy(model)):
+        assert_bit_equal(logits(twin, ids), patched)
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+        assert not logits(twin, ids).any() and logits(model, ids).any()
+        twin.lm_head.load_state_dict(model.lm_head.state_dict())
+        again = patch(twin)
+        assert dict(again) == dict(report)
+        assert attention_calls(again) == {"window_attention"}
+        unpatch(twin)
+        assert_bit_equal(logits(twin, ids), stock)
+
+
+def test_another_process_loads_it_patched(tiny, tmp_path):
+    model = tiny("qwen3")
+    patch(model)
+    torch.save(model, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; m = torch.load(sys.argv[1], weights_only=False); "
+        "from tilefuse.integrations.transformers import patch; "
+        "print(len(patch(m).changed), 'forward' in m.model.layers[0].self_attn.__dict__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")],
+        capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["2", "True"]
+
+
+def test_a_copy_that_cannot_be_made_again_is_stock(tiny, monkeypatch):
+    model = tiny("llama")
+    ids = tokens()
+    stock = logits(model, ids)
+    patch(model)
+    data = pickle.dumps(model)
+    monkeypatch.setattr(rebuild, "_built", {})
+    monkeypatch.setattr(rebuild, "copy", lambda *arguments: None)
+    with pytest.warns(UserWarning, match="is loaded as Hugging Face's own"):
+        twin = pickle.loads(data)
+    assert_bit_equal(logits(twin, ids), stock)
+
+
+@pytest.mark.parametrize("where", ["meta", "default dtype", "default device"])
+def test_where_patch_may_be_called(tiny, where, monkeypatch):
+    """A probe that fails here must not stand for the rest of the process either."""
+    monkeypatch.setattr(rope, "_found", {})
+    monkeypatch.setattr(rebuild, "_built", {})
+    models = [tiny(name) for name in ("qwen3", "deepseek_v2", "gpt_oss")]
+    expected = [logits(model, tokens()) for model in models]
+    try:
+        if where == "default dtype":
+            torch.set_default_dtype(torch.bfloat16)
+        elif where == "default device":
+            torch.set_default_device("meta")
+        with torch.device("meta" if where == "meta" else "cpu"):
+            reports = [patch(model) for model in models]
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device("cpu")
+        torch.set_default_device(None)
+    for model, report, stock in zip(models, reports, expected):
+        assert "rope" in report["model.layers.0.self_attn"].changed
+        close(logits(model, tokens()), stock)
+        assert attention_calls(report) == {"window_attention"}
+
+
+def test_one_graph_for_all_lengths(tiny):
+    model = tiny("llama")
+    expected = [logits(model, tokens(length=length), use_cache=False) for length in range(18, 30)]
+    patch(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    for length, stock in zip(range(18, 30), expected):
+        close(logits(compiled, tokens(length=length), use_cache=False), stock)
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+    called = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+    assert not any("scaled_dot_product" in name for name in called)
+
+
+def test_packed_sequences_in_one_graph(tiny):
+    model = tiny("mistral")
+    cases = []
+    for lengths in ((7, 11), (9, 12), (3, 8, 13)):
+        ids = tokens(length=sum(lengths))
+        positions = torch.cat([torch.arange(n) for n in lengths])[None].expand(2, -1)
+        cases.append((ids, positions, logits(model, ids, position_ids=positions, use_cache=False)))
+    patch(model)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
+    for ids, positions, stock in cases:
+        close(logits(compiled, ids, position_ids=positions, use_cache=False), stock)
+    torch._dynamo.reset()
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_export_with_a_dynamic_length(tiny, strict):
+    model = tiny("mistral")
+    ids = tokens()
+    patch(model)
+    length = torch.export.Dim("length", min=4, max=64)
+    program = torch.export.export(
+        model, (), {"input_ids": ids, "use_cache": False}, strict=strict,
+        dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+    )  # fmt: skip
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    assert any("window_attention" in name for name in called)
+    assert not any("scaled_dot_product" in name for name in called)
+    unpatch(model)
+    for other in (18, 33):
+        ids = tokens(1, length=other)
+        close(program.module()(input_ids=ids, use_cache=False).logits, logits(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3"])
+@pytest.mark.parametrize("how", ["argument", "config"])
+def test_attention_weights_of_an_eager_model(tiny, name, how):
+    model = tiny(name, attn_implementation="eager")
+    more = {"output_attentions": True} if how == "argument" else {}
+    model.config.output_attentions = how == "config"
+    with torch.no_grad():
+        expected = model(tokens(), **more).attentions
+        report = patch(model)
+        found = model(tokens(), **more).attentions
+    assert len(found) == len(expected) == 2
+    for a, b in zip(found, expected):
+        close(a, b)
+    assert attention_calls(report) == {"eager: attention weights are asked for"}
+
+
+def test_implementations_that_are_chosen_after_patch(tiny):
+    model = tiny("mixtral")
+    ids = tokens()
+    stock = logits(model, ids)
+    report = patch(model)
+    model.set_experts_implementation("eager")
+    called = []
+    # the fused kernel calls no activation
+    model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda *_: called.append(1))
+    close(logits(model, ids), stock)
+    assert called
+    model.set_attn_implementation("eager")
+    close(logits(model, ids), stock)
+    assert attention_calls(report) == {"window_attention"}
+
+
+def test_a_keyword_that_no_one_knows_goes_to_stock_whole(tiny):
+    model = tiny("llama")
+    report = patch(model)
+    attention = model.model.layers[0].self_attn
+    hidden, tables = torch.randn(1, 5, 64), (torch.ones(1, 5, 16), torch.zeros(1, 5, 16))
+    expected = attention(hidden, position_embeddings=tables, attention_mask=None)[0]
+    bias = torch.randn(1, 4, 5, 5)
+    biased = attention(hidden, position_embeddings=tables, attention_mask=None, position_bias=bias)[0]
+    assert (biased - expected).abs().max() > 1e-3
+    assert report.calls()["model.layers.0.self_attn"] == {
+        "window_attention": 1, "sdpa: it has the argument position_bias": 1,
+    }  # fmt: skip
+
+
+def test_generate_batch(tiny):
+    model = tiny("llama")
+    prompts = [ids.tolist() for ids in (tokens(0, 1, 5)[0], tokens(1, 1, 9)[0])]
+    settings = transformers.GenerationConfig(
+        max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0, num_blocks=8, max_batch_tokens=64
+    )
+    results = []
+    for _ in range(2):
+        out = model.generate_batch(prompts, generation_config=settings)
+        results.append([request.generated_tokens for request in out.values()])
+        patch(model)
+    assert results[0] == results[1] and all(len(found) == 4 for found in results[0])
+
+
+def test_types_that_are_not_verified(tiny, monkeypatch):
+    monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": {}})
+    model = tiny("qwen3_moe")
+    ids = tokens()
+    stock = logits(model, ids)
+    report = patch(model)
+    assert report["model.layers.0.self_attn"].changed == "rope"
+    assert report["model.layers.0.self_attn"].left == "attention: qwen3_moe is not verified"
+    assert {"experts", "router"} <= set(report.changed.values())
+    close(logits(model, ids), stock)
+    assert not report.calls()
+    unpatch(model)
+    report = patch(model, unverified=True)
+    assert "attention" in report["model.layers.0.self_attn"].changed and not report.left
+    close(logits(model, ids), stock)
+    unpatch(model)
+    monkeypatch.setattr(verified, "record", lambda: {"transformers": ["4.0"], "types": {"qwen3_moe": {}}})
+    assert "verified with transformers 4.0, this is 5." in str(patch(model))
+
+
+def test_a_difference_is_found_before_anyone_uses_it(tiny, monkeypatch):
+    from tilefuse.integrations.transformers import attention
+
+    monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": {}})
+    model = tiny("llama").train()
+    ours = attention.window_attention
+    monkeypatch.setattr(attention, "window_attention", lambda *a, window, **more: ours(*a, window=(3, 0), **more))
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM patched differs from Hugging Face's by"):
+        patch(model, unverified=True)
+    assert "forward" not in model.model.layers[0].self_attn.__dict__ and model.training
+    with pytest.raises(RuntimeError, match="could not be compared"):
+        patch(tiny("llama").to("meta"), unverified=True)
+
+
+def test_names_are_refused_to_types_that_are_not_verified(config_of, monkeypatch):
+    register()
+    model = transformers.AutoModelForCausalLM.from_config(config_of("llama"), attn_implementation="tilefuse").eval()
+    logits(model, tokens())
+    monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": {}})
+    with pytest.raises(ValueError, match="verified model types only: llama is not verified"):
+        model(tokens())
