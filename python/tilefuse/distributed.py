@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import errors
+from . import errors, library
 from .ops.moe.moe_combine import moe_combine, moe_combine_fwd
 from .ops.moe.moe_plan import moe_plan
 
@@ -214,7 +214,7 @@ class _Gather(torch.autograd.Function):
         return _rows_or_zero(x, sources, used)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @library.once_differentiable
     def backward(ctx, grad):
         (inverse,) = ctx.saved_tensors
         top_k, shape = ctx.options

@@ -52,12 +52,12 @@ def check_last_dim_contiguous(tensor: Tensor) -> Tensor:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must see this call."""
+    """Whether the op must apply its ``autograd.Function``. Under a transform of torch.func the kernel op does it."""
     if torch.is_grad_enabled():
         # a loop: any() over a generator costs three times as much
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return True
+                return torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
     return False
 
 

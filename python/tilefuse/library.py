@@ -16,6 +16,7 @@ equal a default.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import threading
@@ -28,18 +29,22 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from . import arch, backends, native
 from .backends import Candidate
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+FunctionClass = TypeVar("FunctionClass", bound=type[torch.autograd.Function])
 
 LIBRARY = torch.library.Library("tilefuse", "FRAGMENT")
 STANDARD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _kernels: dict[str, Kernel] = {}
 _ops: dict[str, Op] = {}
-# while `explain` traces a call, kernels of that thread note themselves and their arguments in `calls`
+# while `explain` traces a call, kernels of that thread note themselves and their arguments in `calls`;
+# `in_forward` tells the forward of a Function from a user's no_grad
 _trace = threading.local()
 # what eager calls ask each time, bound once; torch's stubs lack some of it
 _C: Any = torch._C
@@ -108,6 +113,7 @@ class Kernel:
         dtypes: Mapping[str, tuple[torch.dtype, ...]],
         when: Mapping[str, Callable[..., str | None]],
         dtype_arg: int,
+        linear: Sequence[str],
     ):
         self.schema = schema
         self.name = schema.split("(", 1)[0]
@@ -116,6 +122,11 @@ class Kernel:
         self.dtypes = dtypes
         self.when = when
         self.dtype_arg = dtype_arg
+        self.arguments = tuple(a.name for a in torch._C.parse_schema(schema).arguments)
+        self.mutated = mutated_arguments(schema)
+        self.linear = tuple(linear)
+        # the autograd.Function that differentiates this kernel, see `gradient_of`
+        self.gradient: type[torch.autograd.Function] | None = None
         # (generation of the setting, (device index, dtype) -> implementations in order of preference); replaced as
         # one object, so that another thread never sees choices of an older setting
         self._cache: tuple[int, dict[tuple[int, torch.dtype], list[tuple[Any, Any]]]] = (-1, {})
@@ -198,6 +209,7 @@ def kernel(
     dtypes: Mapping[str, tuple[torch.dtype, ...]] | None = None,
     when: Mapping[str, Callable[..., str | None]] | None = None,
     dtype_arg: int = 0,
+    linear: Sequence[str] = (),
 ) -> Callable[..., Any]:
     """Defines a kernel op and returns the function that calls it.
 
@@ -213,9 +225,12 @@ def kernel(
             compiled backends default to float32, bfloat16 and float16.
         when: backend -> predicate that refuses a call with a reason.
         dtype_arg: position of the tensor whose device and dtype choose the backend.
+        linear: for forward mode, the terms of the tangent. Each is a string of argument names that are replaced by
+            their tangents; ``-name`` leaves an argument out. ``("q k",)``: linear in both together, ``("a -bias",
+            "b bias")``: the product of a and b, plus bias. A tangent of any other argument is refused.
     """
     limits = {b: STANDARD_DTYPES for b in backends if b != "reference"} | dict(dtypes or {})
-    entry = Kernel(schema, module, tuple(backends), limits, dict(when or {}), dtype_arg)
+    entry = Kernel(schema, module, tuple(backends), limits, dict(when or {}), dtype_arg, linear)
     name = entry.name
     _kernels[name] = entry
 
@@ -227,15 +242,22 @@ def kernel(
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # the bound method: calling an instance goes through a slot that costs 0.2 us
-    run = _bumping_versions(entry, mutated_arguments(schema)) if "!" in schema else entry.__call__
+    run = _bumping_versions(entry) if entry.mutated else entry.__call__
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
     torch.library.register_fake(f"tilefuse::{name}", traced_fake, lib=LIBRARY)
     overload = getattr(torch.ops.tilefuse, name).default
 
+    def below_autograd(*args: Any) -> Any:
+        first = args[dtype_arg]
+        if type(first) is Tensor and not first.is_meta and not _dispatch_modes() and _transforms() is None:
+            return run(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+
     def call(*args: Any) -> Any:
         first = args[dtype_arg]
-        # fake and meta tensors, subclasses, modes, transforms, tracing and profiling need the dispatcher
+        # fake and meta tensors, subclasses, modes, transforms, tracing, profiling and forward mode need the dispatcher
         if (
             not _compiling()
             and type(first) is Tensor
@@ -244,10 +266,12 @@ def kernel(
             and not _function_modes()
             and _transforms() is None
             and not _profiling()
+            and forward_ad._current_level < 0
         ):
             return run(*args)
         return overload(*args)
 
+    LIBRARY.impl(name, partial(_differentiated, entry, overload, below_autograd), "Autograd")
     call.__name__ = call.__qualname__ = name
     return call
 
@@ -258,17 +282,145 @@ def mutated_arguments(schema: str) -> tuple[int, ...]:
     return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
-def _bumping_versions(entry: Kernel, mutated: tuple[int, ...]) -> Callable[..., Any]:
+def _bumping_versions(entry: Kernel) -> Callable[..., Any]:
     """Autograd notices a change of a saved tensor by its version, which C++ on the stable ABI cannot raise."""
 
     def run(*args: Any) -> Any:
         result = entry(*args)
-        for i in mutated:
+        for i in entry.mutated:
             if args[i] is not None and not args[i].is_inference():
                 torch.autograd.graph.increment_version(args[i])
         return result
 
     return run
+
+
+def gradient_of(kernel: Callable[..., Any]) -> Callable[[FunctionClass], FunctionClass]:
+    """Decorates the ``autograd.Function`` that differentiates a kernel op and takes the same arguments.
+
+    Eager calls apply it themselves; ``torch.func.grad`` and ``vjp``, eager and compiled, find it here.
+    """
+
+    def register(function: FunctionClass) -> FunctionClass:
+        _kernels[kernel.__name__].gradient = function
+        return function
+
+    return register
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the ``backward`` of an ``autograd.Function``: differentiating its results raises.
+
+    Unlike torch's decorator it also does where what they depend on is a saved tensor alone: the upstream gradient of
+    a gradient penalty is a constant.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *upstream: Any) -> Any:
+        # under transforms the kernels inside refuse for themselves, at each level
+        if _compiling() or not torch.is_grad_enabled() or _transforms() is not None:
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        name = backward.__qualname__.split(".")[0].lstrip("_")
+        message = f"tilefuse: {name} is differentiable once, and this is a second derivative"
+        return _refuse(message, (*upstream, *ctx.saved_tensors), gradients)
+
+    return wrapper
+
+
+class _Refused(torch.autograd.Function):
+    """The identity, whose derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, _anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.message = message
+        with torch._C._AutoDispatchBelowAutograd(), _recording():
+            return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(ctx.message)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """For the levels below that of a ``Function.forward``, which has switched off the derivatives of all levels."""
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply`` at one level of torch.func's transforms."""
+    before, _trace.in_forward = getattr(_trace, "in_forward", False), True
+    try:
+        with enable_single_level_autograd_function():
+            # past the check that keeps Functions without setup_context from transforms
+            return super(torch.autograd.Function, function).apply(*args)
+    finally:
+        _trace.in_forward = before
+
+
+def _refuse(message: str, inputs: Sequence[Any], outputs: Any) -> Any:
+    """The same outputs, but differentiating them raises if any of the inputs requires grad."""
+    anchor = next((t for t in inputs if isinstance(t, Tensor) and t.requires_grad), None)
+    if anchor is None:
+        return outputs
+    listed = outputs if isinstance(outputs, tuple) else (outputs,)
+    at = [i for i, t in enumerate(listed) if isinstance(t, Tensor) and t.is_floating_point()]
+    marked = list(listed)
+    for i, t in zip(at, _apply(_Refused, message, anchor, *(listed[i] for i in at))):
+        marked[i] = t
+    return tuple(marked) if isinstance(outputs, tuple) else marked[0]
+
+
+def _differentiated(entry: Kernel, overload: Any, below_autograd: Callable[..., Any], *args: Any) -> Any:
+    """What a kernel op does at the Autograd key: every derivative is right or refused."""
+    if forward_ad._current_level >= 0:
+        duals = [torch._VF._unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None) for a in args]
+        if any(tangent is not None for _, tangent in duals):
+            return _pushed_forward(entry, overload, *zip(*duals))
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if entry.mutated:
+            raise NotImplementedError(f"tilefuse: {entry.name} works in place and has no derivative")
+        if entry.gradient is None:
+            return _refuse(f"tilefuse: {entry.name} has no derivative", args, below_autograd(*args))
+        # its forward comes here again, with grad mode off
+        return _apply(entry.gradient, *args)
+    if getattr(_trace, "in_forward", False):
+        _trace.in_forward = False
+        try:
+            with _recording():
+                return below_autograd(*args)
+        finally:
+            _trace.in_forward = True
+    return below_autograd(*args)
+
+
+def _pushed_forward(entry: Kernel, overload: Any, primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    """The dual outputs of a kernel that is linear in each argument that has a tangent."""
+    terms = [term.split() for term in entry.linear]
+    given = {name: t for name, t in zip(entry.arguments, tangents) if t is not None}
+    for name in given:
+        if not any(name in term for term in terms):
+            raise NotImplementedError(f"tilefuse: {entry.name} has no forward-mode derivative for {name}")
+    total: list[Any] | None = None
+    for term in terms:
+        if given.keys().isdisjoint(term):
+            continue
+        call = dict(zip(entry.arguments, primals))
+        for name in term:
+            if name.startswith("-"):
+                call[name[1:]] = None
+            elif call[name] is not None:
+                call[name] = given[name] if name in given else torch.zeros_like(call[name])
+        part = overload(*call.values())
+        part = part if isinstance(part, tuple) else (part,)
+        total = [*part] if total is None else [a + b for a, b in zip(total, part)]
+    out = overload(*primals)
+    if isinstance(out, tuple):
+        return tuple(forward_ad.make_dual(o, t) for o, t in zip(out, total))
+    return forward_ad.make_dual(out, total[0])
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -126,7 +126,7 @@ def test_gradients_of_one_argument():
     out = tilefuse.mla_compress_kv(kv_a, weight.requires_grad_(), *rest, **options)
     out.sum().backward()
     assert weight.grad is not None and kv_a.grad is None
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad|differentiat"):
+    with pytest.raises(RuntimeError, match="is differentiable once"):
         kv_a = kv_a.requires_grad_()
         (grad,) = torch.autograd.grad(
             tilefuse.mla_compress_kv(kv_a, weight, *rest).square().sum(), kv_a, create_graph=True

@@ -30,7 +30,7 @@ class _FrozenLinear(torch.autograd.Function):
         return _product(x, weight, scale, bias, scale_format)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @library.once_differentiable
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         return grad @ fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=grad.dtype), None, None, None, None

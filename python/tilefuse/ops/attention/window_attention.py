@@ -61,6 +61,7 @@ _bwd = library.kernel(
 )
 
 
+@library.gradient_of(_fwd)
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -73,7 +74,7 @@ class _WindowAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @library.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *rest = ctx.saved_tensors
         if dout is None and dlse is None:

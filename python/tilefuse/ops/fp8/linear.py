@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import op
+from ...library import once_differentiable, op
 from .matmul import matmul
 from .quantize import (
     as_rows,
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
         return matmul(q, scale, w, w_scale, bias, x.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q_t, scale_t, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes

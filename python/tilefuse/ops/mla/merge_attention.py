@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_like, rows_of
 
 __all__ = ["merge_attention"]
@@ -52,6 +52,7 @@ merge_attention_bwd = kernel(
 )
 
 
+@gradient_of(merge_attention_fwd)
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out_a, lse_a, out_b, lse_b):
@@ -59,7 +60,7 @@ class _Merge(torch.autograd.Function):
         return merge_attention_fwd(out_a, lse_a, out_b, lse_b)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         return merge_attention_bwd(rows_of(grad_out), grad_lse, *ctx.saved_tensors)
 

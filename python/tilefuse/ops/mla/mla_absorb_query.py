@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_like, check_tables, rows_of
 
 __all__ = ["mla_absorb_query"]
@@ -35,7 +35,7 @@ def _fake_backward(grad, q, w_uk, cos, sin, positions, interleaved):
 
 
 _ARGS = "Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved"
-mla_absorb_query_fwd = kernel(f"mla_absorb_query_fwd({_ARGS}) -> Tensor", module=_MODULE, fake=_fake)
+mla_absorb_query_fwd = kernel(f"mla_absorb_query_fwd({_ARGS}) -> Tensor", module=_MODULE, fake=_fake, linear=("q",))
 mla_absorb_query_bwd = kernel(
     f"mla_absorb_query_bwd(Tensor grad, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
@@ -43,6 +43,7 @@ mla_absorb_query_bwd = kernel(
 )
 
 
+@gradient_of(mla_absorb_query_fwd)
 class _Absorb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, w_uk, cos, sin, positions, interleaved):
@@ -51,7 +52,7 @@ class _Absorb(torch.autograd.Function):
         return mla_absorb_query_fwd(q, w_uk, cos, sin, positions, interleaved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         return *mla_absorb_query_bwd(rows_of(grad), *ctx.saved_tensors, ctx.interleaved), None, None, None, None
 

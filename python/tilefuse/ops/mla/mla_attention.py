@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_index, rows_of
 
 __all__ = ["mla_attention"]
@@ -70,6 +70,7 @@ mla_attention_bwd = kernel(
 )
 
 
+@gradient_of(mla_attention_fwd)
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
@@ -79,7 +80,7 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         grads = mla_attention_bwd(rows_of(grad_out), grad_lse, *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None, None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_tables, rows_of
 
 __all__ = ["mla_compress_kv"]
@@ -51,6 +51,7 @@ mla_compress_kv_bwd = kernel(
 )
 
 
+@gradient_of(mla_compress_kv_fwd)
 class _Compress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kv_a, weight, cos, sin, positions, eps, interleaved):
@@ -59,7 +60,7 @@ class _Compress(torch.autograd.Function):
         return mla_compress_kv_fwd(kv_a, weight, cos, sin, positions, eps, interleaved)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         grad_kv, grad_weight = mla_compress_kv_bwd(rows_of(grad), *ctx.saved_tensors, *ctx.options)
         return grad_kv, grad_weight, None, None, None, None, None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_like, rows_of
 
 __all__ = ["mla_expand_kv"]
@@ -42,7 +42,9 @@ def _fake_backward(grad_k, grad_v, latent, w_ukv, kv_lora_rank, nope_dim, v_dim)
 
 
 _ARGS = "Tensor latent, Tensor w_ukv, int kv_lora_rank, int nope_dim, int v_dim"
-mla_expand_kv_fwd = kernel(f"mla_expand_kv_fwd({_ARGS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake)
+mla_expand_kv_fwd = kernel(
+    f"mla_expand_kv_fwd({_ARGS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake, linear=("latent",)
+)
 mla_expand_kv_bwd = kernel(
     f"mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
@@ -50,6 +52,7 @@ mla_expand_kv_bwd = kernel(
 )
 
 
+@gradient_of(mla_expand_kv_fwd)
 class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, latent, w_ukv, kv_lora_rank, nope_dim, v_dim):
@@ -58,7 +61,7 @@ class _Expand(torch.autograd.Function):
         return mla_expand_kv_fwd(latent, w_ukv, kv_lora_rank, nope_dim, v_dim)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad_k, grad_v):
         grads = mla_expand_kv_bwd(rows_of(grad_k), rows_of(grad_v), *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None

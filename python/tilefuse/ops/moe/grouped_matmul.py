@@ -15,7 +15,7 @@ from ...errors import (
     type_error,
     value_error,
 )
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 
 __all__ = ["grouped_matmul"]
 
@@ -70,6 +70,7 @@ grouped_matmul_fwd = kernel(
     " ScalarType out_dtype) -> Tensor",
     module="moe/grouped_matmul",
     fake=_fwd_fake,
+    linear=("a -bias", "b bias"),
 )
 grouped_matmul_wgrad = kernel(
     "grouped_matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, Tensor? a_index, Tensor? grad_index, int index_div,"
@@ -78,6 +79,7 @@ grouped_matmul_wgrad = kernel(
     fake=lambda a, grad, offsets, a_index, grad_index, index_div, out_dtype: a.new_empty(
         (offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype=out_dtype
     ),
+    linear=("a", "grad"),
 )
 
 
@@ -97,15 +99,16 @@ def _scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor, size: int, dtype
     return rows.new_zeros((size + 1, rows.shape[1])).index_put((target,), rows, accumulate=True)[:size].to(dtype)
 
 
+@gradient_of(grouped_matmul_fwd)
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, offsets, a_index, bias, out_dtype):
+    def forward(ctx, a, b, offsets, a_index, bias, index_div, out_dtype):
         ctx.save_for_backward(a, b, offsets, a_index)
-        ctx.has_bias = bias is not None
-        return grouped_matmul_fwd(a, b, offsets, a_index, bias, 1, out_dtype)
+        ctx.has_bias, ctx.index_div = bias is not None, index_div
+        return grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         a, b, offsets, a_index = ctx.saved_tensors
         da = db = dbias = None
@@ -116,12 +119,13 @@ class _GroupedMatmul(torch.autograd.Function):
             else:
                 compute = torch.float64 if a.dtype == torch.float64 else torch.float32
                 rows = grouped_matmul_fwd(grad, b.transpose(1, 2), offsets, None, None, 1, compute)
-                da = _scatter_rows(rows, a_index, offsets, a.shape[0], a.dtype)
+                index = a_index if ctx.index_div == 1 else a_index // ctx.index_div
+                da = _scatter_rows(rows, index, offsets, a.shape[0], a.dtype)
         if ctx.needs_input_grad[1]:
-            db = grouped_matmul_wgrad(a, grad, offsets, a_index, None, 1, b.dtype)
+            db = grouped_matmul_wgrad(a, grad, offsets, a_index, None, ctx.index_div, b.dtype)
         if ctx.has_bias and ctx.needs_input_grad[4]:
             dbias = grouped_bias_grad(grad, offsets, None, 1, grad.dtype)
-        return da, db, None, None, dbias, None
+        return da, db, None, None, dbias, None, None
 
 
 @op(
@@ -173,6 +177,5 @@ def grouped_matmul(
     a_index = None if a_index is None else a_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     out_dtype = out_dtype or a.dtype
-    if needs_grad(a, b, bias):
-        return _GroupedMatmul.apply(a, b, offsets, a_index, bias, out_dtype)
-    return grouped_matmul_fwd(a, b, offsets, a_index, bias, 1, out_dtype)
+    args = (a, b, offsets, a_index, bias, 1, out_dtype)
+    return _GroupedMatmul.apply(*args) if needs_grad(a, b, bias) else grouped_matmul_fwd(*args)

@@ -15,7 +15,7 @@ from ...errors import (
     type_error,
     value_error,
 )
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 
 __all__ = ["moe_combine"]
 
@@ -46,6 +46,7 @@ moe_combine_fwd = kernel(
     "moe_combine_fwd(Tensor y, Tensor inverse, Tensor? weights, int top_k) -> Tensor",
     module="moe/moe_combine",
     fake=lambda y, inverse, weights, top_k: y.new_empty((inverse.shape[0] // top_k, y.shape[1])),
+    linear=("y", "weights"),
 )
 moe_combine_bwd = kernel(
     "moe_combine_bwd(Tensor grad, Tensor y, Tensor inverse, Tensor weights, int top_k) -> (Tensor, Tensor)",
@@ -54,18 +55,19 @@ moe_combine_bwd = kernel(
 )
 
 
+@gradient_of(moe_combine_fwd)
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, inverse, weights):
+    def forward(ctx, y, inverse, weights, top_k):
         ctx.save_for_backward(y, inverse, weights)
-        return moe_combine_fwd(y, inverse, weights, weights.shape[1])
+        return moe_combine_fwd(y, inverse, weights, top_k)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         y, inverse, weights = ctx.saved_tensors
         dy, dweights = moe_combine_bwd(grad.contiguous(), y, inverse, weights, weights.shape[1])
-        return dy, None, dweights
+        return dy, None, dweights, None
 
 
 @op(
@@ -101,6 +103,5 @@ def moe_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     """
     _check(y, inverse, weights)
     y, weights = check_last_dim_contiguous(y), weights.contiguous()
-    if needs_grad(y, weights):
-        return _Combine.apply(y, inverse.contiguous(), weights)
-    return moe_combine_fwd(y, inverse.contiguous(), weights, weights.shape[1])
+    args = (y, inverse.contiguous(), weights, weights.shape[1])
+    return _Combine.apply(*args) if needs_grad(y, weights) else moe_combine_fwd(*args)

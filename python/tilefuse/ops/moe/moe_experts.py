@@ -15,7 +15,7 @@ from ...errors import (
     type_error,
     value_error,
 )
-from ...library import kernel, op
+from ...library import kernel, once_differentiable, op
 from .grouped_matmul import either_contiguous, grouped_bias_grad, grouped_matmul_fwd, grouped_matmul_wgrad
 from .moe_combine import check_weights, moe_combine_fwd
 from .moe_plan import moe_plan_fwd
@@ -115,7 +115,7 @@ class _Experts(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, z, order, inverse, offsets = ctx.saved_tensors
         top_k = ids.shape[1]

@@ -14,7 +14,7 @@ from ...errors import (
     type_error,
     value_error,
 )
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 
 __all__ = ["moe_route"]
 
@@ -95,6 +95,7 @@ moe_route_bwd = kernel(
 )
 
 
+@gradient_of(moe_route_fwd)
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, bias, top_k, score, renormalize, n_group, topk_group, group_score, scale, nan_policy):
@@ -107,7 +108,7 @@ class _Route(torch.autograd.Function):
         return weights, ids
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad, _):
         logits, ids = ctx.saved_tensors
         return moe_route_bwd(grad.contiguous(), logits, ids, *ctx.options), *[None] * 9

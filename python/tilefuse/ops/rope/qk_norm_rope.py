@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from .rope import check_rope, contiguous_rows, rest_of
 
 __all__ = ["qk_norm_rope"]
@@ -64,6 +64,7 @@ qk_norm_rope_bwd = kernel(
 )
 
 
+@gradient_of(qk_norm_rope_fwd)
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args: Any):
@@ -72,7 +73,7 @@ class _QKNormRope(torch.autograd.Function):
         return qk_norm_rope_fwd(*args)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, q_grad, k_grad):
         grads = qk_norm_rope_bwd(contiguous_rows(q_grad), contiguous_rows(k_grad), *ctx.saved_tensors, *ctx.options)
         return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), *(None,) * 8

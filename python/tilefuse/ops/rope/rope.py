@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, op
+from ...library import gradient_of, kernel, op
 
 __all__ = ["rope", "rope_", "rope_qk", "rope_qk_"]
 
@@ -143,13 +143,18 @@ def _fake_qk(name: str) -> Any:
 
 _BACKENDS = ("reference", "cpu", "triton", "cuda")
 rope_fwd = kernel(
-    f"rope_fwd(Tensor x, {_TABLES}, {_OPTIONS}) -> Tensor", module=_MODULE, fake=_fake_x("rope"), backends=_BACKENDS
+    f"rope_fwd(Tensor x, {_TABLES}, {_OPTIONS}) -> Tensor",
+    module=_MODULE,
+    fake=_fake_x("rope"),
+    backends=_BACKENDS,
+    linear=("x",),
 )
 rope_qk_fwd = kernel(
     f"rope_qk_fwd(Tensor q, Tensor k, {_TABLES}, {_OPTIONS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_qk("rope_qk"),
     backends=_BACKENDS,
+    linear=("q k",),
 )
 rope_inplace = kernel(
     f"rope_inplace(Tensor(a!) x, {_TABLES}, {_OPTIONS}) -> ()",
@@ -165,6 +170,7 @@ rope_qk_inplace = kernel(
 )
 
 
+@gradient_of(rope_fwd)
 class _Rope(torch.autograd.Function):
     """The rotation is linear and its transpose is the conjugate rotation, whatever factor the tables carry."""
 
@@ -179,6 +185,7 @@ class _Rope(torch.autograd.Function):
         return _apply(grad, (*ctx.saved_tensors, *ctx.options)), *(None,) * 9
 
 
+@gradient_of(rope_qk_fwd)
 class _RopeQK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, section, mrope):
@@ -208,14 +215,14 @@ class _RopeQK(torch.autograd.Function):
 
 def _apply(x: Tensor, rest: tuple[Any, ...]) -> Tensor:
     x = contiguous_rows(x)
-    if x.requires_grad and torch.is_grad_enabled():
+    if errors.needs_grad(x):
         return _Rope.apply(x, *rest)
     return rope_fwd(x, *rest)
 
 
 def _apply_qk(q: Tensor, k: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     q, k = contiguous_rows(q), contiguous_rows(k)
-    if (q.requires_grad or k.requires_grad) and torch.is_grad_enabled():
+    if errors.needs_grad(q, k):
         return _RopeQK.apply(q, k, *rest)
     return rope_qk_fwd(q, k, *rest)
 

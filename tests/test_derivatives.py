@@ -1,0 +1,232 @@
+"""Every derivative of every op is right, or refused with an error: none is dropped silently.
+
+Right means: equal to central differences of the reference backend in float64.
+"""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
+
+import tilefuse
+from tilefuse.testing import samples
+
+OPS = tilefuse.ops()
+STEP = 1e-5
+# (op, argument) with a forward-mode derivative: linear ops, and ops made of PyTorch operations
+FORWARD = {
+    ("grouped_matmul", "a"), ("grouped_matmul", "b"), ("grouped_matmul", "bias"),
+    ("mla_absorb_query", "q"), ("mla_expand_kv", "latent"),
+    ("moe_apply_capacity", "weights"), ("moe_balance_loss", "logits"), ("moe_z_loss", "logits"),
+    ("moe_combine", "y"), ("moe_combine", "weights"), ("moe_experts_fp8", "weights"),
+    ("moe_experts", "weights"), ("moe_experts", "w_down"), ("moe_experts", "bias_down"),
+    ("rope", "x"), ("rope_qk", "q"), ("rope_qk", "k"),
+}  # fmt: skip
+# several kernels make one forward pass: torch.func.grad does not reach through the first ones
+NO_FUNC_GRAD = {
+    ("fp8_linear", "x"), ("fp8_linear", "weight"), ("fp8_linear", "bias"),
+    ("moe_experts", "x"), ("moe_experts", "w_gate_up"), ("moe_experts", "bias_gate_up"),
+}  # fmt: skip
+REFUSALS = (NotImplementedError, RuntimeError)
+
+DIFFERENTIABLE = [(name, argument) for name in sorted(OPS) for argument in OPS[name].differentiable]
+# codes have no neighbours to take differences with
+SMOOTH = [(name, argument) for name, argument in DIFFERENTIABLE if name != "fp8_linear"]
+each = pytest.mark.parametrize(("name", "argument"), DIFFERENTIABLE, ids=lambda value: value)
+each_smooth = pytest.mark.parametrize(("name", "argument"), SMOOTH, ids=lambda value: value)
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    with tilefuse.backend("reference"):
+        yield
+
+
+@functools.cache
+def function_of(name, argument):
+    """(function of one argument, its value): the smallest sample with that argument, in float64."""
+    signature = inspect.signature(OPS[name].function)
+    found = []
+    for sample in samples(name):
+        call = signature.bind(*sample.args, **sample.kwargs)
+        value = call.arguments.get(argument)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+            found.append((sum(t.numel() for t in tree_leaves(call.args) if isinstance(t, Tensor)), len(found), call))
+    _, _, call = min(found)
+    for other in OPS[name].differentiable:
+        value = call.arguments.get(other)
+        if isinstance(value, Tensor):
+            # no poison in rows that are hidden: differences would be taken of it
+            call.arguments[other] = value.detach().nan_to_num(0.0, 0.0, 0.0).double()
+    value = call.arguments[argument].contiguous()
+
+    def function(x):
+        call.arguments[argument] = x
+        out = OPS[name].function(*call.args, **call.kwargs)
+        return tuple(o for o in tree_leaves(out) if isinstance(o, Tensor) and o.is_floating_point())
+
+    return function, value
+
+
+def difference(function, x, direction):
+    """Central differences of a tuple of tensors along a direction."""
+    after, before = function(x + STEP * direction), function(x - STEP * direction)
+    return [torch.where(a == b, 0.0, (a - b) / (2 * STEP)) for a, b in zip(after, before)]
+
+
+def assert_near(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+
+def direction_of(x, seed=1):
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+
+
+def dual(function, x, direction):
+    with forward_ad.dual_level():
+        out = function(forward_ad.make_dual(x, direction))
+        unpacked = [forward_ad.unpack_dual(o) for o in out]
+        return [u.primal for u in unpacked], [u.primal * 0 if u.tangent is None else u.tangent for u in unpacked]
+
+
+def func_jvp(function, x, direction):
+    return torch.func.jvp(function, (x,), (direction,))
+
+
+@pytest.mark.parametrize("forward_mode", [dual, func_jvp])
+@each
+def test_forward_mode(name, argument, forward_mode):
+    function, x = function_of(name, argument)
+    direction = direction_of(x)
+    if (name, argument) not in FORWARD:
+        with pytest.raises(NotImplementedError):
+            forward_mode(function, x, direction)
+        return
+    out, tangents = forward_mode(function, x, direction)
+    assert_near(out, function(x))
+    assert_near(tangents, difference(function, x, direction))
+
+
+def scalar(function):
+    """A weighted sum of all outputs: its gradient needs every cotangent."""
+
+    def total(x):
+        out = function(x)
+        return sum((torch.where(o.isfinite(), o, 0) * direction_of(o, 2 + i)).sum() for i, o in enumerate(out))
+
+    return total
+
+
+@each
+def test_func_grad(name, argument):
+    function, x = function_of(name, argument)
+    total = scalar(function)
+    if (name, argument) in NO_FUNC_GRAD:
+        with pytest.raises(NotImplementedError, match="has no derivative"):
+            torch.func.grad(total)(x)
+        return
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(total(leaf), leaf)
+    assert_near([torch.func.grad(total)(x)], [expected])
+
+
+@each
+@pytest.mark.slow
+def test_compiled_func_grad(name, argument):
+    compiled_func_grad(name, argument)
+
+
+@pytest.mark.parametrize(("name", "argument"), [("rope", "x"), ("window_attention", "k"), ("moe_experts", "x")])
+def test_compiled_func_grad_quick(name, argument):
+    compiled_func_grad(name, argument)
+
+
+def compiled_func_grad(name, argument):
+    function, x = function_of(name, argument)
+    total = scalar(function)
+    compiled = torch.compile(torch.func.grad(total), backend="aot_eager")
+    try:
+        got = compiled(x)
+    except Exception as error:
+        # torch wraps errors of tracing
+        assert (name, argument) in NO_FUNC_GRAD, error
+        return
+    finally:
+        torch.compiler.reset()
+    assert_near([got], [torch.func.grad(total)(x)])
+
+
+@each_smooth
+def test_a_second_derivative_of_a_constant_cotangent(name, argument):
+    """The gradient penalty: what the gradient depends on is the saved tensors alone."""
+    function, x = function_of(name, argument)
+    total = scalar(function)
+
+    def gradient(x, create_graph=False):
+        leaf = x if create_graph else x.detach().requires_grad_()
+        return torch.autograd.grad(total(leaf), leaf, create_graph=create_graph)
+
+    leaf = x.clone().requires_grad_()
+    (first,) = gradient(leaf, create_graph=True)
+    direction = direction_of(x, 3)
+    expected = difference(gradient, x, direction)[0]
+    if not first.requires_grad:
+        assert_near([expected], [torch.zeros_like(expected)])
+        return
+    try:
+        (second,) = torch.autograd.grad(first, leaf, direction, allow_unused=True)
+    except NotImplementedError as error:
+        assert "tilefuse: " in str(error)
+        return
+    # a Hessian is symmetric: its product from the left is that from the right
+    assert_near([torch.zeros_like(x) if second is None else second], [expected])
+
+
+@each_smooth
+def test_nested_func_grad(name, argument):
+    function, x = function_of(name, argument)
+    gradient = torch.func.grad(scalar(function))
+    try:
+        second = torch.func.grad(lambda x: (gradient(x) * direction_of(x, 3)).sum())(x)
+    except NotImplementedError as error:
+        assert "tilefuse: " in str(error)
+        return
+    assert_near([second], difference(lambda x: (gradient(x),), x, direction_of(x, 3)))
+
+
+@each
+def test_vmap(name, argument):
+    function, x = function_of(name, argument)
+    batch = torch.stack([x, x + direction_of(x)])
+    try:
+        got = torch.func.vmap(function)(batch)
+    except REFUSALS:
+        return
+    for i, one in enumerate(batch):
+        assert_near([o[i] for o in got], function(one))
+
+
+WITHOUT = [name for name in sorted(OPS) if OPS[name].kernels and not OPS[name].differentiable]
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+def test_ops_without_gradient_refuse_a_tangent(name):
+    """Of every float argument but for data by nature: codes of one byte, caches."""
+    names = [*inspect.signature(OPS[name].function).parameters]
+    sample = next(s for s in samples(name) if any(t.numel() for t in s.args if isinstance(t, Tensor)))
+    for i, value in enumerate(sample.args):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype.itemsize == 1:
+            continue
+        if "cache" in names[i] or (name, names[i]) in FORWARD:
+            continue
+        with forward_ad.dual_level():
+            args = list(sample.args)
+            args[i] = forward_ad.make_dual(value.clone(), torch.ones_like(value))
+            with pytest.raises(NotImplementedError):
+                OPS[name].function(*args, **sample.kwargs)
+                pytest.fail(f"{name} dropped the tangent of {names[i]}")
