@@ -205,6 +205,15 @@ def test_packed_sequences(window):
         check(plain | {"mask_function": each}, lazy=True)
 
 
+def test_packed_sequences_of_something_else_stay_dense():
+    ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]] * 2)
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]] * 2)
+    for rule in (rules.chunked(2, torch.zeros(2, dtype=torch.int64)), rules.sliding_both_ways(2), rules.EVERYTHING):
+        packed = rules.packed(rule, positions, ids)
+        plain = {"batch_size": 2, "q_length": 8, "kv_length": 8, "mask_function": packed}
+        check(plain | {"allow_is_causal_skip": False}, lazy=False)
+
+
 def test_masks_that_no_numbers_say_stay_dense():
     blocks = torch.tensor([[0, 0, 0, -1, -1, 1, 1, 1]] * 2)
     causal = masking_utils.causal_mask_function
@@ -226,6 +235,18 @@ def test_chunks(size, kind):
         first = (padding.cumsum(-1) == 0).sum(-1)
     arguments |= {"mask_function": rules.chunked(4, first), "local_size": 4}
     check(arguments, lazy=kind in ("none", "full") or (kind != "hole" and q_length > 1) or None)
+
+
+def test_chunks_are_counted_from_a_token_that_the_cache_has_dropped():
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :2] = False
+    first = torch.tensor([2, 0])
+    for q_length in (1, 4):
+        arguments = {
+            "batch_size": 2, "q_length": q_length, "kv_length": 6, "q_offset": 12 - q_length, "kv_offset": 6,
+            "mask_function": rules.chunked(4, first), "attention_mask": padding, "local_size": 4,
+        }  # fmt: skip
+        check(arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)

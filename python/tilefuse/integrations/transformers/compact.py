@@ -81,7 +81,7 @@ def describe(
     runs = _runs(padding, rule.origin)
     if runs is None:
         return None
-    if all(start == 0 and end == padding.shape[1] for start, end, _ in runs):
+    if all((start, end) == (0, padding.shape[1]) and origin == 0 for start, end, origin in runs):
         return _unpadded(rule, batch, q_length, kv_length, delta, kv_offset, device)
     if q_length == 1:
         # one row per sequence is small, and Hugging Face's function reads the cache where it lies
@@ -112,6 +112,7 @@ def _runs(padding: Tensor, origin: Tensor | None) -> list[tuple[int, int, int]] 
     start = padding.to(torch.int8).argmax(-1)
     count = padding.sum(-1)
     last = padding.shape[1] - padding.flip(-1).to(torch.int8).argmax(-1)
+    # nothing is counted from there without chunks
     origin = torch.zeros_like(start) if origin is None else origin
     rows = torch.stack((start, count, last, origin), 1).tolist()
     if any(count > 0 and last - start != count for start, count, last, _ in rows):

@@ -110,6 +110,6 @@ def of(function: MaskFunction) -> Rule | None:
     if ids is None or remapped is None:
         return None
     inner = of(remapped["mask_function"])
-    if inner is None or inner.right != 0:
+    if inner is None or inner.right != 0 or inner.chunk is not None:
         return None
     return Rule(function, inner.left, 0, packed=ids["packed_sequence_mask"])
