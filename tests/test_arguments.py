@@ -6,9 +6,10 @@ import re
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tilefuse
-from tilefuse.testing import samples
+from tilefuse.testing import assert_bit_equal, samples
 
 OPS = tilefuse.ops()
 
@@ -75,3 +76,37 @@ def test_no_gradient_is_lost_silently(name, argument):
     call.arguments[argument] = value.detach().clone().requires_grad_()
     with pytest.raises(RuntimeError, match=rf"^tilefuse\.{name}: .*but {re.escape(argument)} requires grad"):
         OPS[name].function(*call.args, **call.kwargs)
+
+
+def is_small(value):
+    """Indices, masks and one value per head or column: kernels address them without strides."""
+    return isinstance(value, Tensor) and (value.dim() == 1 or value.dtype in (torch.bool, torch.int32, torch.int64))
+
+
+SMALL = [(name, argument) for name, argument, _ in CASES if is_small(bound(name, argument).arguments[argument])]
+
+
+@pytest.mark.parametrize(("name", "argument"), SMALL, ids=[f"{n}-{a}" for n, a in SMALL])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_strides_change_nothing(name, argument, backend):
+    """The same values with others between them, and one value expanded."""
+    if backend not in OPS[name].backends:
+        return
+    if backend == "triton":
+        pytest.importorskip("triton")
+    call = bound(name, argument)
+    value = call.arguments[argument].detach()
+    constant = value.flatten()[:1].expand(value.numel()).view(value.shape) if value.numel() else value
+    for plain, view in (
+        (value, value.new_ones(*value.shape, 2)[..., 0].copy_(value)),
+        (constant.contiguous(), constant),
+    ):
+        results = []
+        for given in (plain, view):
+            fresh = tree_map_only(Tensor, torch.clone, {a: v for a, v in call.arguments.items() if a != argument})
+            with tilefuse.backend(backend), torch.no_grad():
+                out = OPS[name].function(**fresh, **{argument: given})
+            # with what was written in place
+            results.append([x for x in tree_leaves((out, fresh)) if isinstance(x, Tensor)])
+        for a, b in zip(*results):
+            assert_bit_equal(a, b)

@@ -120,8 +120,6 @@ def paged_attention(
     errors.check_not_differentiated(
         name, "it has no backward", q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks, alibi_slopes=alibi_slopes
     )
-    q, k_cache, v_cache = (errors.check_last_dim_contiguous(x) for x in (q, k_cache, v_cache))
-    return _fwd(
-        q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes, left, right, scale, softcap, float(k_scale),
-        float(v_scale)
-    )  # fmt: skip
+    tensors = (q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes)
+    tensors = (None if x is None else errors.check_last_dim_contiguous(x) for x in tensors)
+    return _fwd(*tensors, left, right, scale, softcap, float(k_scale), float(v_scale))

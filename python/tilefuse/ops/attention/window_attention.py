@@ -182,8 +182,9 @@ def window_attention(
         if count < 0:
             errors.value_error(name, arg, ">= 0", count)
     scale, softcap = check_scale(name, scale, q), check_softcap(name, softcap)
-    q, k, v = (errors.check_last_dim_contiguous(x) for x in (q, k, v))
-    args = q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale, softcap, sink_tokens
+    tensors = (q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    tensors = (None if x is None else errors.check_last_dim_contiguous(x) for x in tensors)
+    args = *tensors, left, right, dilation, scale, softcap, sink_tokens
     if errors.needs_grad(q, k, v, sinks):
         return _WindowAttention.apply(*args)
     return _fwd(*args)

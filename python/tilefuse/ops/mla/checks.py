@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from ... import errors
 from .layout import GROUP, LAYOUTS, RowLayout, row_layout
 
 __all__: list[str] = []
+
+_Tensor = TypeVar("_Tensor", bound="Tensor | None")
 
 
 def check_tables(
@@ -71,6 +75,6 @@ def check_cache(name: str, cache: Tensor, kv_lora_rank: int, layout: str) -> Row
     return row
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """Kernels take any strides but a contiguous last dim."""
-    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+def rows_of(tensor: _Tensor) -> _Tensor:
+    """Kernels take any strides but a contiguous last dim, also of an index or of one value per head."""
+    return tensor if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()

@@ -91,5 +91,5 @@ def mla_absorb_query(
     """
     _check(q, w_uk, cos, sin, positions)
     errors.check_not_differentiated(_NAME, "tables get no gradient", cos=cos, sin=sin)
-    args = (rows_of(q), rows_of(w_uk), rows_of(cos), rows_of(sin), positions, interleaved)
+    args = (rows_of(q), rows_of(w_uk), rows_of(cos), rows_of(sin), rows_of(positions), interleaved)
     return _Absorb.apply(*args) if errors.needs_grad(q, w_uk) else mla_absorb_query_fwd(*args)

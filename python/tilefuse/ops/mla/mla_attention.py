@@ -129,5 +129,5 @@ def mla_attention(
     Source: Dao, FlashAttention-2 (arXiv 2307.08691); DeepSeek-V2 (arXiv 2405.04434).
     """
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-    args = (rows_of(q), rows_of(k), rows_of(v), cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+    args = (*map(rows_of, (q, k, v, cu_seqlens_q, cu_seqlens_k)), softmax_scale, causal)
     return _Attention.apply(*args) if errors.needs_grad(q, k, v) else mla_attention_fwd(*args)

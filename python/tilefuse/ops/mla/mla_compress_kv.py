@@ -111,5 +111,5 @@ def mla_compress_kv(
     """
     _check(kv_a, weight, cos, sin, positions, eps)
     errors.check_not_differentiated("mla_compress_kv", "tables get no gradient", cos=cos, sin=sin)
-    args = (rows_of(kv_a), weight.contiguous(), rows_of(cos), rows_of(sin), positions, eps, interleaved)
+    args = (rows_of(kv_a), weight.contiguous(), rows_of(cos), rows_of(sin), rows_of(positions), eps, interleaved)
     return _Compress.apply(*args) if errors.needs_grad(kv_a, weight) else mla_compress_kv_fwd(*args)

@@ -144,10 +144,8 @@ def mla_decode(
     """
     _check_decode(q, cache, block_table, seq_lens, sinks, softmax_scale, kv_lora_rank, window, layout, num_splits)
     errors.check_not_differentiated("mla_decode", "decode has no backward", q=q, sinks=sinks)
-    return mla_decode_fwd(
-        rows_of(q), cache.detach(), block_table.contiguous(), seq_lens.contiguous(), sinks, softmax_scale, kv_lora_rank,
-        causal, window, layout, num_splits,
-    )  # fmt: skip
+    tensors = (rows_of(q), cache.detach(), block_table.contiguous(), seq_lens.contiguous(), rows_of(sinks))
+    return mla_decode_fwd(*tensors, softmax_scale, kv_lora_rank, causal, window, layout, num_splits)
 
 
 @op(
@@ -187,5 +185,5 @@ def mla_sparse_decode(
     _check_sparse(q, cache, indices, sinks, softmax_scale, kv_lora_rank, layout)
     errors.check_not_differentiated("mla_sparse_decode", "decode has no backward", q=q, sinks=sinks)
     return mla_sparse_decode_fwd(
-        rows_of(q), cache.detach(), rows_of(indices), sinks, softmax_scale, kv_lora_rank, layout
+        rows_of(q), cache.detach(), rows_of(indices), rows_of(sinks), softmax_scale, kv_lora_rank, layout
     )
