@@ -322,7 +322,7 @@ def test_configurations():
     assert config(4096, 7168, 90, tma=True).tma
     assert not config(4096, 7168, 90, tma=False).tma
     assert not config(4096, 7168, 89, tma=False).tma
-    assert config(128, 256, 90, tma=True).bm == 64
+    assert config(128, 256, 90, tma=True).block_m == 64
     a = torch.zeros(4, 320).to(torch.float8_e4m3fn)
     assert fits_tma(90, a)
     assert not fits_tma(89, a)

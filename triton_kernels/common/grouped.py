@@ -14,22 +14,18 @@ def max_tiles(rows: int, groups: int, block_m: int) -> int:
     return rows // block_m + min(groups + 2, rows)
 
 
-def groups_padded(groups: int) -> int:
-    """Length of the vector that holds the bounds in `find_tile`."""
-    return triton.next_power_of_2(groups + 2)
-
-
 @triton.jit
-def find_tile(tile, offsets, rows, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, BLOCK_M: tl.constexpr):
+def find_tile(tile, offsets_ptr, rows, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr):
     """The group of a row tile, its first row and the end of the group's rows.
 
     A group >= GROUPS has no matrix: its rows become zero. Past the last tile the first row is past the end.
     """
-    g = tl.arange(0, GROUPS_PADDED)
-    start = tl.load(offsets + g, mask=g <= GROUPS, other=0)
-    end = tl.load(offsets + g + 1, mask=g < GROUPS, other=0)
+    PADDED: tl.constexpr = triton.next_power_of_2(GROUPS + 2)
+    g = tl.arange(0, PADDED)
+    start = tl.load(offsets_ptr + g, mask=g <= GROUPS, other=0)
+    end = tl.load(offsets_ptr + g + 1, mask=g < GROUPS, other=0)
     end = tl.where(g == GROUPS, rows, end)
-    end = tl.where(g == GROUPS + 1, tl.load(offsets), end)
+    end = tl.where(g == GROUPS + 1, tl.load(offsets_ptr), end)
     start = tl.minimum(tl.maximum(start, 0), rows).to(tl.int32)
     end = tl.minimum(tl.maximum(end, 0), rows).to(tl.int32)
     tiles = tl.where(g < GROUPS + 2, tl.cdiv(tl.maximum(end - start, 0), BLOCK_M), 0)
@@ -37,14 +33,14 @@ def find_tile(tile, offsets, rows, GROUPS: tl.constexpr, GROUPS_PADDED: tl.const
     before = tl.sum(tl.where(g < group, tiles, 0), axis=0)
     row = tl.sum(tl.where(g == group, start, 0), axis=0) + (tile - before) * BLOCK_M
     row_end = tl.sum(tl.where(g == group, end, 0), axis=0)
-    return group, tl.where(group < GROUPS_PADDED, row, rows), tl.where(group < GROUPS_PADDED, row_end, 0)
+    return group, tl.where(group < PADDED, row, rows), tl.where(group < PADDED, row_end, 0)
 
 
 @triton.jit
-def group_rows(group, offsets, rows):
+def group_rows(group, offsets_ptr, rows):
     """First and past-the-last row of one group."""
-    start = tl.load(offsets + group)
-    end = tl.load(offsets + group + 1)
+    start = tl.load(offsets_ptr + group)
+    end = tl.load(offsets_ptr + group + 1)
     return tl.minimum(tl.maximum(start, 0), rows).to(tl.int32), tl.minimum(tl.maximum(end, 0), rows).to(tl.int32)
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from math import gcd
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -14,6 +19,29 @@ def on_device(tensor: Tensor):
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@functools.lru_cache
+def constants(config: Any) -> Mapping[str, Any]:
+    """What a launch passes by name for a tile configuration: ``block_m`` as ``BLOCK_M``, ``num_warps`` as it is."""
+    names = [field.name for field in dataclasses.fields(config)]
+    return {name if name.startswith("num_") else name.upper(): getattr(config, name) for name in names}
+
+
+@contextmanager
+def scratch(device: torch.device, needed: bool = True) -> Iterator[None]:
+    """Memory for tensor descriptors that a kernel makes on the device; another library's allocator comes back after."""
+    if device.type != "cuda" or not needed:
+        yield
+        return
+    from triton.runtime import _allocation
+
+    previous = _allocation._allocator.get()
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    try:
+        yield
+    finally:
+        triton.set_allocator(previous)
 
 
 def vector_width(itemsize: int, *strides: int) -> int:

@@ -1,4 +1,4 @@
-"""Grouped block-scaled e4m3 matmul: the tiles of ``matmul_kernel``, each against its own expert's weight."""
+"""Grouped block-scaled e4m3 matmul: the tiles of ``fp8_matmul``, each against its own expert's weight."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.grouped import find_tile, groups_padded, max_tiles
+from ..common.grouped import find_tile, max_tiles
 from ..common.launch import on_device
+from ..common.rows import Experts, Matrix
 from .matmul import (
     MATRIX_UNIT,
     Config,
@@ -20,30 +21,66 @@ from .matmul import (
 )
 
 
-@triton.jit(do_not_specialize=["m", "sa_sk"])
-def grouped_matmul_kernel(
-    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sg, b_sn, sb_ptr, sb_sg, sb_sn, sb_sk, offsets_ptr, out_ptr, m, n, k,
-    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, B_ROWS: tl.constexpr, UPCAST: tl.constexpr,
-    SWAP: tl.constexpr, EVEN_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """One [BM, BN] tile of out: columns run fastest, so programs that share rows of a run together."""
-    n_tiles = tl.cdiv(n, BN)
-    group, first, end = find_tile(tl.program_id(0) // n_tiles, offsets_ptr, m, GROUPS, GROUPS_PADDED, BM)
+@triton.jit(do_not_specialize=["a_scale_block", "m"])
+def fp8_grouped_matmul_fwd_kernel(
+    a: Matrix,
+    a_scale: Matrix,
+    a_scale_block,
+    b: Experts,
+    b_scale: Experts,
+    offsets_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    GROUPS: tl.constexpr,
+    B_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One [BLOCK_M, BLOCK_N] tile of out: columns run fastest, so programs that share rows of a run together."""
+    n_tiles = tl.cdiv(n, BLOCK_N)
+    group, first, end = find_tile(tl.program_id(0) // n_tiles, offsets_ptr, m, GROUPS, BLOCK_M)
     if first >= end:
         return
-    row = (first + tl.arange(0, BM)).to(tl.int64)
+    row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
     row_mask = row < end
-    col = tl.program_id(0) % n_tiles * BN + tl.arange(0, BN)
+    col = tl.program_id(0) % n_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     if group >= GROUPS:
         # rows that belong to no expert
         mask = row_mask[:, None] & (col < n)[None, :]
-        tl.store(out_ptr + row[:, None] * n + col[None, :], tl.zeros((BM, BN), out_ptr.dtype.element_ty), mask)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * n + col[None, :], zeros, mask)
     else:
         g = group.to(tl.int64)
         acc = accumulate(
-            a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr + g * b_sg, b_sn, sb_ptr + g * sb_sg, sb_sn, sb_sk,
-            row, row_mask, col, n, k, 0, tl.cdiv(k, 128), B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
-        )  # fmt: skip
+            a.ptr,
+            a.row,
+            a_scale.ptr,
+            a_scale.row,
+            a_scale_block,
+            b.ptr + g * b.expert,
+            b.row,
+            b_scale.ptr + g * b_scale.expert,
+            b_scale.row,
+            b_scale.column,
+            row,
+            row_mask,
+            col,
+            n,
+            k,
+            0,
+            tl.cdiv(k, 128),
+            B_ROWS,
+            UPCAST,
+            SWAP,
+            EVEN_K,
+            BLOCK_M,
+            BLOCK_N,
+        )
         store_tile(acc, out_ptr, None, row, row_mask, col, n, SWAP)
 
 
@@ -68,15 +105,26 @@ def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
         return out
     b_rows = b_scale.shape[1] == n
     tile = config(m, groups, capability_of(a.device), b_rows)
-    grid = (max_tiles(m, groups, tile.bm) * triton.cdiv(n, tile.bn),)
+    grid = (max_tiles(m, groups, tile.block_m) * triton.cdiv(n, tile.block_n),)
     with on_device(a):
-        grouped_matmul_kernel[grid](
-            operand(a), a.stride(0), a_scale, *a_scale.stride(), operand(b), *b.stride()[:2],
-            b_scale, *b_scale.stride(), offsets, out, m, n, k,
-            GROUPS=groups, GROUPS_PADDED=groups_padded(groups), B_ROWS=b_rows,
-            UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0, BM=tile.bm, BN=tile.bn,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )  # fmt: skip
+        fp8_grouped_matmul_fwd_kernel[grid](
+            Matrix.of(operand(a)),
+            Matrix.of(a_scale),
+            a_scale.stride(1),
+            Experts.of(operand(b)),
+            Experts.of(b_scale),
+            offsets,
+            out,
+            m,
+            n,
+            k,
+            GROUPS=groups,
+            B_ROWS=b_rows,
+            UPCAST=upcasts(a.device),
+            SWAP=tile.swap,
+            EVEN_K=k % 128 == 0,
+            **tile.constants,
+        )
     return out
 
 

@@ -3,11 +3,11 @@
 Every kernel starts a fresh accumulator each 128 of K, scales the finished product in float32 and adds it to a float32
 sum: Hopper's FP8 tensor cores keep about 14 bits inside one accumulator, and the scales change there anyway.
 
-* ``matmul_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes are loaded
-  as bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that the
-  weight fills the matrix unit's 64 rows and the activation its narrow side; where a weight has too few columns for
-  all multiprocessors, K is split among programs, and ``add_parts_kernel`` adds what they found in a fixed order.
-* ``matmul_tma_kernel``: sm_90; persistent, loads through TMA descriptors made on the device, and
+* ``fp8_matmul_fwd_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes
+  are loaded as bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that
+  the weight fills the matrix unit's 64 rows and the activation its narrow side; where a weight has too few columns for
+  all multiprocessors, K is split among programs, and ``fp8_matmul_fwd_parts_kernel`` adds the parts in a fixed order.
+* ``fp8_matmul_fwd_tma_kernel``: sm_90; persistent, loads through TMA descriptors made on the device, and
   warp-specialised by the compiler: one warp group loads while two others, out of phase, multiply and add up.
 """
 
@@ -19,9 +19,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ... import arch, backends
+from ... import arch
 from ..common import fp8, tuned
-from ..common.launch import on_device
+from ..common.grouped import tile_order
+from ..common.launch import on_device, scratch
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
@@ -43,7 +44,7 @@ def row_factor(sa, sb):
 
 @triton.jit
 def add_scaled(acc, product, sa_ptr, sb_ptr, row_mask, col, n, sb_sn, B_ROWS: tl.constexpr, SWAP: tl.constexpr):
-    """acc + product * scales. ``sa_ptr`` [BM] points at each row's scale of this K block, ``sb_ptr`` at b's."""
+    """acc + product * scales. ``sa_ptr`` [BLOCK_M] points at each row's scale of this K block, ``sb_ptr`` at b's."""
     sa = tl.load(sa_ptr, row_mask, 0.0)
     if B_ROWS:
         sb = tl.load(sb_ptr + col * sb_sn, col < n, 0.0)
@@ -63,16 +64,36 @@ def add_scaled(acc, product, sa_ptr, sb_ptr, row_mask, col, n, sb_sn, B_ROWS: tl
 
 @triton.jit
 def accumulate(
-    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row_mask, col, n, k, first, last,
-    B_ROWS: tl.constexpr, UPCAST: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """float32 [BM, BN] (SWAP: [BN, BM]) of the rows (int64) and columns of one tile, over K blocks [first, last)."""
+    a_ptr,
+    a_sm,
+    sa_ptr,
+    sa_sm,
+    sa_sk,
+    b_ptr,
+    b_sn,
+    sb_ptr,
+    sb_sn,
+    sb_sk,
+    row,
+    row_mask,
+    col,
+    n,
+    k,
+    first,
+    last,
+    B_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """float32 [BLOCK_M, BLOCK_N] (SWAP: transposed) of one tile's rows (int64) and columns, K blocks [first, last)."""
     inner = tl.arange(0, 128)
     if SWAP:
-        acc = tl.zeros((BN, BM), tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
-        acc = tl.zeros((BM, BN), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     a_row = a_ptr + row[:, None] * a_sm + inner[None, :]
     b_row = b_ptr + col.to(tl.int64)[:, None] * b_sn + inner[None, :]
     sa_row = sa_ptr + row * sa_sm
@@ -85,7 +106,7 @@ def accumulate(
             inside = (inner < k - block * 128)[None, :]
             a_mask = row_mask[:, None] & inside
             b_mask = (col < n)[:, None] & inside
-        # [BM, 128], [BN, 128]
+        # [BLOCK_M, 128], [BLOCK_N, 128]
         a = load_codes(a_row + block * 128, a_mask, UPCAST)
         b = load_codes(b_row + block * 128, b_mask, UPCAST)
         if SWAP:
@@ -109,25 +130,37 @@ def store_tile(acc, out_ptr, bias_ptr, row, row_mask, col, n, SWAP: tl.constexpr
     tl.store(out_ptr + row[:, None] * n + col[None, :], acc.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
-def tile_order(tile, m_tiles, n_tiles, GROUP_M: tl.constexpr):
-    """Row and column of a tile; GROUP_M rows of tiles go down together, so their operands stay in L2."""
-    per_group = GROUP_M * n_tiles
-    first = tile // per_group * GROUP_M
-    height = tl.minimum(m_tiles - first, GROUP_M)
-    return first + tile % per_group % height, tile % per_group // height
-
-
 @triton.jit(do_not_specialize=["m", "sa_sk", "per_part"])
-def matmul_kernel(
-    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, bias_ptr, out_ptr, m, n, k, per_part,
-    B_ROWS: tl.constexpr, UPCAST: tl.constexpr, SWAP: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """One [BM, BN] tile of out. SPLIT: of parts [parts, M, N] float32, each the sum over ``per_part`` K blocks."""
-    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
-    row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
-    col = tile_n * BN + tl.arange(0, BN)
+def fp8_matmul_fwd_kernel(
+    a_ptr,
+    a_sm,
+    sa_ptr,
+    sa_sm,
+    sa_sk,
+    b_ptr,
+    b_sn,
+    sb_ptr,
+    sb_sn,
+    sb_sk,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    per_part,
+    B_ROWS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One tile of out. SPLIT: of parts [parts, M, N] float32, each the sum over ``per_part`` K blocks."""
+    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N), GROUP_M)
+    row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     first = 0
     last = tl.cdiv(k, 128)
     if SPLIT:
@@ -136,14 +169,35 @@ def matmul_kernel(
         last = tl.minimum(first + per_part, last)
         out_ptr += part.to(tl.int64) * m * n
     acc = accumulate(
-        a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, row, row < m, col, n, k, first, last,
-        B_ROWS, UPCAST, SWAP, EVEN_K, BM, BN,
-    )  # fmt: skip
+        a_ptr,
+        a_sm,
+        sa_ptr,
+        sa_sm,
+        sa_sk,
+        b_ptr,
+        b_sn,
+        sb_ptr,
+        sb_sn,
+        sb_sk,
+        row,
+        row < m,
+        col,
+        n,
+        k,
+        first,
+        last,
+        B_ROWS,
+        UPCAST,
+        SWAP,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+    )
     store_tile(acc, out_ptr, bias_ptr, row, row < m, col, n, SWAP)
 
 
 @triton.jit(do_not_specialize=["m", "parts"])
-def add_parts_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: tl.constexpr):
+def fp8_matmul_fwd_parts_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: tl.constexpr):
     """out [M, N] from parts [parts, M, N], added in their order, with the bias and one rounding."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < m * n
@@ -157,27 +211,45 @@ def add_parts_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: tl.constex
 
 
 @triton.jit(do_not_specialize=["m", "sa_sk"])
-def matmul_tma_kernel(
-    a_ptr, a_sm, sa_ptr, sa_sm, sa_sk, b_ptr, b_sn, sb_ptr, sb_sn, sb_sk, bias_ptr, out_ptr, m, n, k,
-    B_ROWS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr, SPECIALIZE: tl.constexpr,
-):  # fmt: skip
+def fp8_matmul_fwd_tma_kernel(
+    a_ptr,
+    a_sm,
+    sa_ptr,
+    sa_sm,
+    sa_sk,
+    b_ptr,
+    b_sn,
+    sb_ptr,
+    sb_sn,
+    sb_sk,
+    bias_ptr,
+    out_ptr,
+    m,
+    n,
+    k,
+    B_ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):
     """Tiles program_id, program_id + programs, ..; TMA fills what lies outside of a or b with zeros."""
-    a_desc = tl.make_tensor_descriptor(a_ptr, [m, k], [a_sm, 1], [BM, 128])
-    b_desc = tl.make_tensor_descriptor(b_ptr, [n, k], [b_sn, 1], [BN, 128])
-    m_tiles = tl.cdiv(m, BM)
-    n_tiles = tl.cdiv(n, BN)
+    a_desc = tl.make_tensor_descriptor(a_ptr, [m, k], [a_sm, 1], [BLOCK_M, 128])
+    b_desc = tl.make_tensor_descriptor(b_ptr, [n, k], [b_sn, 1], [BLOCK_N, 128])
+    m_tiles = tl.cdiv(m, BLOCK_M)
+    n_tiles = tl.cdiv(n, BLOCK_N)
     for tile in tl.range(tl.program_id(0), m_tiles * n_tiles, tl.num_programs(0), warp_specialize=SPECIALIZE):
         tile_m, tile_n = tile_order(tile, m_tiles, n_tiles, GROUP_M)
-        row = (tile_m * BM + tl.arange(0, BM)).to(tl.int64)
-        col = tile_n * BN + tl.arange(0, BN)
-        acc = tl.zeros((BM, BN), tl.float32)
+        row = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in range(tl.cdiv(k, 128)):
-            a = a_desc.load([tile_m * BM, block * 128])
-            b = b_desc.load([tile_n * BN, block * 128])
+            a = a_desc.load([tile_m * BLOCK_M, block * 128])
+            b = b_desc.load([tile_n * BLOCK_N, block * 128])
             product = tl.dot(a, b.T)
             sb = sb_ptr + block * sb_sk
             if not B_ROWS:
-                sb += tile_n * BN // 128 * sb_sn
+                sb += tile_n * BLOCK_N // 128 * sb_sn
             acc = add_scaled(
                 acc, product, sa_ptr + row * sa_sm + block * sa_sk, sb, row < m, col, n, sb_sn, B_ROWS, False
             )
@@ -189,20 +261,31 @@ class Config:
     """Tile of one program. ``tma``: the persistent kernel, warp-specialised where it runs with 4 warps. ``split``:
     programs that share the K of a tile."""
 
-    bm: int
-    bn: int
+    block_m: int
+    block_n: int
     num_warps: int
     num_stages: int
     swap: bool = False
     tma: bool = False
     split: int = 1
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What every launch passes by name."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
 
 def narrow(m: int, capability: int, b_rows: bool = False) -> Config:
     """Few rows: the weight takes the matrix unit's wide side. sm_80 widens 64 rows in registers and needs 8 warps."""
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64
-    bn = 32 if capability == 80 and bm == 64 and b_rows else 64
-    return Config(bm, bn, 8 if capability == 80 and bm == 64 else 4, 3 if capability in (0, 80) else 4, swap=True)
+    block_m = 16 if m <= 16 else 32 if m <= 32 else 64
+    block_n = 32 if capability == 80 and block_m == 64 and b_rows else 64
+    warps = 8 if capability == 80 and block_m == 64 else 4
+    return Config(block_m, block_n, warps, 3 if capability in (0, 80) else 4, swap=True)
 
 
 def split_of(n: int, k: int, num_sms: int) -> int:
@@ -235,14 +318,14 @@ def config(
 
 
 # what `python -m tilefuse tune` tries; all columns of a tile share one scale, so none is wider than 128
+TILES = ((16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4))
 CONFIGS = {
     "fp8_matmul": tuple(
-        {"bm": bm, "bn": bn, "num_warps": warps, "num_stages": stages}
-        for bm, bn, warps in ((16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4),
-                              (128, 64, 4), (128, 128, 4), (128, 128, 8))
+        {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
+        for block_m, block_n, warps in (*TILES, (128, 128, 8))
         for stages in (3, 4, 5)
     )
-}  # fmt: skip
+}
 
 
 def fits_tma(capability: int, *tensors: torch.Tensor) -> bool:
@@ -250,10 +333,6 @@ def fits_tma(capability: int, *tensors: torch.Tensor) -> bool:
     return 90 <= capability < 100 and all(
         t.stride(-2) % 16 == 0 and t.stride(-2) > 0 and t.data_ptr() % 16 == 0 and t.shape[-1] > 0 for t in tensors
     )
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def capability_of(device: torch.device) -> int:
@@ -283,35 +362,49 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
     tile = config(m, n, capability, tma=fits_tma(capability, a, b), num_sms=num_sms, b_rows=b_rows, k=k)
     key = f"n={n},k={k},m<={min(8192, max(16, triton.next_power_of_2(m)))},b_rows={b_rows}"
     tile = tuned.choose("fp8_matmul", key, a.device, tile)
-    tiles = triton.cdiv(m, tile.bm) * triton.cdiv(n, tile.bn)
-    operands = (
-        operand(a),
-        a.stride(0),
-        a_scale,
-        *a_scale.stride(),
-        operand(b),
-        b.stride(0),
-        b_scale,
-        *b_scale.stride(),
-    )
-    options = {"BM": tile.bm, "BN": tile.bn, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    with on_device(a):
-        if tile.tma:
-            if not backends.interpreting():
-                triton.set_allocator(_scratch)
-            matmul_tma_kernel[(min(tiles, num_sms),)](
-                *operands, bias, out, m, n, k, B_ROWS=b_rows, GROUP_M=8, SPECIALIZE=tile.num_warps == 4, **options
+    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    scaled_a = operand(a), a.stride(0), a_scale, *a_scale.stride()
+    scaled_b = operand(b), b.stride(0), b_scale, *b_scale.stride()
+    if tile.tma:
+        with on_device(a), scratch(a.device):
+            fp8_matmul_fwd_tma_kernel[(min(tiles, num_sms),)](
+                *scaled_a,
+                *scaled_b,
+                bias,
+                out,
+                m,
+                n,
+                k,
+                B_ROWS=b_rows,
+                GROUP_M=8,
+                SPECIALIZE=tile.num_warps == 4,
+                **tile.constants,
             )
-            return out
-        split = tile.split > 1
-        parts = out.new_empty((tile.split, m, n), dtype=torch.float32) if split else out
-        matmul_kernel[(tiles, tile.split)](
-            *operands, None if split else bias, parts, m, n, k, triton.cdiv(triton.cdiv(k, 128), tile.split),
-            B_ROWS=b_rows, UPCAST=upcasts(a.device), SWAP=tile.swap, EVEN_K=k % 128 == 0, GROUP_M=8, SPLIT=split,
-            **options,
-        )  # fmt: skip
+        return out
+    split = tile.split > 1
+    parts = out.new_empty((tile.split, m, n), dtype=torch.float32) if split else out
+    with on_device(a):
+        fp8_matmul_fwd_kernel[(tiles, tile.split)](
+            *scaled_a,
+            *scaled_b,
+            None if split else bias,
+            parts,
+            m,
+            n,
+            k,
+            triton.cdiv(triton.cdiv(k, 128), tile.split),
+            B_ROWS=b_rows,
+            UPCAST=upcasts(a.device),
+            SWAP=tile.swap,
+            EVEN_K=k % 128 == 0,
+            GROUP_M=8,
+            SPLIT=split,
+            **tile.constants,
+        )
         if split:
-            add_parts_kernel[(triton.cdiv(m * n, 512),)](parts, bias, out, m, n, tile.split, BLOCK=512, num_warps=4)
+            fp8_matmul_fwd_parts_kernel[(triton.cdiv(m * n, 512),)](
+                parts, bias, out, m, n, tile.split, BLOCK=512, num_warps=4
+            )
     return out
 
 
@@ -330,5 +423,5 @@ def aot_cases():
             yield AotCase(
                 f"m{m}_n{n}_{name}",
                 call("fp8_matmul", a, scales[0], b, scales[1], tensor("fp32", n)),
-                expect=MATRIX_UNIT | {"add_parts_kernel": ()},
+                expect=MATRIX_UNIT | {"fp8_matmul_fwd_parts_kernel": ()},
             )

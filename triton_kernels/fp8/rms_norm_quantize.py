@@ -20,16 +20,29 @@ def tree_sum(x, LOG2: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pitch4", "norm_eps", "eps_bits"])
-def rms_norm_quantize_kernel(
-    x_ptr, x_sm, weight_ptr, residual_ptr, residual_sm, q_ptr, scale_ptr, pitch4, h_ptr, k, norm_eps, eps_bits,
-    POW2: tl.constexpr, NATIVE: tl.constexpr, LOG2: tl.constexpr,
-):  # fmt: skip
+def rms_norm_quantize_fwd_kernel(
+    x_ptr,
+    x_sm,
+    weight_ptr,
+    residual_ptr,
+    residual_sm,
+    q_ptr,
+    scale_ptr,
+    pitch4,
+    h_ptr,
+    k,
+    norm_eps,
+    eps_bits,
+    POW2: tl.constexpr,
+    NATIVE: tl.constexpr,
+    LOG2: tl.constexpr,
+):
     """One row of x [M, K]; q, h [M, K] contiguous, scale [KB, 4 * pitch4]."""
-    BK: tl.constexpr = 1 << LOG2
+    BLOCK_K: tl.constexpr = 1 << LOG2
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BK)
+    col = tl.arange(0, BLOCK_K)
     mask = col < k
-    # [BK]
+    # [BLOCK_K]
     x = tl.load(x_ptr + row * x_sm + col, mask, 0.0)
     total = x.to(tl.float32)
     if residual_ptr is not None:
@@ -41,11 +54,11 @@ def rms_norm_quantize_kernel(
     factor = tl.div_rn(1.0, tl.sqrt_rn(mean + norm_eps))
     normed = total * factor * tl.load(weight_ptr + col, mask, 0.0).to(tl.float32)
     # columns past k are zeros of a whole row that may hold an infinite factor
-    blocks = tl.reshape(tl.where(mask, normed, 0.0), (BK // 128, 128))
+    blocks = tl.reshape(tl.where(mask, normed, 0.0), (BLOCK_K // 128, 128))
     scale = fp8.block_scale(tl.max(fp8.finite_magnitude(blocks), 1), eps_bits, POW2)
-    block = tl.arange(0, BK // 128)
+    block = tl.arange(0, BLOCK_K // 128)
     tl.store(scale_ptr + block.to(tl.int64) * pitch4 * 4 + row, scale, block < tl.cdiv(k, 128))
-    codes = tl.reshape(fp8.quantize(blocks, scale[:, None], POW2, NATIVE), (BK,))
+    codes = tl.reshape(fp8.quantize(blocks, scale[:, None], POW2, NATIVE), (BLOCK_K,))
     tl.store(q_ptr + row * k + col, codes, mask)
 
 
@@ -62,13 +75,25 @@ def rms_norm_quantize_fwd(x, weight, residual, norm_eps, pow2, eps):
     h = torch.empty((m, k), dtype=x.dtype, device=x.device)
     if q.numel():
         with on_device(x):
-            rms_norm_quantize_kernel[(m,)](
-                x, x.stride(0), weight, residual, 0 if residual is None else residual.stride(0),
-                q.view(torch.uint8), scale, scale.stride(1) // 4, h, k, norm_eps, fp8.float_bits(eps),
-                POW2=pow2, NATIVE=fp8.native_cast(x.device),
+            rms_norm_quantize_fwd_kernel[(m,)](
+                x,
+                x.stride(0),
+                weight,
+                residual,
+                0 if residual is None else residual.stride(0),
+                q.view(torch.uint8),
+                scale,
+                scale.stride(1) // 4,
+                h,
+                k,
+                norm_eps,
+                fp8.float_bits(eps),
+                POW2=pow2,
+                NATIVE=fp8.native_cast(x.device),
                 # a fused multiply-add would round once where the rule rounds twice
-                enable_fp_fusion=False, **config(k),
-            )  # fmt: skip
+                enable_fp_fusion=False,
+                **config(k),
+            )
     return q, scale, h
 
 

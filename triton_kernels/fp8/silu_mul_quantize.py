@@ -12,18 +12,27 @@ from ..common.launch import on_device
 
 
 @triton.jit(do_not_specialize=["m", "pitch4", "eps_bits"])
-def silu_mul_quantize_kernel(
-    x_ptr, x_sm, q_ptr, scale_ptr, pitch4, m, k, eps_bits,
-    POW2: tl.constexpr, NATIVE: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
+def silu_mul_quantize_fwd_kernel(
+    x_ptr,
+    x_sm,
+    q_ptr,
+    scale_ptr,
+    pitch4,
+    m,
+    k,
+    eps_bits,
+    POW2: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     """gate_up [M, 2K] to q [M, K] and scale [KB, 4 * pitch4]."""
     blocks = tl.cdiv(k, 128)
-    row = (tl.program_id(0) // blocks * BM + tl.arange(0, BM)).to(tl.int64)
+    row = (tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     block = tl.program_id(0) % blocks
     col = block * 128 + tl.arange(0, 128)
     mask = (row < m)[:, None] & (col < k)[None, :]
     place = x_ptr + row[:, None] * x_sm + col[None, :]
-    # [BM, 128]
+    # [BLOCK_M, 128]
     gate = tl.load(place, mask, 0.0).to(tl.float32)
     up = tl.load(place + k, mask, 0.0).to(tl.float32)
     x = fp8.silu_mul(gate, up)
@@ -32,7 +41,7 @@ def silu_mul_quantize_kernel(
     tl.store(q_ptr + row[:, None] * k + col[None, :], fp8.quantize(x, scale[:, None], POW2, NATIVE), mask)
 
 
-TILE = {"BM": 16, "num_warps": 4}
+TILE = {"BLOCK_M": 16, "num_warps": 4}
 
 
 def silu_mul_quantize_fwd(gate_up, pow2, eps):
@@ -41,12 +50,21 @@ def silu_mul_quantize_fwd(gate_up, pow2, eps):
     scale = empty_row_scale(gate_up, m, blocks_of(k))
     if q.numel():
         with on_device(gate_up):
-            silu_mul_quantize_kernel[(triton.cdiv(m, TILE["BM"]) * blocks_of(k),)](
-                gate_up, gate_up.stride(0), q.view(torch.uint8), scale, scale.stride(1) // 4, m, k,
-                fp8.float_bits(eps), POW2=pow2, NATIVE=fp8.native_cast(q.device),
+            silu_mul_quantize_fwd_kernel[(triton.cdiv(m, TILE["BLOCK_M"]) * blocks_of(k),)](
+                gate_up,
+                gate_up.stride(0),
+                q.view(torch.uint8),
+                scale,
+                scale.stride(1) // 4,
+                m,
+                k,
+                fp8.float_bits(eps),
+                POW2=pow2,
+                NATIVE=fp8.native_cast(q.device),
                 # a fused multiply-add would round once where the rule rounds twice
-                enable_fp_fusion=False, **TILE,
-            )  # fmt: skip
+                enable_fp_fusion=False,
+                **TILE,
+            )
     return q, scale
 
 

@@ -140,9 +140,18 @@ def expand_backward_kernel(
 
 @triton.jit
 def weight_product(
-    acc, grad, g_token, latent, latent_stride, tokens, column, WIDTH: tl.constexpr, n, RANK: tl.constexpr,
+    acc,
+    grad,
+    g_token,
+    latent,
+    latent_stride,
+    tokens,
+    column,
+    WIDTH: tl.constexpr,
+    n,
+    RANK: tl.constexpr,
     BK: tl.constexpr,
-):  # fmt: skip
+):
     """acc [BM, BN] += grad[:, column].T @ latent[:, n], over tokens in their order."""
     for start in range(0, tokens, BK):
         token = start + tl.arange(0, BK).to(tl.int64)

@@ -1,5 +1,7 @@
 """moe_combine: a program owns a piece of one token's output, so nothing is added atomically."""
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -8,48 +10,64 @@ from ..common.launch import on_device
 
 
 @triton.jit
-def _row_of(inverse, slot, rows):
-    at = tl.load(inverse + slot).to(tl.int64)
+def _row_of(inverse_ptr, slot, rows):
+    at = tl.load(inverse_ptr + slot).to(tl.int64)
     kept = (at >= 0) & (at < rows)
     return tl.where(kept, at, 0), kept
 
 
 @triton.jit(do_not_specialize=["rows"])
 def moe_combine_fwd_kernel(
-    y, inverse, weights, out, rows, stride_y, H,
-    TOP_K: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    y_ptr,
+    inverse_ptr,
+    weights_ptr,
+    out_ptr,
+    rows,
+    stride_y,
+    hidden,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
-        row, kept = _row_of(inverse, token * TOP_K + j, rows)
-        x = tl.load(y + row * stride_y + col, mask=kept & (col < H), other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
+        row, kept = _row_of(inverse_ptr, token * TOP_K + j, rows)
+        x = tl.load(y_ptr + row * stride_y + col, mask=kept & (col < hidden), other=0.0).to(tl.float32)
+        if weights_ptr is not None:
             # a dropped slot adds nothing, even with a weight that is not finite
-            x *= tl.where(kept, tl.load(weights + token * TOP_K + j).to(tl.float32), 0.0)
+            x *= tl.where(kept, tl.load(weights_ptr + token * TOP_K + j).to(tl.float32), 0.0)
         acc += x
-    tl.store(out + token * H + col, acc.to(out.dtype.element_ty), mask=col < H)
+    tl.store(out_ptr + token * hidden + col, acc.to(out_ptr.dtype.element_ty), mask=col < hidden)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def moe_combine_bwd_kernel(
-    grad, y, inverse, weights, dy, dweights, rows, stride_y, H,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    dout_ptr,
+    y_ptr,
+    inverse_ptr,
+    weights_ptr,
+    dy_ptr,
+    dweights_ptr,
+    rows,
+    stride_y,
+    hidden,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
     for j in range(TOP_K):
         slot = token * TOP_K + j
-        row, kept = _row_of(inverse, slot, rows)
-        w = tl.load(weights + slot).to(tl.float32)
+        row, kept = _row_of(inverse_ptr, slot, rows)
+        w = tl.load(weights_ptr + slot).to(tl.float32)
         dot = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, H, BLOCK):
+        for start in range(0, hidden, BLOCK):
             col = start + tl.arange(0, BLOCK)
-            inside = kept & (col < H)
-            g = tl.load(grad + token * H + col, mask=inside, other=0.0).to(tl.float32)
-            dot += g * tl.load(y + row * stride_y + col, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dy + row * H + col, (w * g).to(dy.dtype.element_ty), mask=inside)
-        tl.store(dweights + slot, tl.sum(dot, axis=0).to(dweights.dtype.element_ty))
+            inside = kept & (col < hidden)
+            g = tl.load(dout_ptr + token * hidden + col, mask=inside, other=0.0).to(tl.float32)
+            dot += g * tl.load(y_ptr + row * stride_y + col, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dy_ptr + row * hidden + col, (w * g).to(dy_ptr.dtype.element_ty), mask=inside)
+        tl.store(dweights_ptr + slot, tl.sum(dot, axis=0).to(dweights_ptr.dtype.element_ty))
 
 
 def block(hidden: int) -> int:
@@ -64,22 +82,40 @@ def moe_combine_fwd(y, inverse, weights, top_k):
         size = block(hidden)
         with on_device(y):
             moe_combine_fwd_kernel[(tokens, triton.cdiv(hidden, size))](
-                y, inverse, weights, out, y.shape[0], y.stride(0), hidden,
-                TOP_K=top_k, HAS_WEIGHTS=weights is not None, BLOCK=size, num_warps=4,
-            )  # fmt: skip
+                y,
+                inverse,
+                weights,
+                out,
+                y.shape[0],
+                y.stride(0),
+                hidden,
+                TOP_K=top_k,
+                BLOCK=size,
+                num_warps=4,
+            )
     return out
 
 
-def moe_combine_bwd(grad, y, inverse, weights, top_k):
+def moe_combine_bwd(dout, y, inverse, weights, top_k):
     # rows that no slot names have no other writer
     dy = torch.zeros(y.shape, dtype=y.dtype, device=y.device)
     dweights = weights.new_empty(weights.shape)
     if weights.numel():
         with on_device(y):
             moe_combine_bwd_kernel[(weights.shape[0],)](
-                grad, y, inverse, weights, dy, dweights, y.shape[0], y.stride(0), y.shape[1],
-                TOP_K=top_k, BLOCK=block(y.shape[1]), num_warps=4,
-            )  # fmt: skip
+                dout,
+                y,
+                inverse,
+                weights,
+                dy,
+                dweights,
+                y.shape[0],
+                y.stride(0),
+                y.shape[1],
+                TOP_K=top_k,
+                BLOCK=block(y.shape[1]),
+                num_warps=4,
+            )
     return dy, dweights
 
 

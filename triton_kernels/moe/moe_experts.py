@@ -8,8 +8,9 @@ import triton
 import triton.language as tl
 
 from ..common import tuned
-from ..common.grouped import find_tile, groups_padded, max_tiles, tile_order
+from ..common.grouped import find_tile, max_tiles, tile_order
 from ..common.launch import on_device
+from ..common.rows import Experts, Matrix
 from .grouped_matmul import (
     TRIED,
     Config,
@@ -60,86 +61,117 @@ def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     return h, d_gate, d_up
 
 
-@triton.jit(do_not_specialize=["rows", "x_rows", "tiles_m", "programs", "top_k"])
+@triton.jit(do_not_specialize=["rows", "x_rows", "tiles_m", "top_k"])
 def moe_experts_up_kernel(
-    x, w, bias, h, z, offsets, order,
-    rows, x_rows, INNER, K, stride_x, stride_we, stride_wn, stride_wk, tiles_m, programs, top_k, alpha, limit,
-    GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, GATHER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    tiles_n = tl.cdiv(INNER, BLOCK_N)
-    for tile in range(tl.program_id(0), tiles_m * tiles_n, programs):
+    x: Matrix,
+    w: Experts,
+    bias_ptr,
+    h_ptr,
+    z_ptr,
+    offsets_ptr,
+    order_ptr,
+    rows,
+    x_rows,
+    inner,
+    k,
+    tiles_m,
+    top_k,
+    activation,
+    ACTIVATION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Tiles of h [rows, inner], and of gate and up in z [rows, 2 inner] if given; activation: (alpha, limit)."""
+    alpha, limit = activation
+    tiles_n = tl.cdiv(inner, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_order(tile, tiles_m, tiles_n, GROUP_M)
-        group, row_begin, row_end = find_tile(tile_m, offsets, rows, GROUPS, GROUPS_PADDED, BLOCK_M)
+        group, row_begin, row_end = find_tile(tile_m, offsets_ptr, rows, GROUPS, BLOCK_M)
         if row_begin < row_end:
             row = row_begin + tl.arange(0, BLOCK_M)
             inside = row < row_end
             col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
             wide = group.to(tl.int64)
-            source, exists = source_rows(order, row, inside & (group < GROUPS), x_rows, top_k, GATHER)
-            k = tl.arange(0, BLOCK_K)
-            x_at = x + source[:, None] * stride_x
-            gate_at = w + wide * stride_we + col.to(tl.int64)[None, :] * stride_wn
-            up_at = gate_at + tl.full([], INNER, tl.int64) * stride_wn
+            source, exists = source_rows(order_ptr, row, inside & (group < GROUPS), x_rows, top_k)
+            x_at = x.ptr + source[:, None] * x.row
+            gate_at = w.ptr + wide * w.expert + col.to(tl.int64)[None, :] * w.row
+            up_at = gate_at + tl.full([], inner, tl.int64) * w.row
             # two accumulators: two dots into one are miscompiled on some targets
             gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            depth = tl.where(group < GROUPS, K, 0)
+            depth = tl.where(group < GROUPS, k, 0)
             for start in range(0, depth, BLOCK_K):
-                step = start + k
-                a = tl.load(x_at + step[None, :], mask=exists[:, None] & (step < K)[None, :], other=0.0)
-                w_mask = (step < K)[:, None] & (col < INNER)[None, :]
-                w_step = step.to(tl.int64)[:, None] * stride_wk
+                step = start + tl.arange(0, BLOCK_K)
+                # [BLOCK_M, BLOCK_K], twice [BLOCK_K, BLOCK_N]
+                a = tl.load(x_at + step[None, :], mask=exists[:, None] & (step < k)[None, :], other=0.0)
+                w_mask = (step < k)[:, None] & (col < inner)[None, :]
+                w_step = step.to(tl.int64)[:, None] * w.column
                 gate = tl.dot(a, tl.load(gate_at + w_step, mask=w_mask, other=0.0), gate, input_precision="ieee")
                 up = tl.dot(a, tl.load(up_at + w_step, mask=w_mask, other=0.0), up, input_precision="ieee")
-            if HAS_BIAS:
-                b_mask = (col < INNER) & (group < GROUPS)
-                b_at = bias + wide * 2 * INNER + col
+            if bias_ptr is not None:
+                b_mask = (col < inner) & (group < GROUPS)
+                b_at = bias_ptr + wide * 2 * inner + col
                 gate += tl.load(b_at, mask=b_mask, other=0.0).to(tl.float32)[None, :]
-                up += tl.load(b_at + INNER, mask=b_mask, other=0.0).to(tl.float32)[None, :]
-            mask = inside[:, None] & (col < INNER)[None, :]
-            if SAVE:
-                z_at = z + row.to(tl.int64)[:, None] * (2 * INNER) + col[None, :]
-                tl.store(z_at, gate.to(z.dtype.element_ty), mask=mask)
-                tl.store(z_at + INNER, up.to(z.dtype.element_ty), mask=mask)
-            value, _, _ = activate(gate, up, alpha, limit, ACTIVATION)
-            tl.store(h + row.to(tl.int64)[:, None] * INNER + col[None, :], value.to(h.dtype.element_ty), mask=mask)
+                up += tl.load(b_at + inner, mask=b_mask, other=0.0).to(tl.float32)[None, :]
+            mask = inside[:, None] & (col < inner)[None, :]
+            if z_ptr is not None:
+                z_at = z_ptr + row.to(tl.int64)[:, None] * (2 * inner) + col[None, :]
+                tl.store(z_at, gate.to(z_ptr.dtype.element_ty), mask=mask)
+                tl.store(z_at + inner, up.to(z_ptr.dtype.element_ty), mask=mask)
+            h, _, _ = activate(gate, up, alpha, limit, ACTIVATION)
+            h_at = h_ptr + row.to(tl.int64)[:, None] * inner + col[None, :]
+            tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def moe_experts_act_bwd_kernel(
-    z, dh, offsets, order, weights, dz, weighted_h, dweights, INNER, alpha, limit,
-    GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    dh_ptr,
+    offsets_ptr,
+    order_ptr,
+    weights_ptr,
+    dz_ptr,
+    weighted_h_ptr,
+    dweights_ptr,
+    inner,
+    alpha,
+    limit,
+    GROUPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row: dz, weight * h, and the slot's weight gradient <h, dh>."""
     row = tl.program_id(0)
-    kept = (row >= tl.load(offsets)) & (row < tl.load(offsets + GROUPS))
+    kept = (row >= tl.load(offsets_ptr)) & (row < tl.load(offsets_ptr + GROUPS))
     wide = row.to(tl.int64)
-    slot = tl.load(order + row).to(tl.int64)
-    w = tl.load(weights + slot).to(tl.float32)
+    slot = tl.load(order_ptr + row).to(tl.int64)
+    weight = tl.load(weights_ptr + slot).to(tl.float32)
     dot = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, INNER, BLOCK):
+    for start in range(0, inner, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        mask = col < INNER
+        mask = col < inner
         read = mask & kept
-        gate = tl.load(z + wide * 2 * INNER + col, mask=read, other=0.0).to(tl.float32)
-        up = tl.load(z + wide * 2 * INNER + INNER + col, mask=read, other=0.0).to(tl.float32)
-        d = tl.load(dh + wide * INNER + col, mask=read, other=0.0).to(tl.float32)
+        gate = tl.load(z_ptr + wide * 2 * inner + col, mask=read, other=0.0).to(tl.float32)
+        up = tl.load(z_ptr + wide * 2 * inner + inner + col, mask=read, other=0.0).to(tl.float32)
+        dh = tl.load(dh_ptr + wide * inner + col, mask=read, other=0.0).to(tl.float32)
         h, d_gate, d_up = activate(gate, up, alpha, limit, ACTIVATION)
-        dot += h * d
-        dz_at = dz + wide * 2 * INNER + col
-        tl.store(dz_at, tl.where(read, d_gate * d * w, 0.0).to(dz.dtype.element_ty), mask=mask)
-        tl.store(dz_at + INNER, tl.where(read, d_up * d * w, 0.0).to(dz.dtype.element_ty), mask=mask)
-        tl.store(weighted_h + wide * INNER + col, tl.where(read, h * w, 0.0).to(weighted_h.dtype.element_ty), mask=mask)
-    tl.store(dweights + slot, tl.sum(dot, axis=0).to(dweights.dtype.element_ty))
+        dot += h * dh
+        dz_at = dz_ptr + wide * 2 * inner + col
+        tl.store(dz_at, tl.where(read, d_gate * dh * weight, 0.0).to(dz_ptr.dtype.element_ty), mask=mask)
+        tl.store(dz_at + inner, tl.where(read, d_up * dh * weight, 0.0).to(dz_ptr.dtype.element_ty), mask=mask)
+        weighted = tl.where(read, h * weight, 0.0).to(weighted_h_ptr.dtype.element_ty)
+        tl.store(weighted_h_ptr + wide * inner + col, weighted, mask=mask)
+    tl.store(dweights_ptr + slot, tl.sum(dot, axis=0).to(dweights_ptr.dtype.element_ty))
 
 
 def narrowed(tile: Config) -> Config:
     """A tile holds a gate and an up column block: from 64 rows on, their sums fit the registers of twice the warps."""
-    if tile.BLOCK_M < 64:
+    if tile.block_m < 64:
         return tile
-    return replace(tile, BLOCK_N=min(tile.BLOCK_N, 128 if tile.BLOCK_M < 128 else 64), num_warps=8)
+    return replace(tile, block_n=min(tile.block_n, 128 if tile.block_m < 128 else 64), num_warps=8)
 
 
 CONFIGS = {"moe_experts_up": TRIED}
@@ -159,18 +191,30 @@ def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha,
     if h.numel() == 0:
         return h, z
     tile = config(rows, groups, inner, k, x.dtype, x.device)
+    if tile.gather_first:
+        x, order = gathered(x, order, offsets, top_k), None
+    tiles_m = max_tiles(rows, groups, tile.block_m)
+    programs = programs_of(tiles_m * triton.cdiv(inner, tile.block_n), x.device)
     with on_device(x):
-        if tile.gather_first:
-            x, order = gathered(x, order, offsets, top_k), None
-        tiles_m = max_tiles(rows, groups, tile.BLOCK_M)
-        programs = programs_of(tiles_m * triton.cdiv(inner, tile.BLOCK_N), x.device)
         moe_experts_up_kernel[(programs,)](
-            x, w_gate_up, bias, h, z, offsets, order,
-            rows, x.shape[0], inner, k, x.stride(0), w_gate_up.stride(0), w_gate_up.stride(1), w_gate_up.stride(2),
-            tiles_m, programs, top_k, alpha, limit,
-            GROUPS=groups, GROUPS_PADDED=groups_padded(groups), GATHER=order is not None, HAS_BIAS=bias is not None,
-            SAVE=save, ACTIVATION=activation, **tile.options,
-        )  # fmt: skip
+            Matrix.of(x),
+            Experts.of(w_gate_up),
+            bias,
+            h,
+            z if save else None,
+            offsets,
+            order,
+            rows,
+            x.shape[0],
+            inner,
+            k,
+            tiles_m,
+            top_k,
+            (alpha, limit),
+            ACTIVATION=activation,
+            GROUPS=groups,
+            **tile.constants,
+        )
     return h, z
 
 
@@ -183,9 +227,22 @@ def moe_experts_act_bwd(z, dh, offsets, order, weights, activation, alpha, limit
         block = min(1024, max(16, triton.next_power_of_2(inner)))
         with on_device(z):
             moe_experts_act_bwd_kernel[(rows,)](
-                z, dh, offsets, order, weights, dz, weighted_h, dweights, inner, alpha, limit,
-                GROUPS=offsets.shape[0] - 1, ACTIVATION=activation, BLOCK=block, num_warps=4,
-            )  # fmt: skip
+                z,
+                dh,
+                offsets,
+                order,
+                weights,
+                dz,
+                weighted_h,
+                dweights,
+                inner,
+                alpha,
+                limit,
+                GROUPS=offsets.shape[0] - 1,
+                ACTIVATION=activation,
+                BLOCK=block,
+                num_warps=4,
+            )
     return dz, weighted_h, dweights
 
 

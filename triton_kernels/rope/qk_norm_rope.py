@@ -13,11 +13,34 @@ from .rope import LAYOUTS, config, load_tables, position_strides, rotate_half, s
 
 @triton.jit
 def _norm_rope_block(
-    x_ptr, x_sb, x_ss, x_sh, out_ptr, out_sb, out_ss, out_sh, weight_ptr, weight_offset, eps, head_block,
-    batch, place, token_mask, cos, sin,
-    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    VEC: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_sb,
+    x_ss,
+    x_sh,
+    out_ptr,
+    out_sb,
+    out_ss,
+    out_sh,
+    weight_ptr,
+    weight_offset,
+    eps,
+    head_block,
+    batch,
+    place,
+    token_mask,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+):
     head = head_block * BH + tl.arange(0, BH)
     mask = (token_mask[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
@@ -68,11 +91,39 @@ def _norm_rope_block(
 
 @triton.jit
 def _norm_rope_bwd_block(
-    grad_ptr, grad_sb, grad_ss, grad_sh, x_ptr, x_sb, x_ss, x_sh, out_ptr, out_sb, out_ss, out_sh,
-    weight_ptr, weight_offset, partial_ptr, eps, head_block, batch, place, token_mask, cos, sin,
-    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    VEC: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
-):  # fmt: skip
+    grad_ptr,
+    grad_sb,
+    grad_ss,
+    grad_sh,
+    x_ptr,
+    x_sb,
+    x_ss,
+    x_sh,
+    out_ptr,
+    out_sb,
+    out_ss,
+    out_sh,
+    weight_ptr,
+    weight_offset,
+    partial_ptr,
+    eps,
+    head_block,
+    batch,
+    place,
+    token_mask,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+):
     head = head_block * BH + tl.arange(0, BH)
     mask = (token_mask[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
@@ -149,62 +200,247 @@ def _norm_rope_bwd_block(
 
 
 _RUNTIME = [
-    "tokens", "seq_len", "table_rows", "num_bounds", "cos_st", "sin_st", "pos_sb", "pos_ss", "eps", "weight_offset",
-    "q_sb", "q_ss", "q_sh", "qo_sb", "qo_ss", "qo_sh", "k_sb", "k_ss", "k_sh", "ko_sb", "ko_ss", "ko_sh",
-]  # fmt: skip
+    "tokens",
+    "seq_len",
+    "table_rows",
+    "num_bounds",
+    "cos_st",
+    "sin_st",
+    "pos_sb",
+    "pos_ss",
+    "eps",
+    "weight_offset",
+    "q_sb",
+    "q_ss",
+    "q_sh",
+    "qo_sb",
+    "qo_ss",
+    "qo_sh",
+    "k_sb",
+    "k_ss",
+    "k_sh",
+    "ko_sb",
+    "ko_ss",
+    "ko_sh",
+]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def qk_norm_rope_kernel(
-    q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh,
-    k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh, q_weight_ptr, k_weight_ptr, weight_offset, eps,
-    cos_ptr, sin_ptr, cos_st, sin_st, pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, tokens, seq_len, table_rows,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
-    BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_sb,
+    q_ss,
+    q_sh,
+    qo_ptr,
+    qo_sb,
+    qo_ss,
+    qo_sh,
+    k_ptr,
+    k_sb,
+    k_ss,
+    k_sh,
+    ko_ptr,
+    ko_sb,
+    ko_ss,
+    ko_sh,
+    q_weight_ptr,
+    k_weight_ptr,
+    weight_offset,
+    eps,
+    cos_ptr,
+    sin_ptr,
+    cos_st,
+    sin_st,
+    pos_ptr,
+    pos_sb,
+    pos_ss,
+    cu_ptr,
+    num_bounds,
+    tokens,
+    seq_len,
+    table_rows,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    VEC: tl.constexpr,
+    TABLE_VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+):
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     mask = token < tokens
     batch = (token // seq_len).to(tl.int64)
     place = (token % seq_len).to(tl.int64)
     row = token_rows(pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows)
     cos, sin = load_tables(
-        cos_ptr, sin_ptr, cos_st, sin_st, row, row, row, mask, HALF, BLOCK_HALF, TABLE_VEC, False,
-        False, False, 0, 0, 0,
-    )  # fmt: skip
+        cos_ptr,
+        sin_ptr,
+        cos_st,
+        sin_st,
+        row,
+        row,
+        row,
+        mask,
+        HALF,
+        BLOCK_HALF,
+        TABLE_VEC,
+        False,
+        False,
+        False,
+        0,
+        0,
+        0,
+    )
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (HQ + BH - 1) // BH
     if block < q_blocks:
         _norm_rope_block(
-            q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, q_weight_ptr, weight_offset, eps, block,
-            batch, place, mask, cos, sin, HQ, D, HALF, OFFSET, INTERLEAVED, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
-        )  # fmt: skip
+            q_ptr,
+            q_sb,
+            q_ss,
+            q_sh,
+            qo_ptr,
+            qo_sb,
+            qo_ss,
+            qo_sh,
+            q_weight_ptr,
+            weight_offset,
+            eps,
+            block,
+            batch,
+            place,
+            mask,
+            cos,
+            sin,
+            HQ,
+            D,
+            HALF,
+            OFFSET,
+            INTERLEAVED,
+            VEC,
+            BT,
+            BH,
+            BLOCK_HALF,
+            BLOCK_COPY,
+        )
     else:
         _norm_rope_block(
-            k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh, k_weight_ptr, weight_offset, eps, block - q_blocks,
-            batch, place, mask, cos, sin, HK, D, HALF, OFFSET, INTERLEAVED, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
-        )  # fmt: skip
+            k_ptr,
+            k_sb,
+            k_ss,
+            k_sh,
+            ko_ptr,
+            ko_sb,
+            ko_ss,
+            ko_sh,
+            k_weight_ptr,
+            weight_offset,
+            eps,
+            block - q_blocks,
+            batch,
+            place,
+            mask,
+            cos,
+            sin,
+            HK,
+            D,
+            HALF,
+            OFFSET,
+            INTERLEAVED,
+            VEC,
+            BT,
+            BH,
+            BLOCK_HALF,
+            BLOCK_COPY,
+        )
 
 
 @triton.jit(do_not_specialize=[*_RUNTIME, "qg_sb", "qg_ss", "qg_sh", "kg_sb", "kg_ss", "kg_sh"])
 def qk_norm_rope_bwd_kernel(
-    qg_ptr, qg_sb, qg_ss, qg_sh, q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh,
-    kg_ptr, kg_sb, kg_ss, kg_sh, k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh,
-    q_weight_ptr, k_weight_ptr, weight_offset, q_partial_ptr, k_partial_ptr, eps,
-    cos_ptr, sin_ptr, cos_st, sin_st, pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, tokens, seq_len, table_rows,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
-    BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
-):  # fmt: skip
+    qg_ptr,
+    qg_sb,
+    qg_ss,
+    qg_sh,
+    q_ptr,
+    q_sb,
+    q_ss,
+    q_sh,
+    qo_ptr,
+    qo_sb,
+    qo_ss,
+    qo_sh,
+    kg_ptr,
+    kg_sb,
+    kg_ss,
+    kg_sh,
+    k_ptr,
+    k_sb,
+    k_ss,
+    k_sh,
+    ko_ptr,
+    ko_sb,
+    ko_ss,
+    ko_sh,
+    q_weight_ptr,
+    k_weight_ptr,
+    weight_offset,
+    q_partial_ptr,
+    k_partial_ptr,
+    eps,
+    cos_ptr,
+    sin_ptr,
+    cos_st,
+    sin_st,
+    pos_ptr,
+    pos_sb,
+    pos_ss,
+    cu_ptr,
+    num_bounds,
+    tokens,
+    seq_len,
+    table_rows,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    VEC: tl.constexpr,
+    TABLE_VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+):
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     mask = token < tokens
     batch = (token // seq_len).to(tl.int64)
     place = (token % seq_len).to(tl.int64)
     row = token_rows(pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows)
     cos, sin = load_tables(
-        cos_ptr, sin_ptr, cos_st, sin_st, row, row, row, mask, HALF, BLOCK_HALF, TABLE_VEC, True,
-        False, False, 0, 0, 0,
-    )  # fmt: skip
+        cos_ptr,
+        sin_ptr,
+        cos_st,
+        sin_st,
+        row,
+        row,
+        row,
+        mask,
+        HALF,
+        BLOCK_HALF,
+        TABLE_VEC,
+        True,
+        False,
+        False,
+        0,
+        0,
+        0,
+    )
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (HQ + BH - 1) // BH
     k_blocks: tl.constexpr = (HK + BH - 1) // BH
@@ -212,17 +448,75 @@ def qk_norm_rope_bwd_kernel(
     if block < q_blocks:
         partial = q_partial_ptr + (tl.program_id(0).to(tl.int64) * q_blocks + block) * D
         _norm_rope_bwd_block(
-            qg_ptr, qg_sb, qg_ss, qg_sh, q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh,
-            q_weight_ptr, weight_offset, partial, eps, block, batch, place, mask, cos, sin,
-            HQ, D, HALF, OFFSET, INTERLEAVED, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
-        )  # fmt: skip
+            qg_ptr,
+            qg_sb,
+            qg_ss,
+            qg_sh,
+            q_ptr,
+            q_sb,
+            q_ss,
+            q_sh,
+            qo_ptr,
+            qo_sb,
+            qo_ss,
+            qo_sh,
+            q_weight_ptr,
+            weight_offset,
+            partial,
+            eps,
+            block,
+            batch,
+            place,
+            mask,
+            cos,
+            sin,
+            HQ,
+            D,
+            HALF,
+            OFFSET,
+            INTERLEAVED,
+            VEC,
+            BT,
+            BH,
+            BLOCK_HALF,
+            BLOCK_COPY,
+        )
     else:
         partial = k_partial_ptr + (tl.program_id(0).to(tl.int64) * k_blocks + block - q_blocks) * D
         _norm_rope_bwd_block(
-            kg_ptr, kg_sb, kg_ss, kg_sh, k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh,
-            k_weight_ptr, weight_offset, partial, eps, block - q_blocks, batch, place, mask, cos, sin,
-            HK, D, HALF, OFFSET, INTERLEAVED, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
-        )  # fmt: skip
+            kg_ptr,
+            kg_sb,
+            kg_ss,
+            kg_sh,
+            k_ptr,
+            k_sb,
+            k_ss,
+            k_sh,
+            ko_ptr,
+            ko_sb,
+            ko_ss,
+            ko_sh,
+            k_weight_ptr,
+            weight_offset,
+            partial,
+            eps,
+            block - q_blocks,
+            batch,
+            place,
+            mask,
+            cos,
+            sin,
+            HK,
+            D,
+            HALF,
+            OFFSET,
+            INTERLEAVED,
+            VEC,
+            BT,
+            BH,
+            BLOCK_HALF,
+            BLOCK_COPY,
+        )
 
 
 def _common(q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, elements):
@@ -235,14 +529,28 @@ def _common(q, k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, e
     table_vec = vector_width(4, cos.stride(0), sin.stride(0))
     grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in heads))
     args = (
-        cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec,
-        positions, *position_strides(positions, q, ()),
-        cu_seqlens, 0 if cu_seqlens is None else cu_seqlens.shape[0], tokens, seq_len, cos.shape[0],
-    )  # fmt: skip
+        cos,
+        sin,
+        cos.stride(0) // table_vec,
+        sin.stride(0) // table_vec,
+        positions,
+        *position_strides(positions, q, ()),
+        cu_seqlens,
+        0 if cu_seqlens is None else cu_seqlens.shape[0],
+        tokens,
+        seq_len,
+        cos.shape[0],
+    )
     constants = {
-        "HQ": heads[0], "HK": heads[1], "D": dim, "HALF": half, "OFFSET": rotary_offset, "INTERLEAVED": interleaved,
-        "TABLE_VEC": table_vec, **tile,
-    }  # fmt: skip
+        "HQ": heads[0],
+        "HK": heads[1],
+        "D": dim,
+        "HALF": half,
+        "OFFSET": rotary_offset,
+        "INTERLEAVED": interleaved,
+        "TABLE_VEC": table_vec,
+        **tile,
+    }
     return grid, args, constants
 
 
@@ -259,16 +567,41 @@ def qk_norm_rope_fwd(
     vec, (q_st, qo_st, k_st, ko_st) = strides_of(q, q_out, k, k_out)
     with on_device(q):
         qk_norm_rope_kernel[grid](
-            q, *q_st, q_out, *qo_st, k, *k_st, k_out, *ko_st, q_weight, k_weight, weight_offset, eps,
-            *args, VEC=vec, **constants,
-        )  # fmt: skip
+            q,
+            *q_st,
+            q_out,
+            *qo_st,
+            k,
+            *k_st,
+            k_out,
+            *ko_st,
+            q_weight,
+            k_weight,
+            weight_offset,
+            eps,
+            *args,
+            VEC=vec,
+            **constants,
+        )
     return q_out, k_out
 
 
 def qk_norm_rope_bwd(
-    q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset, interleaved,
+    q_grad,
+    k_grad,
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    positions,
+    cu_seqlens,
+    eps,
+    weight_offset,
+    interleaved,
     rotary_offset,
-):  # fmt: skip
+):
     if q.device.type == "cpu":
         token_positions("qk_norm_rope", q.shape[:-2], cos.shape[0], positions, cu_seqlens, q.device)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -281,9 +614,27 @@ def qk_norm_rope_bwd(
         vec, (qg_st, q_st, qo_st, kg_st, k_st, ko_st) = strides_of(q_grad, q, dq, k_grad, k, dk)
         with on_device(q):
             qk_norm_rope_bwd_kernel[grid](
-                q_grad, *qg_st, q, *q_st, dq, *qo_st, k_grad, *kg_st, k, *k_st, dk, *ko_st,
-                q_weight, k_weight, weight_offset, *partial, eps, *args, VEC=vec, **constants,
-            )  # fmt: skip
+                q_grad,
+                *qg_st,
+                q,
+                *q_st,
+                dq,
+                *qo_st,
+                k_grad,
+                *kg_st,
+                k,
+                *k_st,
+                dk,
+                *ko_st,
+                q_weight,
+                k_weight,
+                weight_offset,
+                *partial,
+                eps,
+                *args,
+                VEC=vec,
+                **constants,
+            )
     return dq, dk, partial[0].sum(0).to(q_weight.dtype), partial[1].sum(0).to(k_weight.dtype)
 
 

@@ -37,11 +37,24 @@ def token_rows(pos_ptr, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place,
 
 @triton.jit
 def load_tables(
-    cos_ptr, sin_ptr, cos_st, sin_st, row, row_h, row_w, mask,
-    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, TABLE_VEC: tl.constexpr, CONJUGATE: tl.constexpr,
-    MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr,
+    cos_ptr,
+    sin_ptr,
+    cos_st,
+    sin_st,
+    row,
+    row_h,
+    row_w,
+    mask,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    TABLE_VEC: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+    MROPE: tl.constexpr,
+    MROPE_INTERLEAVED: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
     SECTION_W: tl.constexpr,
-):  # fmt: skip
+):
     """cos and sin of a block of tokens, [BT, BLOCK_HALF]."""
     pair = tl.arange(0, BLOCK_HALF)[None, :]
     mask = mask[:, None] & (pair < HALF)
@@ -68,12 +81,32 @@ def rotate_half(a, b, cos, sin):
 
 @triton.jit
 def rotate_block(
-    x_ptr, x_sb, x_ss, x_sh, out_ptr, out_sb, out_ss, out_sh, head_block,
-    batch, place, token_mask, cos, sin,
-    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr, INTERLEAVED: tl.constexpr,
-    COPY: tl.constexpr, VEC: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    x_ptr,
+    x_sb,
+    x_ss,
+    x_sh,
+    out_ptr,
+    out_sb,
+    out_ss,
+    out_sh,
+    head_block,
+    batch,
+    place,
+    token_mask,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    COPY: tl.constexpr,
+    VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
     BLOCK_COPY: tl.constexpr,
-):  # fmt: skip
+):
     head = head_block * BH + tl.arange(0, BH)
     mask = token_mask[:, None] & (head < HEADS)[None, :]
     mask = mask[:, :, None]
@@ -112,21 +145,79 @@ def rotate_block(
 
 @triton.jit(
     do_not_specialize=[
-        "tokens", "seq_len", "table_rows", "num_bounds", "cos_st", "sin_st", "pos_sa", "pos_sb", "pos_ss",
-        "q_sb", "q_ss", "q_sh", "qo_sb", "qo_ss", "qo_sh", "k_sb", "k_ss", "k_sh", "ko_sb", "ko_ss", "ko_sh",
+        "tokens",
+        "seq_len",
+        "table_rows",
+        "num_bounds",
+        "cos_st",
+        "sin_st",
+        "pos_sa",
+        "pos_sb",
+        "pos_ss",
+        "q_sb",
+        "q_ss",
+        "q_sh",
+        "qo_sb",
+        "qo_ss",
+        "qo_sh",
+        "k_sb",
+        "k_ss",
+        "k_sh",
+        "ko_sb",
+        "ko_ss",
+        "ko_sh",
     ]
-)  # fmt: skip
+)
 def rope_kernel(
-    q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh,
-    k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh,
-    cos_ptr, sin_ptr, cos_st, sin_st, pos_ptr, pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds,
-    tokens, seq_len, table_rows,
-    HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, COPY: tl.constexpr,
-    MROPE: tl.constexpr, MROPE_INTERLEAVED: tl.constexpr, SECTION_T: tl.constexpr, SECTION_H: tl.constexpr,
-    SECTION_W: tl.constexpr, VEC: tl.constexpr, TABLE_VEC: tl.constexpr,
-    BT: tl.constexpr, BH: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_COPY: tl.constexpr,
-):  # fmt: skip
+    q_ptr,
+    q_sb,
+    q_ss,
+    q_sh,
+    qo_ptr,
+    qo_sb,
+    qo_ss,
+    qo_sh,
+    k_ptr,
+    k_sb,
+    k_ss,
+    k_sh,
+    ko_ptr,
+    ko_sb,
+    ko_ss,
+    ko_sh,
+    cos_ptr,
+    sin_ptr,
+    cos_st,
+    sin_st,
+    pos_ptr,
+    pos_sa,
+    pos_sb,
+    pos_ss,
+    cu_ptr,
+    num_bounds,
+    tokens,
+    seq_len,
+    table_rows,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    OFFSET: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    CONJUGATE: tl.constexpr,
+    COPY: tl.constexpr,
+    MROPE: tl.constexpr,
+    MROPE_INTERLEAVED: tl.constexpr,
+    SECTION_T: tl.constexpr,
+    SECTION_H: tl.constexpr,
+    SECTION_W: tl.constexpr,
+    VEC: tl.constexpr,
+    TABLE_VEC: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_COPY: tl.constexpr,
+):
     token = tl.program_id(0) * BT + tl.arange(0, BT)
     mask = token < tokens
     batch = (token // seq_len).to(tl.int64)
@@ -135,28 +226,87 @@ def rope_kernel(
     row_h = row
     row_w = row
     if MROPE:
-        row_h = token_rows(
-            pos_ptr + pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows
-        )  # fmt: skip
+        row_h = token_rows(pos_ptr + pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows)
         row_w = token_rows(
             pos_ptr + 2 * pos_sa, pos_sb, pos_ss, cu_ptr, num_bounds, token, batch, place, mask, table_rows
-        )  # fmt: skip
+        )
     cos, sin = load_tables(
-        cos_ptr, sin_ptr, cos_st, sin_st, row, row_h, row_w, mask, HALF, BLOCK_HALF, TABLE_VEC, CONJUGATE,
-        MROPE, MROPE_INTERLEAVED, SECTION_T, SECTION_H, SECTION_W,
-    )  # fmt: skip
+        cos_ptr,
+        sin_ptr,
+        cos_st,
+        sin_st,
+        row,
+        row_h,
+        row_w,
+        mask,
+        HALF,
+        BLOCK_HALF,
+        TABLE_VEC,
+        CONJUGATE,
+        MROPE,
+        MROPE_INTERLEAVED,
+        SECTION_T,
+        SECTION_H,
+        SECTION_W,
+    )
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (HQ + BH - 1) // BH
     if block < q_blocks:
         rotate_block(
-            q_ptr, q_sb, q_ss, q_sh, qo_ptr, qo_sb, qo_ss, qo_sh, block, batch, place, mask, cos, sin,
-            HQ, D, HALF, OFFSET, INTERLEAVED, COPY, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
-        )  # fmt: skip
+            q_ptr,
+            q_sb,
+            q_ss,
+            q_sh,
+            qo_ptr,
+            qo_sb,
+            qo_ss,
+            qo_sh,
+            block,
+            batch,
+            place,
+            mask,
+            cos,
+            sin,
+            HQ,
+            D,
+            HALF,
+            OFFSET,
+            INTERLEAVED,
+            COPY,
+            VEC,
+            BT,
+            BH,
+            BLOCK_HALF,
+            BLOCK_COPY,
+        )
     elif k_ptr is not None:
         rotate_block(
-            k_ptr, k_sb, k_ss, k_sh, ko_ptr, ko_sb, ko_ss, ko_sh, block - q_blocks, batch, place, mask, cos, sin,
-            HK, D, HALF, OFFSET, INTERLEAVED, COPY, VEC, BT, BH, BLOCK_HALF, BLOCK_COPY,
-        )  # fmt: skip
+            k_ptr,
+            k_sb,
+            k_ss,
+            k_sh,
+            ko_ptr,
+            ko_sb,
+            ko_ss,
+            ko_sh,
+            block - q_blocks,
+            batch,
+            place,
+            mask,
+            cos,
+            sin,
+            HK,
+            D,
+            HALF,
+            OFFSET,
+            INTERLEAVED,
+            COPY,
+            VEC,
+            BT,
+            BH,
+            BLOCK_HALF,
+            BLOCK_COPY,
+        )
 
 
 def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int, elements: int = 4096) -> dict[str, int]:
@@ -199,9 +349,21 @@ def position_strides(positions, x, mrope_section):
 
 
 def _launch(
-    name, q, k, q_out, k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
-    mrope_section, mrope_interleaved,
-):  # fmt: skip
+    name,
+    q,
+    k,
+    q_out,
+    k_out,
+    cos,
+    sin,
+    positions,
+    cu_seqlens,
+    interleaved,
+    rotary_offset,
+    conjugate,
+    mrope_section,
+    mrope_interleaved,
+):
     if q.device.type == "cpu":
         token_positions(name, q.shape[:-2], cos.shape[0], positions, cu_seqlens, q.device)
     seq_len = q.shape[-3]
@@ -218,15 +380,42 @@ def _launch(
     grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in heads))
     with on_device(q):
         rope_kernel[grid](
-            q, *q_st, q_out, *qo_st, k, *k_st, k_out, *ko_st,
-            cos, sin, cos.stride(0) // table_vec, sin.stride(0) // table_vec,
-            positions, *(pos_st if mrope_section else (0, *pos_st)),
-            cu_seqlens, 0 if cu_seqlens is None else cu_seqlens.shape[0], tokens, seq_len, cos.shape[0],
-            HQ=heads[0], HK=0 if k is None else heads[1], D=q.shape[-1], HALF=half, OFFSET=rotary_offset,
-            INTERLEAVED=interleaved, CONJUGATE=conjugate, COPY=q_out is not q, MROPE=bool(mrope_section),
-            MROPE_INTERLEAVED=mrope_interleaved, SECTION_T=section[0], SECTION_H=section[1], SECTION_W=section[2],
-            VEC=vec, TABLE_VEC=table_vec, **tile,
-        )  # fmt: skip
+            q,
+            *q_st,
+            q_out,
+            *qo_st,
+            k,
+            *k_st,
+            k_out,
+            *ko_st,
+            cos,
+            sin,
+            cos.stride(0) // table_vec,
+            sin.stride(0) // table_vec,
+            positions,
+            *(pos_st if mrope_section else (0, *pos_st)),
+            cu_seqlens,
+            0 if cu_seqlens is None else cu_seqlens.shape[0],
+            tokens,
+            seq_len,
+            cos.shape[0],
+            HQ=heads[0],
+            HK=0 if k is None else heads[1],
+            D=q.shape[-1],
+            HALF=half,
+            OFFSET=rotary_offset,
+            INTERLEAVED=interleaved,
+            CONJUGATE=conjugate,
+            COPY=q_out is not q,
+            MROPE=bool(mrope_section),
+            MROPE_INTERLEAVED=mrope_interleaved,
+            SECTION_T=section[0],
+            SECTION_H=section[1],
+            SECTION_W=section[2],
+            VEC=vec,
+            TABLE_VEC=table_vec,
+            **tile,
+        )
 
 
 def rope_fwd(x, *rest):
