@@ -308,6 +308,16 @@ def test_a_lazy_mask_is_a_mask():
     for same in (lambda x: x.detach(), lambda x: x.to("meta")):
         kept = same(lazy())
         assert mask.compact_of(kept) is not None and kept.shape == expected.shape
+    # entries that someone writes count, and nothing else does then
+    for write in (lambda x: x.__setitem__((..., 0), False), lambda x: x.logical_not_()):
+        written, stock = (
+            mask.LazyMask.of(mask.compact_of(lazy()), expected.clone, (2, 1, 9, 9), torch.bool, torch.device("cpu")),
+            expected.clone(),
+        )
+        write(written)
+        write(stock)
+        assert mask.compact_of(written) is None
+        assert_bit_equal(written & True, stock)
     buffer = io.BytesIO()
     torch.save(lazy(), buffer)
     buffer.seek(0)

@@ -63,8 +63,14 @@ class LazyMask(Tensor):
             if func is _aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype) and kwargs.get("device"):
                 device = torch.device(kwargs["device"])
                 return mask._like(lambda: mask.dense().to(device), mask.compact.to(device), device)
+        masks = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyMask)]
         args, kwargs = pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func._schema.is_mutable:
+            # what was written is in the entries alone
+            for mask in masks:
+                mask.compact = None
+        return out
 
     # dynamo takes a mask that comes into a compiled region as the wrapper of its entries
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -78,7 +84,11 @@ class LazyMask(Tensor):
         mask.compact, mask._made = None, made
         return mask
 
-    # what does not pass through the dispatcher
+    # what does not pass through the dispatcher, or not as a mask
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.dense()[index] = value
+        self.compact = None
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
 
@@ -106,7 +116,7 @@ class TracedMask(Tensor):
 
 def compact_of(mask: Any) -> Compact | None:
     """What a mask says, or None if it has to be looked at."""
-    return mask.compact if type(mask) in (LazyMask, TracedMask) else None
+    return getattr(mask, "compact", None)
 
 
 def dense(mask: Any) -> Any:
@@ -143,7 +153,8 @@ def _function(stock_function: Callable[..., Tensor | None]) -> Callable[..., Ten
             return stock_function(mask_function=mask_function, **arguments)
         # the contents of tensors decide below, and a graph cannot depend on them
         tracing = is_tracing(attention_mask) or is_tracing(q_offset if isinstance(q_offset, Tensor) else None)
-        compiling = torch.compiler.is_dynamo_compiling()
+        # torch.compile and torch.export
+        compiling = torch.compiler.is_compiling()
         # one entry stands for all: what is asked is whether there is a mask at all
         found = stock_function(mask_function=mask_function if compiling else _everything, **arguments)
         if found is None:
@@ -157,7 +168,7 @@ def _function(stock_function: Callable[..., Tensor | None]) -> Callable[..., Ten
         if compact is None:
             return found if compiling else stock_function(mask_function=mask_function, **arguments)
         if compiling:
-            traced = found.as_subclass(TracedMask)
+            traced = found.as_subclass(TracedMask) if torch.compiler.is_dynamo_compiling() else found
             traced.compact = compact
             return traced
         if isinstance(q_offset, Tensor):

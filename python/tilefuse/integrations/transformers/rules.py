@@ -99,7 +99,8 @@ def of(function: MaskFunction) -> Rule | None:
         return CAUSAL
     if function is stock.bidirectional_mask_function:
         return EVERYTHING
-    both = _closure(function, _AND)
+    # dynamo cannot look into closures
+    both = None if torch.compiler.is_dynamo_compiling() else _closure(function, _AND)
     if both is None or len(both["mask_functions"]) != 2:
         return None
     first, second = both["mask_functions"]
