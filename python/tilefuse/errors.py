@@ -1,7 +1,8 @@
 """Argument checks shared by every op and its fake kernel.
 
 All raise before anything runs, and every message names the op, the argument, what was expected and what
-came: ``tilefuse.rope: cos must be [P, rotary_dim / 2] float32, got [128, 64] bfloat16``.
+came: ``tilefuse.rope: cos must be [P, rotary_dim / 2] float32, got [128, 64] bfloat16``. A message that holds a size is
+written where it is raised and nowhere before: the text of a symbolic size makes torch.compile specialise on it.
 """
 
 from __future__ import annotations

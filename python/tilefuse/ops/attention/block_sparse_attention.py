@@ -114,11 +114,10 @@ def block_sparse_attention(
     if block_size < 1:
         errors.value_error(name, "block_size", ">= 1", block_size)
     rows = -(-q.shape[1] // block_size)
-    expected = f"[{q.shape[0]} or 1, {q.shape[2]} or 1, {rows + 1}]"
-    check_index(name, "row_offsets", row_offsets, q, 3, expected)
+    check_index(name, "row_offsets", row_offsets, q, 3, "[B or 1, H or 1, blocks of q + 1]")
     fits = row_offsets.shape[0] in (1, q.shape[0]) and row_offsets.shape[1] in (1, q.shape[2])
     if not fits or row_offsets.shape[2] != rows + 1:
-        errors.value_error(name, "row_offsets", expected, row_offsets)
+        errors.value_error(name, "row_offsets", f"[{q.shape[0]} or 1, {q.shape[2]} or 1, {rows + 1}]", row_offsets)
     check_index(name, "col_index", col_index, q, 1, "[nnz]")
     check_key_mask(name, key_mask, k)
     scale = check_scale(name, scale, q)

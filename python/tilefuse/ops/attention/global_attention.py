@@ -130,7 +130,7 @@ def global_attention(
                 errors.value_error(name, arg, f"{[*like.shape]} like {arg[0]}", tensor)
             errors.check_dtype(name, arg, tensor, (q.dtype,))
             errors.check_device(name, arg, tensor, q, "q")
-    check_index(name, "global_index", global_index, q, 2, f"[{q.shape[0]}, G]")
+    check_index(name, "global_index", global_index, q, 2, "[B, G]")
     if global_index.shape[0] != q.shape[0]:
         errors.value_error(name, "global_index", f"[{q.shape[0]}, G]", global_index)
     check_key_mask(name, key_mask, k)

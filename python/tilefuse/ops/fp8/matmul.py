@@ -24,7 +24,8 @@ def check_weight_scale(name: str, b: Tensor, b_scale: Tensor) -> None:
     """(128, 128) or (1, 128) scales of ``b [.., N, K]``, told apart by shape."""
     *lead, n, k = b.shape
     tiles, rows = (*lead, blocks_of(n), blocks_of(k)), (*lead, n, blocks_of(k))
-    if tuple(b_scale.shape) not in (tiles, rows):
+    # not `in`: torch.compile finds no tuple of symbolic sizes in another
+    if tuple(b_scale.shape) != tiles and tuple(b_scale.shape) != rows:
         errors.value_error(name, "b_scale", f"{[*tiles]} or {[*rows]} float32", b_scale)
     check_scale(name, "b_scale", b_scale, b_scale.shape, b, "b")
 

@@ -21,12 +21,11 @@ def check_tables(
     """RoPE tables for the last ``rope_dim`` columns of ``x``, one position per row."""
     if rope_dim % 2:
         errors.value_error(name, arg, f"of an even RoPE width (its last dim less the rank), not {rope_dim}", x)
-    expected = f"[P, {rope_dim // 2}] float32"
     for table, tensor in (("cos", cos), ("sin", sin)):
         if tensor.ndim != 2 or tensor.shape[1] != rope_dim // 2 or tensor.shape != cos.shape:
-            errors.value_error(name, table, expected, tensor)
+            errors.value_error(name, table, f"[P, {rope_dim // 2}] float32", tensor)
         if tensor.dtype != torch.float32:
-            errors.type_error(name, table, expected, tensor)
+            errors.type_error(name, table, f"[P, {rope_dim // 2}] float32", tensor)
         errors.check_device(name, table, tensor, x, arg)
     if positions is not None:
         check_index(name, "positions", positions, (x.shape[0],), x, arg)
