@@ -134,6 +134,7 @@ class ExpertParallel:
         return Dispatched(arrived, local_ids[:, None], inverse, send, receive)
 
     def _dispatch_fixed(self, x: Tensor, sources: Tensor, inverse: Tensor, counts: Tensor, top_k: int) -> Dispatched:
+        assert self.capacity is not None
         capacity, total = self.capacity, sources.shape[0]
         per_rank = counts.view(self.world, -1).sum(1).long()
         first = per_rank.cumsum(0) - per_rank
@@ -173,6 +174,7 @@ class ExpertParallel:
         out = payload.new_empty((count, *payload.shape[1:]))
         try:
             work = dist.all_to_all_single(out, payload, receive, send, group=self.group, async_op=True)
+            assert work is not None
             if self.timeout is None or payload.is_cuda:
                 # waiting with a limit would block the host on NCCL
                 work.wait()

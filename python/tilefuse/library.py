@@ -29,7 +29,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import arch, backends, native
@@ -356,7 +356,8 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     try:
         with enable_single_level_autograd_function():
             # past the check that keeps Functions without setup_context from transforms
-            return super(torch.autograd.Function, function).apply(*args)
+            base: Any = super(torch.autograd.Function, function)
+            return base.apply(*args)
     finally:
         _trace.in_forward = before
 
@@ -404,7 +405,7 @@ def _pushed_forward(entry: Kernel, overload: Any, primals: Sequence[Any], tangen
     for name in given:
         if not any(name in term for term in terms):
             raise NotImplementedError(f"tilefuse: {entry.name} has no forward-mode derivative for {name}")
-    total: list[Any] | None = None
+    total: list[Any] = []
     for term in terms:
         if given.keys().isdisjoint(term):
             continue
@@ -416,7 +417,7 @@ def _pushed_forward(entry: Kernel, overload: Any, primals: Sequence[Any], tangen
                 call[name] = given[name] if name in given else torch.zeros_like(call[name])
         part = overload(*call.values())
         part = part if isinstance(part, tuple) else (part,)
-        total = [*part] if total is None else [a + b for a, b in zip(total, part)]
+        total = [*part] if not total else [a + b for a, b in zip(total, part)]
     out = overload(*primals)
     if isinstance(out, tuple):
         return tuple(forward_ad.make_dual(o, t) for o, t in zip(out, total))

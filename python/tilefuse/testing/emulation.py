@@ -116,13 +116,15 @@ def missing() -> str | None:
 
 @functools.cache
 def _poison_flag() -> str:
-    probe = subprocess.run([*_compiler(), _POISON, "-x", "c++", "-fsyntax-only", os.devnull], capture_output=True)
+    probe = subprocess.run(
+        [*(_compiler() or ()), _POISON, "-x", "c++", "-fsyntax-only", os.devnull], capture_output=True
+    )
     return _POISON if probe.returncode == 0 else ""
 
 
 @functools.cache
 def _version() -> str:
-    return subprocess.run([*_compiler(), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return subprocess.run([*(_compiler() or ()), "--version"], capture_output=True, text=True).stdout.splitlines()[0]
 
 
 def _cache_dir() -> Path:
@@ -170,7 +172,7 @@ def load_source(source: Path, *, sources: tuple[str, ...] = ()) -> ModuleType:
     import pybind11
 
     name = source.stem
-    base = [*_compiler(), *_FLAGS.split(), f"-I{_CSRC}", "-isystem", str(_cuda_include())]
+    base = [*(_compiler() or ()), *_FLAGS.split(), f"-I{_CSRC}", "-isystem", str(_cuda_include())]
     python = ["-isystem", sysconfig.get_paths()["include"], "-isystem", pybind11.get_include()]
     checks = [*_CHECKS.split(), *([_poison_flag()] if _poison_flag() else [])]
     environment = f"{_version()} {pybind11.__version__} {sys.version} {base} {checks}"

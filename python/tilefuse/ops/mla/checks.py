@@ -12,7 +12,7 @@ from .layout import GROUP, LAYOUTS, RowLayout, row_layout
 
 __all__: list[str] = []
 
-_Tensor = TypeVar("_Tensor", bound="Tensor | None")
+_Tensor = TypeVar("_Tensor", Tensor, "Tensor | None")
 
 
 def check_tables(
@@ -76,4 +76,6 @@ def check_cache(name: str, cache: Tensor, kv_lora_rank: int, layout: str) -> Row
 
 def rows_of(tensor: _Tensor) -> _Tensor:
     """Kernels take any strides but a contiguous last dim, also of an index or of one value per head."""
-    return tensor if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+    if tensor is None or tensor.shape[-1] <= 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()

@@ -28,18 +28,18 @@ _TMA = re.compile(r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP")
 
 
 @functools.cache
-def _tool(name: str) -> str | None:
+def _tool(name: str) -> str:
     """cuobjdump or nvdisasm: Triton's own copy, else the CUDA toolkit's."""
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin:
         bundled = Path(spec.origin).parent / "backends/nvidia/bin" / name
         if bundled.exists():
             return str(bundled)
-    return shutil.which(name)
+    return name
 
 
 def can_read() -> bool:
-    return _tool("cuobjdump") is not None and _tool("nvdisasm") is not None
+    return all(shutil.which(_tool(name)) for name in ("cuobjdump", "nvdisasm"))
 
 
 def _run(*command: str) -> str:

@@ -63,7 +63,7 @@ class Call:
     def __call__(self) -> None:
         device = "cpu" if self.kind == "train" else "cuda"
         args, options = tree_map_only(Spec, lambda s: s.make(device), (self.args, dict(self.options)))
-        if self.kind == "launch":
+        if not isinstance(self.function, str):
             self.function(*args, **options)
             return
         op = library.ops()[self.function]
@@ -136,7 +136,7 @@ class AotCase:
 
 def modules(family: str | None = None) -> Iterator[tuple[str, str, Any]]:
     """(family, op, module) of every Triton module."""
-    from ... import triton_kernels
+    from ... import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
     for info in pkgutil.walk_packages(triton_kernels.__path__, triton_kernels.__name__ + "."):
         parts = info.name.removeprefix(triton_kernels.__name__ + ".").split(".")
@@ -147,6 +147,7 @@ def modules(family: str | None = None) -> Iterator[tuple[str, str, Any]]:
 def from_file(path: str) -> Iterator[tuple[str, str, Any]]:
     """The same of a Python file, in a family called ``file``."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -170,7 +171,7 @@ def launched(module: Any) -> dict[str, Any]:
 
 def cases(module: Any) -> list[AotCase]:
     """The cases of one module, checked."""
-    listed = list(getattr(module, "aot_cases", tuple)())
+    listed: list[AotCase] = list(getattr(module, "aot_cases", tuple)())
     if repeated := [name for name, count in Counter(case.name for case in listed).items() if count > 1]:
         raise ValueError(f"{module.__name__}: aot cases must have different names, got {repeated} more than once")
     for case in listed:

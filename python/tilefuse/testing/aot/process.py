@@ -182,6 +182,7 @@ def records(
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
         with open(Path(folder) / "stderr", "w+") as errors:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+            assert process.stdout is not None
             for line in process.stdout:
                 if progress and (step := re.match(r"(\d+)/(\d+) (.*)", line)):
                     progress(int(step.group(1)), int(step.group(2)), step.group(3))

@@ -96,7 +96,7 @@ def _on_gpu(x: torch.Tensor) -> torch.Tensor:
 
 def _address(x: torch.Tensor) -> int:
     # allocations are aligned, views keep their offset
-    return x.storage_offset() * x.element_size()
+    return int(x.storage_offset() * x.element_size())
 
 
 def _item(x: torch.Tensor, index: Any) -> torch.Tensor:
@@ -138,7 +138,7 @@ def record(case: AotCase, target: str, module: str) -> list[Launch]:
     """
     from triton.runtime.jit import JITFunction
 
-    from ...triton_kernels.common import tuned
+    from ...triton_kernels.common import tuned  # pyright: ignore[reportMissingImports]
 
     found: dict[str, Launch] = {}
 
