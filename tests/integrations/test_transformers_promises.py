@@ -291,3 +291,53 @@ def test_names_are_refused_to_types_that_are_not_verified(config_of, monkeypatch
     monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": {}})
     with pytest.raises(ValueError, match="verified model types only: llama is not verified"):
         model(tokens())
+
+
+def test_names_are_refused_to_code_that_asks_for_one(monkeypatch):
+    """Sparse attention under another name than sdpa and eager hands over ids, and its mask stays that of all keys."""
+    register()
+    types = {"deepseek_v32": {}, "glm_moe_dsa": {}, "llama": {}}
+    monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": types})
+    config = transformers.DeepseekV32Config(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=97, n_routed_experts=8, num_experts_per_tok=2, q_lora_rank=24,
+        kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, index_topk=4, index_n_heads=8,
+        index_head_dim=16, n_group=1, topk_group=1,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="tilefuse")
+    with pytest.raises(ValueError, match="asks for other implementations by name"):
+        model(tokens())
+
+
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss"])
+def test_names_in_one_graph(config_of, name):
+    register()
+    config = config_of(name)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="tilefuse").eval()
+    ids = tokens()
+    torch._dynamo.reset()
+    out = logits(torch.compile(model, backend="eager", fullgraph=True), ids, use_cache=False)
+    torch._dynamo.reset()
+    model.set_attn_implementation("eager")
+    close(out, logits(model, ids, use_cache=False))
+
+
+def test_a_norm_that_someone_wraps_is_called(tiny):
+    """Adapters put a module around another one, whose weight they show."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.norm = norm
+            self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+        def forward(self, x):
+            return 2 * self.norm(x)
+
+    model = tiny("qwen3")
+    patch(model)
+    attention = model.model.layers[0].self_attn
+    attention.q_norm = Wrapper(attention.q_norm)
+    out = logits(model, tokens())
+    unpatch(model)
+    close(out, logits(model, tokens()))

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention, bigbird, check, experts, fp8_linear, longformer, router
+from . import attention, bigbird, check, experts, fp8_linear, longformer, router, verified
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
@@ -117,11 +117,12 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
     if state is None:
         # a part of it may be patched on its own
         undo(model)
+        config = model.__dict__.get("config")
         parts = [
-            longformer.swap, bigbird.swap, fp8_linear.swap, attention.part(model.__dict__.get("config"), unverified),
-            router.swap, experts.swap,
+            longformer.swap, bigbird.swap, fp8_linear.swap, attention.part(config, unverified), router.swap,
+            experts.swap,
         ]  # fmt: skip
-        if unverified and not attention.is_verified(model):
+        if unverified and verified.why_not(config):
             state = check.compared(model, lambda: apply(model, parts))
         else:
             state = apply(model, parts)

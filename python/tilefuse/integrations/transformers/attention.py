@@ -9,7 +9,9 @@ the eager one of its file, is at hand: a call that says anything but what the op
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,8 +34,9 @@ NAME = "tilefuse"
 _FEW = 16
 # keywords that change nothing in a call: what they say is in the mask, or meant for other functions
 _SILENT = {
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "max_length_k", "max_length_q", "num_items_in_batch",
-    "output_hidden_states", "output_router_logits", "position_ids", "return_dict", "sliding_window", "use_cache",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "max_length_k", "max_length_q",
+    "num_items_in_batch", "output_hidden_states", "output_router_logits", "position_ids", "return_dict",
+    "sliding_window", "use_cache",
 }  # fmt: skip
 
 Function = Callable[..., tuple[Tensor, Tensor | None]]
@@ -145,7 +148,7 @@ def _is_registry(value: Any) -> bool:
 
 
 def _makes_masks(value: Any) -> bool:
-    return isinstance(value, rebuild.Function) and value in mask.MAKERS
+    return isinstance(value, types.FunctionType) and value in mask.MAKERS
 
 
 def part(whole: Any, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left | None]:
@@ -155,7 +158,7 @@ def part(whole: Any, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left
         attends, makes = _methods(type(module))
         if not attends and not makes:
             return None
-        why = "" if unverified else verified.why_not(config, whole)
+        why = "" if unverified else verified.why_not(whole, config)
         if attends:
             return _swap_attention(module, config, _why_left(module, config) or why, attends)
         if why:
@@ -163,13 +166,6 @@ def part(whole: Any, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left
         return Swap(None, "", methods={name: rebuild.method(type(module), name, ("attention",)) for name in makes})
 
     return swap
-
-
-def is_verified(model: nn.Module) -> bool:
-    """Whether all of a model's attention is swapped without being asked twice."""
-    whole = model.__dict__.get("config")
-    configs = [config for module in model.modules() if (config := module.__dict__.get("config")) is not None]
-    return all(not verified.why_not(config, whole) for config in configs)
 
 
 def _why_left(module: nn.Module, config: Any) -> str:
@@ -211,11 +207,6 @@ def _swap_attention(module: nn.Module, config: Any, why: str, attends: tuple[str
         left.append(f"attention dropout {dropout} in training runs on {config._attn_implementation}")
     methods = {name: rebuild.method(cls, name, tuple(parts)) for name in names}
     return Swap(methods.pop("forward", None), ", ".join(what), "; ".join(left), methods)
-
-
-def eager_function(module: nn.Module) -> Function | None:
-    """``eager_attention_forward`` of the file that the module's class comes from."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
 def attention(
@@ -362,20 +353,9 @@ def _segments(
     return total.view(batch, q_length, *total.shape[1:])
 
 
-def supports_sdpa(module_or_config: Any) -> bool:
-    """Whether the models of the file that a class comes from, or that stands beside its config's, run on sdpa."""
-    file = type(module_or_config).__module__.replace("configuration_", "modeling_")
-    classes = vars(sys.modules[file]).values() if file in sys.modules else ()
-    return any(
-        isinstance(c, type) and issubclass(c, PreTrainedModel) and c.__module__ == file and c._supports_sdpa
-        for c in classes
-    )
-
-
 def named_mask(config: Any = None, **arguments: Any) -> Tensor | None:
     """The mask function of models that ask for ``"tilefuse"``."""
-    _refuse(config)
-    make = mask.sdpa_mask if supports_sdpa(config) else mask.eager_mask
+    make = mask.sdpa_mask if _form_of_named(type(config), type(config)) is None else mask.eager_mask
     return make(config=config, **arguments)
 
 
@@ -383,20 +363,51 @@ def named_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function of models that ask for ``"tilefuse"``."""
-    _refuse(getattr(module, "config", None))
-    if supports_sdpa(module):
-        return attention(sdpa_attention_forward, None, module, query, key, value, attention_mask, **options)
-    eager = eager_function(module)
-    form = form_of(eager)
-    if eager is None or form is None:
-        raise ValueError(f'attn_implementation="{NAME}" does not know the attention of {type(module).__name__}')
-    return attention(eager, form, module, query, key, value, attention_mask, **options)
+    stock = sdpa_attention_forward
+    form = _form_of_named(type(module), type(getattr(module, "config", None)))
+    if form is not None:
+        form = Eager(*form)
+        stock = sys.modules[type(module).__module__].eager_attention_forward
+    return attention(stock, form, module, query, key, value, attention_mask, **options)
 
 
-def _refuse(config: Any) -> None:
-    why = "it has no config" if config is None else verified.why_not(config)
+# to a graph, what a class says is a constant
+@torch.compiler.assume_constant_result
+def _form_of_named(cls: type, config: type) -> tuple[bool, bool] | None:
+    """``Eager`` of the models of the file that a class belongs to, or None if those run on sdpa."""
+    name = cls.__module__.replace("configuration_", "modeling_")
+    file = sys.modules.get(name)
+    why = verified.why_not(config)
+    if not why and (file is None or _asks_for_a_name(file)):
+        why = f"the model of {cls.__name__} asks for other implementations by name"
     if why:
         raise ValueError(f'attn_implementation="{NAME}" takes verified model types only: {why}')
+    models = [c for c in vars(file).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
+    if any(model._supports_sdpa for model in models if model.__module__ == name):
+        return None
+    form = form_of(getattr(file, "eager_attention_forward", None))
+    if form is None:
+        raise ValueError(f'attn_implementation="{NAME}" does not know the eager attention of {cls.__name__}')
+    return tuple(form)
+
+
+@functools.cache
+def _asks_for_a_name(file: types.ModuleType) -> bool:
+    """Whether a model's file compares the name of the attention implementation with one of Hugging Face's."""
+    functions = [x for x in vars(file).values() if isinstance(x, types.FunctionType)]
+    for cls in vars(file).values():
+        if isinstance(cls, type) and cls.__module__ == file.__name__:
+            functions += [inspect.unwrap(x) for x in vars(cls).values() if isinstance(x, types.FunctionType)]
+    return any(_compares(function.__code__) for function in functions)
+
+
+def _compares(code: types.CodeType) -> bool:
+    found = set()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType) and _compares(constant):
+            return True
+        found |= set(constant) if isinstance(constant, (tuple, frozenset)) else {constant}
+    return "_attn_implementation" in code.co_names and not found.isdisjoint(("sdpa", "eager"))
 
 
 def register() -> None:

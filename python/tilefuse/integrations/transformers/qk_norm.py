@@ -24,12 +24,22 @@ _ATTENTIONS = (
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+# class of a norm -> what its weight misses, None: not of a known form
+_offsets: dict[type, float | None] = {}
+
+
 def weight_offset(module: nn.Module) -> float | None:
     """What the norms add to their weights, or None if they are not of a known form."""
     if same_code(module, _ATTENTIONS) is None:
         return None
-    offsets = {same_code(norm, _NORMS) for norm in (module.q_norm, module.k_norm)}
+    offsets = {_offset(norm) for norm in (module.q_norm, module.k_norm)}
     return offsets.pop() if len(offsets) == 1 else None
+
+
+def _offset(norm: nn.Module) -> float | None:
+    if type(norm) not in _offsets:
+        _offsets[type(norm)] = same_code(norm, _NORMS)
+    return _offsets[type(norm)]
 
 
 def _untouched(norm: nn.Module) -> bool:
@@ -61,6 +71,8 @@ def fuse(otherwise: types.FunctionType, offset: float) -> Callable[..., Any]:
         q_norm, k_norm = self.q_norm, self.k_norm
         if (
             not (_untouched(q_norm) and _untouched(k_norm))
+            # another module may have taken its place, around it or instead of it
+            or not _offset(q_norm) == _offset(k_norm) == offset
             or _eps(q_norm) != _eps(k_norm)
             or q_norm.weight.dtype not in _DTYPES
             or cos.dim() != 3
