@@ -181,7 +181,7 @@ def test_a_second_derivative_of_a_constant_cotangent(name, argument):
     try:
         (second,) = torch.autograd.grad(first, leaf, direction, allow_unused=True)
     except NotImplementedError as error:
-        assert "tilefuse: " in str(error)
+        assert str(error).startswith("tilefuse.")
         return
     # a Hessian is symmetric: its product from the left is that from the right
     assert_near([torch.zeros_like(x) if second is None else second], [expected])
@@ -194,7 +194,7 @@ def test_nested_func_grad(name, argument):
     try:
         second = torch.func.grad(lambda x: (gradient(x) * direction_of(x, 3)).sum())(x)
     except NotImplementedError as error:
-        assert "tilefuse: " in str(error)
+        assert str(error).startswith("tilefuse.")
         return
     assert_near([second], difference(lambda x: (gradient(x),), x, direction_of(x, 3)))
 

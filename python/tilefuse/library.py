@@ -322,8 +322,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
-        name = backward.__qualname__.split(".")[0].lstrip("_")
-        message = f"tilefuse: {name} is differentiable once, and this is a second derivative"
+        op = backward.__module__.split(".")[-1]
+        message = f"tilefuse.{op}: the op is differentiable once, and this is a second derivative"
         return _refuse(message, (*upstream, *ctx.saved_tensors), gradients)
 
     return wrapper
@@ -383,9 +383,9 @@ def _differentiated(entry: Kernel, overload: Any, below_autograd: Callable[..., 
             return _pushed_forward(entry, overload, *zip(*duals))
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         if entry.mutated:
-            raise NotImplementedError(f"tilefuse: {entry.name} works in place and has no derivative")
+            raise NotImplementedError(f"tilefuse.{entry.name}: works in place and has no derivative")
         if entry.gradient is None:
-            return _refuse(f"tilefuse: {entry.name} has no derivative", args, below_autograd(*args))
+            return _refuse(f"tilefuse.{entry.name}: has no derivative", args, below_autograd(*args))
         # its forward comes here again, with grad mode off
         return _apply(entry.gradient, *args)
     if getattr(_trace, "in_forward", False):
@@ -404,7 +404,7 @@ def _pushed_forward(entry: Kernel, overload: Any, primals: Sequence[Any], tangen
     given = {name: t for name, t in zip(entry.arguments, tangents) if t is not None}
     for name in given:
         if not any(name in term for term in terms):
-            raise NotImplementedError(f"tilefuse: {entry.name} has no forward-mode derivative for {name}")
+            raise NotImplementedError(f"tilefuse.{entry.name}: {name} has no forward-mode derivative")
     total: list[Any] = []
     for term in terms:
         if given.keys().isdisjoint(term):
