@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = re.compile(r"^<!-- table: (\w+)((?: [\w.-]+)*) -->$", re.MULTILINE)
 PICTURE = re.compile(r"pictures/([\w-]+)\.svg")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+# the name of a function, as in tanh
+WORD = re.compile(r"<mi>(?=[a-z]{2,}<)")
 _folder = tempfile.TemporaryDirectory(prefix="tilefuse-docs-")
 
 
@@ -71,6 +73,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
 
     def formula(match: re.Match[str]) -> str:
         tex = match[2].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-        return convert(tex.strip()[2:-2].strip(), display="block" if match[1] == "div" else "inline")
+        drawn = convert(tex.strip()[2:-2].strip(), display="block" if match[1] == "div" else "inline")
+        return WORD.sub('<mi mathvariant="normal">', drawn)
 
     return FORMULA.sub(formula, html)
