@@ -11,11 +11,31 @@ from pathlib import Path
 from typing import Any
 
 Line = Mapping[str, Any]
-README_MARKS = ("<!-- {name}: written by `python -m tilefuse bench --readme` -->", "<!-- end of {name} -->")
+MARKS = ("<!-- {name}: written by `python -m tilefuse bench --readme` -->", "<!-- end of {name} -->")
 COLOURS = {"tilefuse": "#1b6ca8", "eager": "#9a9a9a", "torch.compile": "#e08e45", "library": "#3d9970"}
 SLOWER = "#b03a2e"
 MODES = {"forward": "fwd", "backward": "bwd", "forward+backward": "fwd+bwd"}
 MODELS = "models"
+TITLES = {
+    "rope": "Rotary embedding",
+    "fp8": "FP8",
+    "moe": "Mixture of experts",
+    "mla": "Latent attention",
+    "attention": "Sparse attention",
+}
+# the ops of the first picture, two of each family
+HEADLINE = (
+    "rope_qk",
+    "qk_norm_rope",
+    "fp8_quantize",
+    "fp8_matmul",
+    "moe_route",
+    "moe_experts",
+    "mla_attention",
+    "mla_decode",
+    "window_attention",
+    "block_sparse_attention",
+)
 MODEL_HEADER = ["model", "case", "dtype", "mode", "tokens/s", "speed", "peak memory of the call"]
 HEADER = ["op", "case", "dtype", "mode", "time", "% of roof", "compared with"]
 MEMORY = "extra memory (eager's)"
@@ -153,7 +173,7 @@ def by_family(lines: Iterable[Line]) -> dict[str, list[Line]]:
 
 
 def measured_on(lines: Sequence[Line]) -> str:
-    """Two sentences: device, period, versions, commit; and the measured roof."""
+    """Device, period, versions and commit."""
     latest = max(lines, key=lambda line: line["date"])
     versions = ", ".join(f"{name} {value}" for name, value in latest["versions"].items() if value)
     commits = {
@@ -161,32 +181,35 @@ def measured_on(lines: Sequence[Line]) -> str:
     }
     days = sorted({line["date"][:10] for line in lines})
     period = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    roof = latest["roof"]
+    return f"**{latest['device']}**, {period}; {versions}; commit {', '.join(sorted(commits))}."
+
+
+def measured_roof(lines: Sequence[Line]) -> str:
+    """What the machine can do, as the latest run found it."""
+    roof = max(lines, key=lambda line: line["date"])["roof"]
     tflops = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in roof["tflops"].items())
-    return (
-        f"**{latest['device']}**, {period}; {versions}; commit {', '.join(sorted(commits))}.\n"
-        f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}."
-    )
+    return f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}."
 
 
-def markdown(lines: Sequence[Line], folded: bool = False) -> str:
-    """What one device measured: whole models, a table per family of ops, and which peers did not run.
-
-    ``folded``: tables of ops to click open.
-    """
+def markdown(lines: Sequence[Line]) -> str:
+    """What one device measured: whole models, a table per family of ops, and which peers did not run."""
     if not lines:
         return "No results yet.\n"
-    out = [measured_on(lines)]
+    device = lines[0]["device"]
+    out = [measured_on(lines), measured_roof(lines)]
     ops, models = apart(lines)
     if models:
-        out += ["### Whole models: stock Hugging Face -> patched", markdown_table(*model_rows(models, bold="**"))]
+        out += [f"### Whole models, {device}", "Stock Hugging Face -> patched."]
+        out.append(markdown_table(*model_rows(models, bold="**")))
     for family, of_family in by_family(ops).items():
-        table = markdown_table(*rows(of_family, bold="**"))
-        if folded:
-            count = f"{len(of_family)} case{'s' if len(of_family) > 1 else ''}"
-            out += [f"<details><summary><b>{family}</b>: {count}</summary>", table, "</details>"]
-        else:
-            out += [f"### {family}", table]
+        out += [f"### {TITLES.get(family, family)}, {device}"]
+        if _drawn(of_family):
+            # drawn when the site is built
+            out.append(f"<!-- table: benchmark_picture {lines[0]['device_key']} {family} -->")
+        out.append(markdown_table(*rows(of_family, bold="**")))
+    if series_of(ops):
+        out += [f"### Growth with the length, {device}"]
+        out += [f"<!-- table: benchmark_picture {lines[0]['device_key']} growth -->"]
     absent = missing(lines)
     if absent:
         reasons: dict[str, list[str]] = {}
@@ -194,10 +217,10 @@ def markdown(lines: Sequence[Line], folded: bool = False) -> str:
             # a bare reason is shared, one that counts cases belongs to its peer
             shared, _, counted = reason.partition(" (in ")
             reasons.setdefault(shared, []).append(name + (f" (in {counted}" if counted else ""))
-        out.append(
-            "Peers that did not run:\n\n"
-            + "\n".join(f"- {reason}: {', '.join(names)}" for reason, names in sorted(reasons.items()))
-        )
+        out += [
+            f"### Peers that did not run, {device}",
+            "\n".join(f"- {reason}: {', '.join(names)}" for reason, names in sorted(reasons.items())),
+        ]
     return "\n\n".join(out) + "\n"
 
 
@@ -212,11 +235,17 @@ def _drawn(lines: Iterable[Line]) -> list[Line]:
     return [line for line in apart(lines)[0] if line["status"] == "ok" and not line.get("call_cost")]
 
 
-def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
-    """Pictures per device: an overview of the quick suite, and how times grow where a series of cases was run.
+def headline(lines: Sequence[Line]) -> list[Line]:
+    """One line of each headline op, in their order, and all lines where none of these ops was measured."""
+    found = {line["op"]: line for line in reversed(_drawn(lines)) if line["mode"] == "forward"}
+    return [found[op] for op in HEADLINE if op in found] or _drawn(lines)
 
-    The overview has the percent of the measured roof of each op, and how it compares with its peers; the quick suite
-    is a choice that fits on one page, `draw` makes pictures of other cases.
+
+def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
+    """Pictures per device: an overview of the headline ops, and how times grow where a series of cases was run.
+
+    The overview has the percent of the measured roof of each op, and how it compares with its peers; `draw` makes
+    pictures of other cases.
     Returns no path when matplotlib is not installed.
     """
     paths = []
@@ -224,13 +253,15 @@ def plot(lines: Sequence[Line], folder: Path) -> list[Path]:
         of_device = [line for line in lines if line["device"] == device]
         quick = [line for line in of_device if line.get("suite", "quick") == "quick"]
         key = of_device[0]["device_key"]
-        drawn = {"overview": partial(draw, quick), "growth": partial(draw_growth, of_device)}
+        drawn = {"overview": partial(draw, headline(quick), apart=False), "growth": partial(draw_growth, of_device)}
         paths += [path for name, at in drawn.items() if at(path := folder / f"{key}_{name}.png")]
     return paths
 
 
-def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
-    """A panel per family with one bar per line; ``cases`` writes the whole case beside the op.
+def draw(lines: Sequence[Line], path: Path, *, cases: bool = False, apart: bool = True) -> bool:
+    """A panel per family with one bar per line, or one panel for all unless they are ``apart``.
+
+    ``cases`` writes the whole case beside the op.
 
     Returns False, and writes nothing, without matplotlib or without a line to draw.
     """
@@ -244,11 +275,13 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    families = by_family(usable)
+    families = by_family(usable) if apart else {"": usable}
+    # a bar longer than the roof is drawn in full
+    right = max(100, *(line["roof_percent"] for line in usable)) + 12
     columns = _columns({name: len(found) for name, found in families.items()}, 1 if len(families) == 1 else 2)
     # rows of text: bars, and two for the title of each panel
     height = max(sum(len(families[name]) + 2 for name in column) for column in columns)
-    size = (6.4 * len(columns) + (2.6 if cases else 0), 0.9 + 0.235 * height)
+    size = (6.4 * len(columns) + (2.6 if cases or not apart else 0), 0.9 + 0.235 * height)
     figure = plt.figure(figsize=size, layout="constrained")
     grid = figure.add_gridspec(1, len(columns))
     for i, column in enumerate(columns):
@@ -258,9 +291,9 @@ def draw(lines: Sequence[Line], path: Path, *, cases: bool = False) -> bool:
         ratios = counts + ([rest] if rest > 0 else [])
         cells = grid[i].subgridspec(len(ratios), 1, height_ratios=ratios)
         for j, name in enumerate(column):
-            _panel(figure.add_subplot(cells[j]), name, families[name], cases, last=j == len(column) - 1)
+            _panel(figure.add_subplot(cells[j]), name, families[name], cases, right, last=j == len(column) - 1)
     device, date = usable[0]["device"], max(line["date"] for line in usable)[:10]
-    figure.suptitle(f"% of what this machine can do, by op: {device}, {date}", fontsize=12, fontweight="bold")
+    figure.suptitle(f"% of what this machine can do: {device}, {date}", fontsize=12, fontweight="bold")
     marks = {"tilefuse": "s", "eager": "o", "torch.compile": "D", "library": "^"}
     words = {"tilefuse": "tilefuse (bar)", "eager": "PyTorch eager", "library": "best library"}
     handles = [
@@ -346,11 +379,10 @@ def _columns(counts: Mapping[str, int], number: int) -> list[list[str]]:
     return [column for column in columns if column]
 
 
-def _panel(axes: Any, family: str, lines: Sequence[Line], cases: bool, last: bool) -> None:
-    right = 112
+def _panel(axes: Any, family: str, lines: Sequence[Line], cases: bool, right: float, last: bool) -> None:
     for i, line in enumerate(lines):
         percent = line["roof_percent"]
-        axes.barh(i, min(percent, right), color=COLOURS["tilefuse"], height=0.62, zorder=2)
+        axes.barh(i, percent, color=COLOURS["tilefuse"], height=0.62, zorder=2)
         best = best_peer(line)
         others = {n: r for n, r in speedups(line).items() if n not in ("eager", "torch.compile")}
         library = min(others, key=others.get, default=None)
@@ -395,20 +427,27 @@ def labels(lines: Sequence[Line], cases: bool = False) -> list[str]:
 
 
 def op_table(ops: Mapping[str, Any], lines: Sequence[Line]) -> str:
-    """The README's table of ops: what the registry says, and what the result lines hold."""
+    """The README's table of ops: what the result lines hold, and the exceptions that the registry knows."""
+    by_name = sorted(ops.items(), key=lambda item: (item[1].module.split("/")[0], item[0]))
+    table = [[f"`{name}`", _best_of_op(name, lines), _exceptions(op)] for name, op in by_name]
+    return markdown_table(["op", "speed against the fastest peer", "exceptions"], table) + "\n"
+
+
+def _exceptions(op: Any) -> str:
+    """What an op lacks of C++, Triton and a backward, what it has of CUDA C++, and where a GPU verified it."""
     from tilefuse import library
 
-    table = []
-    for name, op in sorted(ops.items(), key=lambda item: (item[1].module.split("/")[0], item[0])):
-        cells = [f"`{name}`", op.family, "yes" if op.differentiable else "-"]
-        for backend in ("cpu", "triton", "cuda"):
-            verified = ", ".join(op.architectures.get(backend, ()))
-            there = [backend in library.kernels()[kernel].backends for kernel in op.kernels]
-            have = "yes" if there and all(there) else "in part" if any(there) else "-"
-            cells.append(f"{have} ({verified})" if verified else have)
-        table.append([*cells, _best_of_op(name, lines)])
-    header = ["op", "family", "backward", "C++ CPU", "Triton", "CUDA C++", "speed against the fastest peer"]
-    return markdown_table(header, table) + "\n"
+    words = [] if op.differentiable else ["no backward"]
+    if not op.kernels:
+        return ", ".join(["PyTorch only", *words])
+    for backend, language in (("cpu", "C++"), ("triton", "Triton"), ("cuda", "CUDA")):
+        there = [backend in library.kernels()[kernel].backends for kernel in op.kernels]
+        have = "all" if all(there) else "in part" if any(there) else "no"
+        usual = "no" if backend == "cuda" else "all"
+        if have != usual:
+            words.append({"all": f"{language} too", "in part": f"{language} in part", "no": f"no {language}"}[have])
+    words += [f"verified on {', '.join(archs)} ({backend})" for backend, archs in op.architectures.items() if archs]
+    return ", ".join(words)
 
 
 def _best_of_op(name: str, lines: Sequence[Line]) -> str:
@@ -419,12 +458,26 @@ def _best_of_op(name: str, lines: Sequence[Line]) -> str:
     several = len({line["device"] for line in lines}) > 1
     for device in devices:
         best = [best_peer(line) for line in usable if line["device"] == device]
-        ratios = [ratio for _, ratio in best]
-        low, high = min(ratios), max(ratios)
-        span = _ratio(low) if math.isclose(low, high, rel_tol=0.05) else f"{_ratio(low)} to {_ratio(high)}"
+        span = _span([ratio for _, ratio in best])
         peers = " and ".join(dict.fromkeys(peer for peer, _ in best))
         parts.append(f"{span} {peers}" + (f" ({device})" if several else ""))
     return "; ".join(parts) or "not measured"
+
+
+def _span(ratios: Sequence[float]) -> str:
+    low, high = min(ratios), max(ratios)
+    return _ratio(low) if math.isclose(low, high, rel_tol=0.05) else f"{_ratio(low)} to {_ratio(high)}"
+
+
+def model_table(lines: Sequence[Line]) -> str:
+    """The README's table of whole models: how many times faster the patched model is, by what it does."""
+    ratios: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        if line["status"] == "ok":
+            ratios.setdefault(line["op"], {}).setdefault(line["mode"], []).append(line["peers"]["stock"]["speedup"])
+    modes = ("prefill", "decode", "train")
+    table = [[model, *(_span(found[m]) if m in found else "" for m in modes)] for model, found in ratios.items()]
+    return markdown_table(["model", *modes], table)
 
 
 def replace_between_marks(text: str, name: str, content: str) -> str:
@@ -433,7 +486,7 @@ def replace_between_marks(text: str, name: str, content: str) -> str:
     Raises:
         ValueError: the marks are not there, each once and in order.
     """
-    start, end = (mark.format(name=name) for mark in README_MARKS)
+    start, end = (mark.format(name=name) for mark in MARKS)
     pattern = re.compile(re.escape(start) + r"\n.*?" + re.escape(end), re.DOTALL)
     if len(pattern.findall(text)) != 1:
         raise ValueError(f"the text must hold {start!r} and {end!r} once, in this order")
@@ -441,19 +494,34 @@ def replace_between_marks(text: str, name: str, content: str) -> str:
 
 
 def readme(text: str, ops: Mapping[str, Any], lines: Sequence[Line], plots: Sequence[str]) -> str:
-    """README text with its generated parts renewed: picture, op table, numbers."""
+    """README text with its generated parts renewed: picture, op table, whole models."""
     if plots:
         picture = "\n".join(
             f"![Bars: how close each op comes to the speed of the machine; marks: its peers]({path})" for path in plots
         )
     else:
         picture = "No results yet: `make bench` measures this machine and draws them."
-    devices = sorted({line["device"] for line in lines})
-    numbers = "\n".join(
-        markdown([line for line in lines if line["device"] == device], folded=True) for device in devices
-    )
-    if not any("NVIDIA" in device for device in devices):
-        numbers += "\nGPU: not run on any GPU yet.\n"
+    found = [
+        f"{measured_on(models)}\n\n{model_table(models)}"
+        for of_device in by_device(lines)
+        if (models := apart(of_device)[1])
+    ]
     text = replace_between_marks(text, "plot", picture)
     text = replace_between_marks(text, "ops", op_table(ops, lines))
-    return replace_between_marks(text, "numbers", numbers)
+    return replace_between_marks(text, "models", "\n\n".join([*found, *_no_gpu(lines)]))
+
+
+def page(text: str, lines: Sequence[Line]) -> str:
+    """The documentation's page of benchmarks with its generated part renewed: every case on every device."""
+    found = [f"## {of_device[0]['device']}\n\n{markdown(of_device)}" for of_device in by_device(lines)]
+    return replace_between_marks(text, "numbers", "\n".join([*found, *_no_gpu(lines)]))
+
+
+def by_device(lines: Sequence[Line]) -> list[list[Line]]:
+    """The lines of each device, a GPU before a CPU."""
+    devices = sorted({line["device"] for line in lines}, key=lambda device: ("NVIDIA" not in device, device))
+    return [[line for line in lines if line["device"] == device] for device in devices]
+
+
+def _no_gpu(lines: Sequence[Line]) -> list[str]:
+    return [] if any("NVIDIA" in line["device"] for line in lines) else ["GPU: not run on any GPU yet.\n"]

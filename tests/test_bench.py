@@ -374,14 +374,13 @@ def test_report_holds_what_the_lines_hold():
     assert "1.50 us per call" in text
     # one table per family, and no column that is empty for most of its rows
     assert text.count("| op | case |") == 2
-    assert "### toy" in text and "### second" in text
+    assert "### toy, CPU X" in text and "### second, CPU X" in text
     assert "| toy | a | bfloat16 | forward | 2.00 us | 50% memory | **1.5x torch.compile** · 4.0x eager |" in text
     assert "- lib is not installed: lib" in text
     assert "**4.0x eager** | 1.5 MB (40 MB) |" in text
     assert report.best_peer(lines[0]) == ("torch.compile", 1.5)
-    folded = report.markdown(lines, folded=True)
-    assert folded.count("<details>") == folded.count("</details>") == 2
-    assert "### toy" not in folded
+    # a picture for each family that has a bar
+    assert text.count("<!-- table: benchmark_picture cpu_x ") == 2
 
 
 def test_peers_that_did_not_run_take_one_line_per_reason():
@@ -402,11 +401,10 @@ def test_whole_models_have_a_table_of_their_own(tmp_path):
         tokens_per_second=160.5, peak_bytes=2.5 * 2**20,
     )  # fmt: skip
     failed = model | {"status": "failed", "reason": "wrong", "case": "other"}
-    text = report.markdown([line_of(), model, failed], folded=True)
+    text = report.markdown([line_of(), model, failed])
     assert "| Llama | x | bfloat16 | train | 80.2 -> 160 | **2.0x** | 300 -> 2.5 MiB |" in text
     assert "failed: wrong" in text
-    assert text.count("<details>") == 1
-    assert text.index("Whole models") < text.index("<details>")
+    assert text.index("Whole models") < text.index("### toy")
     assert report.plot([model], tmp_path) == []
 
 
@@ -435,10 +433,44 @@ def test_op_table_says_where_some_kernels_of_an_op_are_missing():
     import tilefuse
 
     rows = {row.split("`")[1]: row.split(" | ") for row in report.op_table(tilefuse.ops(), []).splitlines()[2:]}
-    # backward, C++ CPU, Triton, CUDA C++
-    assert rows["rope_qk"][2:6] == ["yes", "yes", "yes", "yes"]
-    assert rows["fp8_quantize"][2:6] == ["-", "yes", "yes", "in part"]
-    assert rows["moe_z_loss"][2:6] == ["yes", "-", "-", "-"]
+    exceptions = {name: cells[2].removesuffix(" |") for name, cells in rows.items()}
+    assert exceptions["rope_qk"] == "CUDA too"
+    assert exceptions["window_attention"] == ""
+    assert exceptions["fp8_quantize"] == "no backward, CUDA in part"
+    assert exceptions["moe_z_loss"] == "PyTorch only"
+
+
+def test_headline_is_one_line_of_each_of_its_ops():
+    import tilefuse
+
+    assert set(report.HEADLINE) <= set(tilefuse.ops())
+    assert 8 <= len(set(report.HEADLINE)) == len(report.HEADLINE) <= 10
+    first, second = report.HEADLINE[:2]
+    lines = [
+        line_of(op=second),
+        line_of("a | backward", op=first, mode="backward"),
+        line_of("a | forward", op=first),
+        line_of("a | larger", op=first),
+        line_of(),
+    ]
+    assert [(line["op"], line["case"]) for line in report.headline(lines)] == [
+        (first, "a | forward"),
+        (second, "toy | a"),
+    ]
+    # an own choice of cases is drawn as it is
+    assert report.headline([line_of()]) == [line_of()]
+
+
+def test_model_table_has_a_line_per_model():
+    def model(name, mode, speedup, **changes):
+        return line_of(op=name, mode=mode, family="models", peers={"stock": {"speedup": speedup}}, **changes)
+
+    failed = model("B", "train", 9.0, status="failed")
+    table = report.model_table(
+        [model("A", "prefill", 2.0), model("A", "prefill", 3.0), model("B", "decode", 0.5), failed]
+    )
+    assert "| A | 2.0x to 3.0x |  |  |" in table
+    assert "| B |  | 0.50x |  |" in table
 
 
 def test_plots_are_drawn_from_lines(tmp_path):
@@ -471,7 +503,7 @@ def test_a_series_needs_a_length():
 
 def test_readme_parts_are_replaced_between_marks():
     marks = "".join(
-        "\n".join(mark.format(name=name) for mark in report.README_MARKS) + "\n" for name in ("plot", "ops", "numbers")
+        "\n".join(mark.format(name=name) for mark in report.MARKS) + "\n" for name in ("plot", "ops", "models")
     )
     text = report.readme(f"# Title\n{marks}end\n", {}, [], [])
     assert text.startswith("# Title\n") and text.endswith("end\n")
@@ -479,6 +511,10 @@ def test_readme_parts_are_replaced_between_marks():
     assert report.readme(text, {}, [], []) == text
     with pytest.raises(ValueError, match="once"):
         report.readme("no marks", {}, [], [])
+    page = "".join(f"{mark.format(name='numbers')}\n" for mark in report.MARKS)
+    filled = report.page(page, [line_of(), line_of(device="NVIDIA H200")])
+    assert filled.index("## NVIDIA H200") < filled.index("## CPU X") and "not run on any GPU" not in filled
+    assert report.page(filled, [line_of()]) == report.page(page, [line_of()])
 
 
 def test_cases_of_every_family_are_well_formed():

@@ -183,13 +183,15 @@ def test_unknown_tables_and_pictures_fail_the_build(tmp_path):
 
 
 def test_readme_holds_what_is_stored():
-    """Op table and numbers of README are those of the registry and the result files."""
+    """Op table and numbers of README and of the page of benchmarks are those of the registry and the result files."""
     text = (ROOT / "README.md").read_text()
     lines = [line for file in sorted(records.results_folder().glob("*.jsonl")) for line in records.read_lines(file)]
     (plot,) = re.findall(r"\]\((benchmarks/results/\w+\.png)\)", text)
     assert (ROOT / plot).exists()
     renewed = report.readme(text, tilefuse.ops(), lines, [plot])
     assert renewed == text, "python -m tilefuse bench --readme"
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    assert report.page(page, lines) == page, "python -m tilefuse bench --readme"
 
 
 def test_links_of_readme_lead_somewhere():

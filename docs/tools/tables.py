@@ -20,25 +20,10 @@ from tilefuse import cli, library
 from tilefuse.ops.mla.layout import GROUP, RowLayout
 
 FAMILIES = {"rope": "rope.md", "fp8": "fp8.md", "moe": "moe.md", "mla": "mla.md", "attention": "attention.md"}
-TITLES = {
-    "rope": "Rotary embedding",
-    "fp8": "FP8",
-    "moe": "Mixture of experts",
-    "mla": "Latent attention",
-    "attention": "Sparse attention",
-}
 
 
 def _lines() -> list[dict[str, Any]]:
     return [line for file in sorted(records.results_folder().glob("*.jsonl")) for line in records.read_lines(file)]
-
-
-def _by_device() -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
-    # a GPU before a CPU
-    for line in sorted(_lines(), key=lambda line: "NVIDIA" not in line["device"]):
-        found.setdefault(line["device"], []).append(line)
-    return found
 
 
 def _dtype(dtype: torch.dtype) -> str:
@@ -62,7 +47,7 @@ def support(family: str = "") -> str:
                 ]
             )
         header = ["op", "gradients for", "dtypes", "reference", "C++ CPU", "Triton", "CUDA C++", "verified on a GPU"]
-        out.append(("" if family else f"### {TITLES[name]}\n\n") + report.markdown_table(header, rows))
+        out.append(("" if family else f"### {report.TITLES[name]}\n\n") + report.markdown_table(header, rows))
     return "\n\n".join(out)
 
 
@@ -149,47 +134,24 @@ def cache_row(layout: str) -> str:
     return report.markdown_table(["bytes", "what", "stored as"], rows)
 
 
-def numbers() -> str:
-    """What every device measured: picture and table per family."""
-    out = []
-    for device, lines in _by_device().items():
-        out += [f"## {device}", report.measured_on(lines).replace("\n", "\n\n")]
-        ops, whole = report.apart(lines)
-        if whole:
-            table = report.markdown_table(*report.model_rows(whole, bold="**"))
-            out += [f"### Whole models: {device}", "Stock Hugging Face -> patched.", table]
-        for family, of_family in report.by_family(ops).items():
-            out.append(f"### {TITLES[family]}: {device}")
-            picture = _picture_name(lines[0], family)
-            if any(line["status"] == "ok" and not line.get("call_cost") for line in of_family):
-                out.append(f"![% of the machine's roof, {family} on {device}](pictures/{picture})")
-            out.append(report.markdown_table(*report.rows(of_family, bold="**")))
-        if report.series_of(ops):
-            out += [
-                f"### Growth with the length: {device}",
-                f"![Time over length on {device}](pictures/{_picture_name(lines[0], 'growth')})",
-            ]
-        if absent := report.missing(lines):
-            rows = [[name, reason] for name, reason in sorted(absent.items())]
-            out += [f"### Peers that did not run: {device}", report.markdown_table(["peer", "why"], rows)]
-    if not any("NVIDIA" in device for device in _by_device()):
-        out.append("GPU: not run on any GPU yet.")
-    return "\n\n".join(out) or "No results yet: `make bench` measures this machine."
+def benchmark_picture(device: str, what: str) -> str:
+    """The link to one of `benchmark_pictures`."""
+    return f"![{what} on {device}](pictures/{_picture_name(device, what)})"
 
 
-def _picture_name(line: dict[str, Any], family: str) -> str:
-    return f"{line['device_key']}-{family}.svg"
+def _picture_name(device: str, what: str) -> str:
+    return f"{device}-{what}.svg"
 
 
 def benchmark_pictures(folder: Path) -> list[Path]:
-    """The pictures that `numbers` shows."""
+    """Per device a picture of each family, and one of how times grow with the length."""
     paths = []
-    for lines in _by_device().values():
+    for lines in report.by_device(_lines()):
         for family, of_family in report.by_family(lines).items():
-            path = folder / _picture_name(lines[0], family)
+            path = folder / _picture_name(lines[0]["device_key"], family)
             if report.draw(of_family, path, cases=True):
                 paths.append(path)
-        path = folder / _picture_name(lines[0], "growth")
+        path = folder / _picture_name(lines[0]["device_key"], "growth")
         if report.draw_growth(lines, path):
             paths.append(path)
     return paths

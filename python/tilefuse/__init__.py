@@ -40,7 +40,7 @@ from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
 from .ops.rope.rope_append_kv import rope_append_kv
 from .ops.rope.rope_tables import rope_tables
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "BlockPattern",
     "__version__",

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for results (default: benchmarks/results)")
     parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--report", action="store_true", help="measure nothing: table and plots of the stored lines")
-    parser.add_argument("--readme", action="store_true", help="renew the generated parts of README.md and stop")
+    parser.add_argument(
+        "--readme", action="store_true", help="renew the generated parts of README.md and docs/benchmarks.md and stop"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,7 +115,7 @@ def _finish(console: Console, lines: list, stored: list, path: Path, folder: Pat
 def _readme(console: Console, folder: Path) -> int:
     from ..benchmarks import records, report
 
-    path = records.HERE.parent / "README.md"
+    path, page = (records.HERE.parent / name for name in ("README.md", "docs/benchmarks.md"))
     if not path.exists():
         raise UsageError("--readme works in a source tree")
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in records.read_lines(file)]
@@ -121,6 +123,8 @@ def _readme(console: Console, folder: Path) -> int:
     # one picture on the first screen: a GPU's before a CPU's
     first = sorted(map(str, plots), key=lambda p: "nvidia" not in p)[:1]
     path.write_text(report.readme(path.read_text(), tilefuse.ops(), lines, first))
-    console.say(f"wrote {path}")
-    console.result({"readme": str(path), "lines": len(lines)})
+    page.write_text(report.page(page.read_text(), lines))
+    for written in (path, page):
+        console.say(f"wrote {written}")
+    console.result({"readme": str(path), "page": str(page), "lines": len(lines)})
     return OK
