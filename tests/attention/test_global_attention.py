@@ -5,19 +5,17 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.attention.dense import dense_global
 from tilefuse.testing.inputs.attention.global_attention import cases
 from tilefuse.testing.inputs.attention.window_attention import normal, qkv
 
+case = by_name(cases)
 KERNEL = "global_attention_fwd"
 # the same code paths run in the other tests
 QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 GRADS = ("q", "k", "v", "q_global", "k_global", "v_global")
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def compute(function, tensors, index, mask, options, dtype):

@@ -8,19 +8,17 @@ import torch
 import tilefuse
 from tilefuse.reference.attention.window_attention import window_mask
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.attention.dense import dense_attention, dense_window
 from tilefuse.testing.inputs.attention.window_attention import cases, normal, qkv
 
+case = by_name(cases)
 KERNEL = "window_attention_fwd"
 # the same code paths run in the other tests
 QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 HALF = [torch.bfloat16, torch.float16]
 GRADS = ("q", "k", "v", "sinks")
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def compute(function, tensors, others, options, dtype, wide=None):

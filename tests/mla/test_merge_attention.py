@@ -5,16 +5,14 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.mla.common import normal
 from tilefuse.testing.inputs.mla.merge_attention import cases
 
 KERNEL, BACKWARD = "merge_attention_fwd", "merge_attention_bwd"
+case = by_name(cases)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 INF = float("inf")
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1] for c in cases(device, dtype) if c[0] == name)
 
 
 def formula(out_a, lse_a, out_b, lse_b):
@@ -43,7 +41,7 @@ def run(function, args):
 @pytest.mark.parametrize("name", CASES)
 def test_10_matches_oracle(name, dtype, grad_where):
     """Empty sides hold NaN and are marked -inf or +inf; the sides' strides differ."""
-    args = case(name, grad_where, dtype)
+    args = case(name, grad_where, dtype)[0]
     with poisoned():
         got = run(tilefuse.merge_attention, args)
     exact = run(formula, [a.cpu().double() for a in args])
@@ -65,7 +63,7 @@ def test_10_both_empty(where):
 
 
 def test_10_one_side_empty_returns_the_other(where):
-    out_a, lse_a, out_b, lse_b = case("packed", where)
+    out_a, lse_a, out_b, lse_b = case("packed", where)[0]
     merged, total = tilefuse.merge_attention(out_a, lse_a, out_b * float("nan"), lse_b * 0 - INF)
     assert_bit_equal(merged, out_a.contiguous())
     assert_bit_equal(total, lse_a.contiguous())
@@ -74,7 +72,7 @@ def test_10_one_side_empty_returns_the_other(where):
 @pytest.mark.parametrize("name", ["padded", "packed"])
 def test_gradcheck(name):
     args = [a[:2].clone().requires_grad_() if a.dim() == 4 else a.clone().requires_grad_()
-            for a in case(name, dtype=torch.float64)]  # fmt: skip
+            for a in case(name, dtype=torch.float64)[0]]  # fmt: skip
     with tilefuse.backend("reference"):
         assert torch.autograd.gradcheck(tilefuse.merge_attention, args, fast_mode=True)
 
@@ -101,7 +99,7 @@ def test_errors(name, call):
 
 
 def test_19_opcheck_and_compile():
-    args = case("packed")
+    args = case("packed")[0]
     leaves = [a.detach().requires_grad_() for a in args]
     torch.library.opcheck(torch.ops.tilefuse.merge_attention_fwd.default, args)
     torch.library.opcheck(torch.ops.tilefuse.merge_attention.default, leaves)

@@ -8,16 +8,14 @@ import torch
 import tilefuse
 from tilefuse.ops.mla.layout import RowLayout, fp8_parts, row_layout
 from tilefuse.testing import assert_bit_equal, emulation
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.mla.common import normal, tables
 from tilefuse.testing.inputs.mla.mla_append_kv import cases
 
+case = by_name(cases)
 KERNEL = "mla_append_kv_fwd"
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def written(args, options):

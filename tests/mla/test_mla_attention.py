@@ -7,15 +7,13 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.mla.common import normal
 from tilefuse.testing.inputs.mla.mla_attention import cases
 
 KERNEL, BACKWARD = "mla_attention_fwd", "mla_attention_bwd"
+case = by_name(cases)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 class FlashSoftmax(torch.autograd.Function):

@@ -5,16 +5,14 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.mla.common import normal, tables
 from tilefuse.testing.inputs.mla.mla_compress_kv import cases
 
 KERNEL, BACKWARD = "mla_compress_kv_fwd", "mla_compress_kv_bwd"
+case = by_name(cases)
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def formula(kv_a, weight, cos, sin, positions, eps=1e-6, interleaved=True):

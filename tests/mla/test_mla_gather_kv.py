@@ -5,14 +5,12 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.mla.mla_gather_kv import cases
 
+case = by_name(cases)
 KERNEL = "mla_gather_kv_fwd"
 CASES = [case[0] for case in cases("cpu", torch.float32)]
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def oracle(cache, table, bounds, *, total_tokens, kv_lora_rank, layout, out_dtype):

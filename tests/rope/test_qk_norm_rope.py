@@ -6,9 +6,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.rope.qk_norm_rope import cases
 from tilefuse.testing.inputs.rope.rope import normal, tables
 
+case = by_name(cases)
 KERNEL = "qk_norm_rope_fwd"
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
@@ -18,10 +20,6 @@ CASES_AND_DTYPES = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     if dtype != torch.float16 or name in ("batched", "packed", "dim96_30_66")
 ]
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def separate(q, k, q_weight, k_weight, *rest, eps=1e-6, weight_offset=0.0, **options):

@@ -6,9 +6,11 @@ import torch
 import tilefuse
 from tilefuse.reference.rope import qk_norm_rope as reference
 from tilefuse.testing import assert_close, canary, emulation
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.rope.qk_norm_rope import cases
 from tilefuse.testing.inputs.rope.rope import normal, tables
 
+case = by_name(cases)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [case[0] for case in cases("cpu", torch.float32) if "last_dim" not in case[0]]
 
@@ -70,15 +72,11 @@ def arguments(tensors, rest, options, cast=lambda t: t):
     )  # fmt: skip
 
 
-def case(name, dtype):
-    return next(c[1:] for c in cases("cpu", dtype) if c[0] == name)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name, kernels):
     # the three dtypes share all but the conversion, so they take turns
     dtype = DTYPES[CASES.index(name) % 3]
-    tensors, rest, options = case(name, dtype)
+    tensors, rest, options = case(name, dtype=dtype)
     outs = emulation.in_every_order(kernels, lambda: emulated(kernels, tensors, rest, **options))
     exact = reference.qk_norm_rope_fwd(*arguments(tensors, rest, options, torch.Tensor.double))
     naive = reference.qk_norm_rope_fwd(*arguments(tensors, rest, options))
@@ -91,7 +89,7 @@ def test_matches_oracle(name, kernels):
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_match_oracle(name, kernels):
     dtype = DTYPES[CASES.index(name) % 3]
-    tensors, rest, options = case(name, dtype)
+    tensors, rest, options = case(name, dtype=dtype)
     grads = [normal(*t.shape, dtype=dtype, seed=seed) for seed, t in enumerate(tensors[:2], start=5)]
     outs = emulation.in_every_order(kernels, lambda: emulated(kernels, tensors, rest, grads, **options))
     exact = reference.qk_norm_rope_bwd(

@@ -6,8 +6,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.rope.rope import cases, in_place, normal, packed_qkv, tables
 
+case = by_name(cases)
 KERNEL = "rope_qk_fwd"
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 # the two 16-bit types differ in the conversion only: one of them meets every case
@@ -17,10 +19,6 @@ CASES_AND_DTYPES = [
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     if dtype != torch.float16 or name in ("batched", "packed", "factor", "dim96_30_66")
 ]
-
-
-def case(name, device="cpu", dtype=torch.float32):
-    return next(c[1:] for c in cases(device, dtype) if c[0] == name)
 
 
 def oracle(x, cos, sin, positions=None, cu_seqlens=None, **options):
@@ -263,80 +261,73 @@ def x3(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
 
+def ints(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+COS, SIN = tables(64, 8)
 ERRORS = {
-    "rank": (lambda a: a.update(x=x3(5, 64)), ValueError, r"x must be \[B, S, H, D\] or \[T, H, D\], got \[5, 64\]"),
-    "dtype": (lambda a: a.update(x=x3(5, 2, 64, dtype=torch.int32)), TypeError, "x must be float32 or .*int32"),
-    "cos_dtype": (lambda a: a.update(cos=a["cos"].bfloat16()), TypeError, r"cos must be .* float32, got \[8, 32\] bf"),
-    "sin_dtype": (lambda a: a.update(sin=a["sin"].double()), TypeError, "sin must be .* float32, got .*float64"),
-    "cos_rank": (lambda a: a.update(cos=a["cos"][None]), ValueError, "cos must be"),
-    "sin_shape": (lambda a: a.update(sin=a["sin"][:4]), ValueError, r"sin must be of cos's shape \[8, 32\]"),
-    "no_pairs": (lambda a: a.update(cos=a["cos"][:, :0]), ValueError, "cos must be"),
-    "too_wide": (lambda a: a.update(x=x3(5, 2, 32)), ValueError, "rotary_offset must be in .*D = 32, rotary_dim = 64"),
-    "offset": (lambda a: a.update(rotary_offset=1), ValueError, "rotary_offset must be"),
-    "offset_sign": (lambda a: a.update(rotary_offset=-1), ValueError, "rotary_offset must be"),
-    "short_table": (lambda a: a.update(x=x3(9, 2, 64)), ValueError, "cos must be a table of at least 9 rows"),
+    "rank": ({"x": x3(5, 64)}, ValueError, r"x must be \[B, S, H, D\] or \[T, H, D\], got \[5, 64\]"),
+    "dtype": ({"x": x3(5, 2, 64, dtype=torch.int32)}, TypeError, "x must be float32 or .*int32"),
+    "cos_dtype": ({"cos": COS.bfloat16()}, TypeError, r"cos must be .* float32, got \[8, 32\] bf"),
+    "sin_dtype": ({"sin": SIN.double()}, TypeError, "sin must be .* float32, got .*float64"),
+    "cos_rank": ({"cos": COS[None]}, ValueError, "cos must be"),
+    "sin_shape": ({"sin": SIN[:4]}, ValueError, r"sin must be of cos's shape \[8, 32\]"),
+    "no_pairs": ({"cos": COS[:, :0]}, ValueError, "cos must be"),
+    "too_wide": ({"x": x3(5, 2, 32)}, ValueError, "rotary_offset must be in .*D = 32, rotary_dim = 64"),
+    "offset": ({"rotary_offset": 1}, ValueError, "rotary_offset must be"),
+    "offset_sign": ({"rotary_offset": -1}, ValueError, "rotary_offset must be"),
+    "short_table": ({"x": x3(9, 2, 64)}, ValueError, "cos must be a table of at least 9 rows"),
     "no_rows": (
-        lambda a: a.update(cos=a["cos"][:0], sin=a["sin"][:0], positions=torch.zeros(5, dtype=torch.int32)), ValueError,
+        {"cos": COS[:0], "sin": SIN[:0], "positions": ints(5)},
+        ValueError,
         r"cos must be a table of at least one row, got \[0, 32\] float32",
     ),
-    "device": (lambda a: a.update(cos=a["cos"].to("meta")), ValueError, "cos must be on the device of x"),
-    "sin_device": (lambda a: a.update(sin=a["sin"].to("meta")), ValueError, "sin must be on the device of x"),
-    "positions_shape": (
-        lambda a: a.update(positions=torch.zeros(4, dtype=torch.int32)), ValueError, r"positions must be \[5\]",
-    ),
-    "positions_dtype": (lambda a: a.update(positions=x3(5)), TypeError, "positions must be .*int32 or int64"),
-    "positions_device": (
-        lambda a: a.update(positions=torch.zeros(5, dtype=torch.int32, device="meta")), ValueError,
-        "positions must be on the device of x",
-    ),
+    "device": ({"cos": COS.to("meta")}, ValueError, "cos must be on the device of x"),
+    "sin_device": ({"sin": SIN.to("meta")}, ValueError, "sin must be on the device of x"),
+    "positions_shape": ({"positions": ints(4)}, ValueError, r"positions must be \[5\]"),
+    "positions_dtype": ({"positions": x3(5)}, TypeError, "positions must be .*int32 or int64"),
+    "positions_device": ({"positions": ints(5).to("meta")}, ValueError, "positions must be on the device of x"),
     "both": (
-        lambda a: a.update(positions=torch.zeros(5, dtype=torch.int32), cu_seqlens=torch.zeros(2, dtype=torch.int32)),
-        ValueError, "cu_seqlens must be None when positions is given",
+        {"positions": ints(5), "cu_seqlens": ints(2)},
+        ValueError,
+        "cu_seqlens must be None when positions is given",
     ),
     "batched_cu_seqlens": (
-        lambda a: a.update(x=x3(1, 5, 2, 64), cu_seqlens=torch.zeros(2, dtype=torch.int32)), ValueError,
+        {"x": x3(1, 5, 2, 64), "cu_seqlens": ints(2)},
+        ValueError,
         "cu_seqlens must be None unless x is packed",
     ),
-    "cu_seqlens_dtype": (lambda a: a.update(cu_seqlens=x3(2)), TypeError, "cu_seqlens must be .*int32 or int64"),
-    "cu_seqlens_shape": (
-        lambda a: a.update(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ValueError, r"cu_seqlens must be \[B \+ 1\]",
-    ),
-    "cu_seqlens_rank": (
-        lambda a: a.update(cu_seqlens=torch.zeros(1, 2, dtype=torch.int32)), ValueError,
-        r"cu_seqlens must be \[B \+ 1\]",
-    ),
-    "cu_seqlens_device": (
-        lambda a: a.update(cu_seqlens=torch.zeros(2, dtype=torch.int32, device="meta")), ValueError,
-        "cu_seqlens must be on the device of x",
-    ),
-    "mrope_alone": (lambda a: a.update(mrope_section=(8, 12, 12)), ValueError, "positions must be given with mrope"),
-    "mrope_shape": (
-        lambda a: a.update(mrope_section=(8, 12, 12), positions=torch.zeros(5, dtype=torch.int32)), ValueError,
-        r"positions must be \[3, 5\]",
-    ),
+    "cu_seqlens_dtype": ({"cu_seqlens": x3(2)}, TypeError, "cu_seqlens must be .*int32 or int64"),
+    "cu_seqlens_shape": ({"cu_seqlens": ints(0)}, ValueError, r"cu_seqlens must be \[B \+ 1\]"),
+    "cu_seqlens_rank": ({"cu_seqlens": ints(1, 2)}, ValueError, r"cu_seqlens must be \[B \+ 1\]"),
+    "cu_seqlens_device": ({"cu_seqlens": ints(2).to("meta")}, ValueError, "cu_seqlens must be on the device of x"),
+    "mrope_alone": ({"mrope_section": (8, 12, 12)}, ValueError, "positions must be given with mrope"),
+    "mrope_shape": ({"mrope_section": (8, 12, 12), "positions": ints(5)}, ValueError, r"positions must be \[3, 5\]"),
     "mrope_sum": (
-        lambda a: a.update(mrope_section=(8, 12, 11), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
+        {"mrope_section": (8, 12, 11), "positions": ints(3, 5)},
+        ValueError,
         "mrope_section must be 3 sections that sum to 32",
     ),
     "mrope_count": (
-        lambda a: a.update(mrope_section=(16, 16), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
+        {"mrope_section": (16, 16), "positions": ints(3, 5)},
+        ValueError,
         "mrope_section must be 3 sections that sum to 32",
     ),
     "mrope_sign": (
-        lambda a: a.update(mrope_section=(40, -4, -4), positions=torch.zeros(3, 5, dtype=torch.int32)), ValueError,
+        {"mrope_section": (40, -4, -4), "positions": ints(3, 5)},
+        ValueError,
         "mrope_section must be 3 sections that sum to 32",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
 @pytest.mark.parametrize("op", ["rope", "rope_", "rope_qk", "rope_qk_"])
 @pytest.mark.parametrize("where", [tilefuse, torch.ops.tilefuse], ids=["function", "op"])
 def test_errors(name, op, where):
-    change, error, message = ERRORS[name]
-    cos, sin = tables(64, 8)
-    arguments = {"x": x3(5, 2, 64), "cos": cos, "sin": sin}
-    change(arguments)
+    changes, error, message = ERRORS[name]
+    arguments = {"x": x3(5, 2, 64), "cos": COS, "sin": SIN} | changes
     if "qk" in op:
         arguments["q"] = arguments.pop("x")
         arguments["k"] = arguments["q"].clone()

@@ -6,9 +6,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.rope.rope import normal, tables
 from tilefuse.testing.inputs.rope.rope_append_kv import cases
 
+case = by_name(cases)
 KERNEL = "rope_append_kv_fwd"
 E4M3 = torch.float8_e4m3fn
 CASES = [case[0] for case in cases("cpu", torch.float32, torch.bfloat16)]
@@ -20,10 +22,6 @@ DTYPES = [
     (torch.bfloat16, E4M3),
     (torch.float32, E4M3),
 ]
-
-
-def case(name, device="cpu", dtype=torch.float32, cache_dtype=torch.bfloat16):
-    return next(c[1:] for c in cases(device, dtype, cache_dtype) if c[0] == name)
 
 
 def expected_caches(args, options):

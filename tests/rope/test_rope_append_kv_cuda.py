@@ -5,9 +5,11 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, canary, emulation
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.rope.rope_append_kv import cases
 
 E4M3 = torch.float8_e4m3fn
+case = by_name(cases)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, E4M3: 3}
 DTYPES = [
     (torch.float32, torch.float32),
@@ -58,19 +60,15 @@ def emulated(kernels, out, q, k, v, cos, sin, positions, k_cache, v_cache, slots
     )  # fmt: skip
 
 
-def case(name, dtypes):
-    return next(c[1:] for c in cases("cpu", *dtypes) if c[0] == name)
-
-
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "_".join(str(t).removeprefix("torch.") for t in d))
 @pytest.mark.parametrize("name", [c for c in CASES if c != "no_tokens"])
 def test_equals_reference(name, dtypes, kernels):
     """Bit for bit: the emulation contracts no products."""
-    args, options = case(name, dtypes)
+    args, options = case(name, "cpu", *dtypes)
 
     def run():
         out = canary(args[0].shape, args[0].dtype)
-        fresh = case(name, dtypes)[0]
+        fresh = case(name, "cpu", *dtypes)[0]
         emulated(kernels, out.tensor, *fresh, **options)
         out.check()
         return [out.tensor, *(c.view(torch.uint8) if c.dtype == E4M3 else c for c in fresh[6:8])]
@@ -85,7 +83,7 @@ def test_equals_reference(name, dtypes, kernels):
 
 @pytest.mark.parametrize("slot", [64, 2**31 - 1, -1])
 def test_8_slots_outside_of_the_cache_are_skipped(slot, kernels):
-    args, options = case("plain", DTYPES[2])
+    args, options = case("plain", "cpu", *DTYPES[2])
     args[8].fill_(slot)
     caches = [canary(c.shape, c.dtype) for c in args[6:8]]
     before = [c.tensor.clone() for c in caches]

@@ -5,8 +5,10 @@ import torch
 
 import tilefuse
 from tilefuse.testing import assert_close, canary, emulation
+from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.rope.rope import cases, in_place, normal, packed_qkv, tables
 
+case = by_name(cases)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [case[0] for case in cases("cpu", torch.float32) if "last_dim" not in case[0]]
 
@@ -56,15 +58,11 @@ def emulated(kernels, q, k, outs, cos, sin, positions=None, cu_seqlens=None, **o
     )
 
 
-def case(name, dtype):
-    return next(c[1:] for c in cases("cpu", dtype) if c[0] == name)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_matches_oracle(name, kernels):
     # the three dtypes share all but the conversion, so they take turns
     dtype = DTYPES[CASES.index(name) % 3]
-    q, k, rest, options = case(name, dtype)
+    q, k, rest, options = case(name, dtype=dtype)
 
     def run():
         outs = [canary(t.shape, dtype) for t in (q, k)]

@@ -13,7 +13,7 @@ from .rope import normal, tables
 
 
 def cases(
-    device: torch.device | str, dtype: torch.dtype, cache_dtype: torch.dtype
+    device: torch.device | str, dtype: torch.dtype, cache_dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[tuple[str, tuple[Tensor, ...], dict[str, Any]]]:
     """name, all tensors of one call in order, its options. The caches hold something before."""
 
