@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
+
+# their last dim is the queries, whose number changes
+LSE_STRIDES = ("gl_batch", "gl_head", "la_batch", "la_head", "lb_batch", "lb_head")
 
 
 @triton.jit
@@ -33,14 +39,14 @@ def row_of(rows, queries, heads):
     return batch, query, head
 
 
-@triton.jit(do_not_specialize=["total", "queries"])
-def merge_kernel(
-    out_a,
-    lse_a,
-    out_b,
-    lse_b,
-    out,
-    lse,
+@triton.jit(do_not_specialize=["total", "queries", *LSE_STRIDES[2:]])
+def merge_attention_fwd_kernel(
+    out_a_ptr,
+    lse_a_ptr,
+    out_b_ptr,
+    lse_b_ptr,
+    out_ptr,
+    lse_ptr,
     total,
     queries,
     heads,
@@ -58,38 +64,38 @@ def merge_kernel(
     lb_query,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    BM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < total
     batch, query, head = row_of(rows, queries, heads)
     column = tl.arange(0, D_PAD)
     keep = mask[:, None] & (column < D)[None, :]
-    l_a = tl.load(lse_a + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
-    l_b = tl.load(lse_b + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
+    l_a = tl.load(lse_a_ptr + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
+    l_b = tl.load(lse_b_ptr + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
     w_a, w_b, merged = merged_weights(l_a, l_b)
     # a side of weight 0 may hold anything and is not read
-    from_a = out_a + batch * a_batch + query * a_query + head * a_head
-    from_b = out_b + batch * b_batch + query * b_query + head * b_head
+    from_a = out_a_ptr + batch * a_batch + query * a_query + head * a_head
+    from_b = out_b_ptr + batch * b_batch + query * b_query + head * b_head
     a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0)  # [BM, D]
     b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0)
     value = w_a[:, None] * a.to(tl.float32) + w_b[:, None] * b.to(tl.float32)
-    tl.store(out + rows[:, None] * D + column[None, :], value.to(out.dtype.element_ty), mask=keep)
-    tl.store(lse + (batch * heads + head) * queries + query, merged, mask=mask)
+    tl.store(out_ptr + rows[:, None] * D + column[None, :], value.to(out_ptr.dtype.element_ty), mask=keep)
+    tl.store(lse_ptr + (batch * heads + head) * queries + query, merged, mask=mask)
 
 
-@triton.jit(do_not_specialize=["total", "queries"])
-def merge_backward_kernel(
-    grad_out,
-    grad_lse,
-    out_a,
-    lse_a,
-    out_b,
-    lse_b,
-    grad_a,
-    grad_lse_a,
-    grad_b,
-    grad_lse_b,
+@triton.jit(do_not_specialize=["total", "queries", *LSE_STRIDES])
+def merge_attention_bwd_kernel(
+    dout_ptr,
+    dlse_ptr,
+    out_a_ptr,
+    lse_a_ptr,
+    out_b_ptr,
+    lse_b_ptr,
+    dout_a_ptr,
+    dlse_a_ptr,
+    dout_b_ptr,
+    dlse_b_ptr,
     total,
     queries,
     heads,
@@ -113,36 +119,48 @@ def merge_backward_kernel(
     lb_query,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    BM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < total
     batch, query, head = row_of(rows, queries, heads)
     column = tl.arange(0, D_PAD)
     keep = mask[:, None] & (column < D)[None, :]
-    l_a = tl.load(lse_a + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
-    l_b = tl.load(lse_b + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
-    g_lse = tl.load(grad_lse + batch * gl_batch + head * gl_head + query * gl_query, mask=mask, other=0.0)
+    l_a = tl.load(lse_a_ptr + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
+    l_b = tl.load(lse_b_ptr + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
+    dlse = tl.load(dlse_ptr + batch * gl_batch + head * gl_head + query * gl_query, mask=mask, other=0.0)
     w_a, w_b, _ = merged_weights(l_a, l_b)
-    from_a = out_a + batch * a_batch + query * a_query + head * a_head
-    from_b = out_b + batch * b_batch + query * b_query + head * b_head
-    from_g = grad_out + batch * g_batch + query * g_query + head * g_head
+    from_a = out_a_ptr + batch * a_batch + query * a_query + head * a_head
+    from_b = out_b_ptr + batch * b_batch + query * b_query + head * b_head
+    from_g = dout_ptr + batch * g_batch + query * g_query + head * g_head
     a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0).to(tl.float32)
     b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0).to(tl.float32)
-    g = tl.load(from_g[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BM, D]
+    dout = tl.load(from_g[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BM, D]
     at = rows[:, None] * D + column[None, :]
-    tl.store(grad_a + at, (w_a[:, None] * g).to(grad_a.dtype.element_ty), mask=keep)
-    tl.store(grad_b + at, (w_b[:, None] * g).to(grad_b.dtype.element_ty), mask=keep)
+    tl.store(dout_a_ptr + at, (w_a[:, None] * dout).to(dout_a_ptr.dtype.element_ty), mask=keep)
+    tl.store(dout_b_ptr + at, (w_b[:, None] * dout).to(dout_b_ptr.dtype.element_ty), mask=keep)
     # d out / d lse_a = w_a (a - out) = w_a w_b (a - b)
-    inner = tl.sum((a - b) * g, axis=1) * w_a * w_b
+    inner = tl.sum((a - b) * dout, axis=1) * w_a * w_b
     at = (batch * heads + head) * queries + query
-    tl.store(grad_lse_a + at, w_a * g_lse + inner, mask=mask)
-    tl.store(grad_lse_b + at, w_b * g_lse - inner, mask=mask)
+    tl.store(dlse_a_ptr + at, w_a * dlse + inner, mask=mask)
+    tl.store(dlse_b_ptr + at, w_b * dlse - inner, mask=mask)
 
 
-def tile(dim: int) -> dict[str, int]:
-    dim_pad = triton.next_power_of_2(dim)
-    return {"D": dim, "D_PAD": dim_pad, "BM": max(1, min(32, 2048 // dim_pad)), "num_warps": 4}
+@dataclass(frozen=True)
+class Config:
+    """Rows of one program, and their width."""
+
+    d: int
+    d_pad: int
+    block_m: int
+    num_warps: int
+
+
+@functools.lru_cache
+def config(dim: int) -> Config:
+    """About 2,048 elements for each program."""
+    d_pad = triton.next_power_of_2(dim)
+    return Config(dim, d_pad, max(1, min(32, 2048 // d_pad)), 4)
 
 
 def strides(out: Tensor) -> tuple[int, ...]:
@@ -166,9 +184,9 @@ def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tens
     *_, queries, heads, dim = out.shape
     if lse.numel() == 0:
         return out, lse
-    config = tile(dim)
+    tile = config(dim)
     with on_device(out_a):
-        merge_kernel[(triton.cdiv(lse.numel(), config["BM"]),)](
+        merge_attention_fwd_kernel[(triton.cdiv(lse.numel(), tile.block_m),)](
             out_a,
             lse_a,
             out_b,
@@ -182,44 +200,44 @@ def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tens
             *strides(out_b),
             *lse_strides(lse_a),
             *lse_strides(lse_b),
-            **config,
+            **constants(tile),
         )
     return out, lse
 
 
 def merge_attention_bwd(
-    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+    dout: Tensor, dlse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_a, grad_lse_a = empty_outputs(out_a, lse_a)
-    grad_b, grad_lse_b = empty_outputs(out_b, lse_b)
+    dout_a, dlse_a = empty_outputs(out_a, lse_a)
+    dout_b, dlse_b = empty_outputs(out_b, lse_b)
     *_, queries, heads, dim = out_a.shape
     if lse_a.numel() == 0:
-        return grad_a, grad_lse_a, grad_b, grad_lse_b
-    config = tile(dim)
+        return dout_a, dlse_a, dout_b, dlse_b
+    tile = config(dim)
     with on_device(out_a):
-        merge_backward_kernel[(triton.cdiv(lse_a.numel(), config["BM"]),)](
-            grad_out,
-            grad_lse,
+        merge_attention_bwd_kernel[(triton.cdiv(lse_a.numel(), tile.block_m),)](
+            dout,
+            dlse,
             out_a,
             lse_a,
             out_b,
             lse_b,
-            grad_a,
-            grad_lse_a,
-            grad_b,
-            grad_lse_b,
+            dout_a,
+            dlse_a,
+            dout_b,
+            dlse_b,
             lse_a.numel(),
             queries,
             heads,
-            *strides(grad_out),
+            *strides(dout),
             *strides(out_a),
             *strides(out_b),
-            *lse_strides(grad_lse),
+            *lse_strides(dlse),
             *lse_strides(lse_a),
             *lse_strides(lse_b),
-            **config,
+            **constants(tile),
         )
-    return grad_a, grad_lse_a, grad_b, grad_lse_b
+    return dout_a, dlse_a, dout_b, dlse_b
 
 
 def aot_cases():

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
 from .mla_compress_kv import check_positions, load_pairs, load_tables, position_of, store_pairs
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows"])
-def absorb_kernel(
-    x,
-    weight,
-    cos,
-    sin,
-    positions,
-    out,
+def mla_absorb_query_kernel(
+    x_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    out_ptr,
     tokens,
     table_rows,
     x_token,
@@ -35,30 +37,30 @@ def absorb_kernel(
     HALF_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     CONJUGATE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """out[t, h] = x[t, h, :K] @ weight[h] | rotated x[t, h, K:]."""
     head = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = token < tokens
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    row_in = x + token * x_token + head * x_head
-    row_out = out + (token * HEADS + head) * (N + 2 * HALF)
-    weight += head * w_head
-    acc = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, K, BK):
-        k = start + tl.arange(0, BK)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_in = x_ptr + token * x_token + head * x_head
+    row_out = out_ptr + (token * HEADS + head) * (N + 2 * HALF)
+    weight_ptr += head * w_head
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
         a = tl.load(row_in[:, None] + k[None, :], mask=mask[:, None] & (k < K)[None, :], other=0.0)  # [BM, BK]
         keep = (k < K)[:, None] & (n < N)[None, :]
-        b = tl.load(weight + k[:, None] * w_k + n[None, :] * w_n, mask=keep, other=0.0)  # [BK, BN]
+        b = tl.load(weight_ptr + k[:, None] * w_k + n[None, :] * w_n, mask=keep, other=0.0)  # [BK, BN]
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
-    tl.store(row_out[:, None] + n[None, :], acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < N)[None, :])
+    tl.store(row_out[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (n < N)[None, :])
     if HALF > 0:  # noqa: SIM102, the outer one is decided by the compiler
         if tl.program_id(1) == 0:
-            position = position_of(positions, token, mask, table_rows)
-            c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+            position = position_of(positions_ptr, token, mask, table_rows)
+            c, s = load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
             if CONJUGATE:
                 s = -s
             a, b = load_pairs(row_in + K, mask, HALF, HALF_PAD, INTERLEAVED)
@@ -66,10 +68,10 @@ def absorb_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def absorb_weight_kernel(
-    q,
-    grad,
-    grad_w,
+def mla_absorb_query_bwd_weight_kernel(
+    q_ptr,
+    dout_ptr,
+    dweight_ptr,
     tokens,
     q_token,
     q_head,
@@ -77,36 +79,47 @@ def absorb_weight_kernel(
     g_head,
     K: tl.constexpr,
     N: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """grad_w[h] = q[:, h, :K].T @ grad[:, h, :N], summed over tokens in their order."""
     head = tl.program_id(2).to(tl.int64)
-    p = tl.program_id(0) * BM + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    q += head * q_head
-    grad += head * g_head
-    acc = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, tokens, BK):
-        token = start + tl.arange(0, BK).to(tl.int64)
+    p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q_ptr += head * q_head
+    dout_ptr += head * g_head
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, tokens, BLOCK_K):
+        token = start + tl.arange(0, BLOCK_K).to(tl.int64)
         mask = (token < tokens)[:, None]
-        a = tl.load(q + token[:, None] * q_token + p[None, :], mask=mask & (p < K)[None, :], other=0.0)  # [BK, BM]
-        b = tl.load(grad + token[:, None] * g_token + n[None, :], mask=mask & (n < N)[None, :], other=0.0)  # [BK, BN]
+        a = tl.load(q_ptr + token[:, None] * q_token + p[None, :], mask=mask & (p < K)[None, :], other=0.0)  # [BK, BM]
+        b = tl.load(
+            dout_ptr + token[:, None] * g_token + n[None, :], mask=mask & (n < N)[None, :], other=0.0
+        )  # [BK, BN]
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     keep = (p < K)[:, None] & (n < N)[None, :]
     at = head * K * N + p.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(grad_w + at, acc.to(grad_w.dtype.element_ty), mask=keep)
+    tl.store(dweight_ptr + at, acc.to(dweight_ptr.dtype.element_ty), mask=keep)
 
 
-def tile(rows: int, columns: int, depth: int, itemsize: int) -> dict[str, int]:
-    """Tile of a product [rows, depth] x [depth, columns]: narrow where there are few rows, as in decode."""
+@dataclass(frozen=True)
+class Config:
+    """Tile of a product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def config(rows: int, columns: int, depth: int, itemsize: int) -> Config:
+    """For [rows, depth] x [depth, columns]: narrow where there are few rows, as in decode."""
     if itemsize > 2:
-        return {"BM": 32 if rows > 16 else 16, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+        return Config(32 if rows > 16 else 16, 64, 32, 4, 2)
     block_m = 16 if rows <= 16 else 64 if rows <= 256 else 128
-    block_n = 64 if columns <= 64 else 128
-    block_k = 32 if depth <= 32 else 64
-    return {"BM": block_m, "BN": block_n, "BK": block_k, "num_warps": 8 if block_m == 128 else 4, "num_stages": 3}
+    return Config(block_m, 64 if columns <= 64 else 128, 32 if depth <= 32 else 64, 8 if block_m == 128 else 4, 3)
 
 
 def product(
@@ -127,9 +140,9 @@ def product(
         return out
     check_positions("mla_absorb_query", cos, positions, tokens)
     half = (width - k) // 2
-    config = tile(tokens, n, k, x.element_size())
+    tile = config(tokens, n, k, x.element_size())
     with on_device(x):
-        absorb_kernel[(triton.cdiv(tokens, config["BM"]), triton.cdiv(n, config["BN"]), heads)](
+        mla_absorb_query_kernel[(triton.cdiv(tokens, tile.block_m), triton.cdiv(n, tile.block_n), heads)](
             x,
             weight,
             cos,
@@ -149,7 +162,7 @@ def product(
             HALF_PAD=triton.next_power_of_2(max(1, half)),
             INTERLEAVED=interleaved,
             CONJUGATE=conjugate,
-            **config,
+            **constants(tile),
         )
     return out
 
@@ -162,19 +175,19 @@ def mla_absorb_query_fwd(
 
 
 def mla_absorb_query_bwd(
-    grad: Tensor, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+    dout: Tensor, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     heads, nope, rank = w_uk.shape
     transposed = (w_uk.stride(0), w_uk.stride(2), w_uk.stride(1))
-    grad_q = product(grad, w_uk, transposed, rank, nope, cos, sin, positions, interleaved, True)
-    grad_w = torch.empty(w_uk.shape, dtype=w_uk.dtype, device=w_uk.device)
-    config = tile(nope, rank, q.shape[0], q.element_size())
-    if grad_w.numel():
+    dq = product(dout, w_uk, transposed, rank, nope, cos, sin, positions, interleaved, True)
+    dw_uk = torch.empty(w_uk.shape, dtype=w_uk.dtype, device=w_uk.device)
+    tile = config(nope, rank, q.shape[0], q.element_size())
+    if dw_uk.numel():
         with on_device(q):
-            absorb_weight_kernel[(triton.cdiv(nope, config["BM"]), triton.cdiv(rank, config["BN"]), heads)](
-                q, grad, grad_w, q.shape[0], *q.stride()[:2], *grad.stride()[:2], K=nope, N=rank, **config
-            )
-    return grad_q, grad_w
+            mla_absorb_query_bwd_weight_kernel[
+                (triton.cdiv(nope, tile.block_m), triton.cdiv(rank, tile.block_n), heads)
+            ](q, dout, dw_uk, q.shape[0], *q.stride()[:2], *dout.stride()[:2], K=nope, N=rank, **constants(tile))
+    return dq, dw_uk
 
 
 def aot_cases():

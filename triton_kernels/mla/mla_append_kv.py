@@ -10,22 +10,22 @@ from tilefuse.ops.mla import layout as layouts
 
 from ...reference.mla.mla_append_kv import check_slots
 from ..common import fp8
-from ..common.launch import on_device
-from .mla_compress_kv import dims, load_pairs, load_tables, position_of, rstd_of, store_pairs, tile
-from .mla_gather_kv import cache_parts, rope_vector
+from ..common.launch import constants, on_device
+from .mla_compress_kv import config, dims, load_pairs, load_tables, position_of, rstd_of, store_pairs
+from .mla_gather_kv import GROUP, cache_parts, rope_vector
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows", "pages"])
-def append_kernel(
-    kv_a,
-    weight,
-    cos,
-    sin,
-    positions,
-    slot_mapping,
-    latent,
-    scales,
-    rotated,
+def mla_append_kv_fwd_kernel(
+    kv_a_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    slot_mapping_ptr,
+    latent_ptr,
+    scales_ptr,
+    rotated_ptr,
     tokens,
     table_rows,
     pages,
@@ -43,17 +43,16 @@ def append_kernel(
     PAGE_SIZE: tl.constexpr,
     FP8: tl.constexpr,
     NATIVE: tl.constexpr,
-    GROUP: tl.constexpr,
     ROPE_VEC: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    slot = tl.load(slot_mapping + token, mask=token < tokens, other=-1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.load(slot_mapping_ptr + token, mask=token < tokens, other=-1).to(tl.int64)
     page = slot // PAGE_SIZE
     # a slot that is not in the pool is skipped: nothing of that row is read or written
     mask = (slot >= 0) & (page < pages)
@@ -62,28 +61,28 @@ def append_kernel(
     column = tl.arange(0, RANK_PAD)
     inside = column < RANK
     keep = mask[:, None] & inside[None, :]
-    row_in = kv_a + token * kv_stride
+    row_in = kv_a_ptr + token * kv_stride
     x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = x * rstd_of(x, RANK, eps)[:, None] * w[None, :]
-    row_out = latent + page * latent_page + offset * latent_row
+    row_out = latent_ptr + page * latent_page + offset * latent_row
     if FP8:
         groups: tl.constexpr = RANK_PAD // GROUP
-        blocks = tl.reshape(y, [BT, groups, GROUP])
+        blocks = tl.reshape(y, [BLOCK_T, groups, GROUP])
         amax = tl.max(fp8.finite_magnitude(blocks), axis=2)  # [BT, groups]
         scale = fp8.block_scale(amax, quantize_eps, True)
-        codes = tl.reshape(fp8.quantize(blocks, scale[:, :, None], True, NATIVE), [BT, RANK_PAD])
+        codes = tl.reshape(fp8.quantize(blocks, scale[:, :, None], True, NATIVE), [BLOCK_T, RANK_PAD])
         tl.store(row_out[:, None] + column[None, :], codes, mask=keep)
         group = tl.arange(0, groups)
-        row_scale = scales + page * scale_page + offset * scale_row
+        row_scale = scales_ptr + page * scale_page + offset * scale_row
         tl.store(row_scale[:, None] + group[None, :], scale, mask=mask[:, None] & (group < RANK // GROUP)[None, :])
     else:
-        tl.store(row_out[:, None] + column[None, :], y.to(latent.dtype.element_ty), mask=keep)
+        tl.store(row_out[:, None] + column[None, :], y.to(latent_ptr.dtype.element_ty), mask=keep)
     if HALF > 0:
-        position = position_of(positions, token, mask, table_rows)
-        c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+        position = position_of(positions_ptr, token, mask, table_rows)
+        c, s = load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
         a, b = load_pairs(row_in + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
-        row_rope = rotated + (page * rotated_page + offset * rotated_row) * ROPE_VEC
+        row_rope = rotated_ptr + (page * rotated_page + offset * rotated_row) * ROPE_VEC
         store_pairs(row_rope, a * c - b * s, b * c + a * s, mask, HALF, HALF_PAD, INTERLEAVED)
 
 
@@ -107,9 +106,9 @@ def mla_append_kv_fwd(
     rope_vec = rope_vector(rotated)
     if cache.device.type == "cpu":
         check_slots(slot_mapping, positions[:tokens], cache, cos.shape[0], row.rope_dim)
-    config = tile(row.rank)
+    tile = config(row.rank)
     with on_device(kv_a):
-        append_kernel[(triton.cdiv(tokens, config["BT"]),)](
+        mla_append_kv_fwd_kernel[(triton.cdiv(tokens, tile.block_t),)](
             kv_a,
             weight,
             cos,
@@ -133,10 +132,9 @@ def mla_append_kv_fwd(
             PAGE_SIZE=cache.shape[1],
             FP8=row.is_fp8,
             NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
-            GROUP=layouts.GROUP,
             ROPE_VEC=rope_vec,
             **dims(row.rank, row.rope_dim, interleaved),
-            **config,
+            **constants(tile),
             # a fused multiply-add would round RoPE differently from the other backends
             enable_fp_fusion=False,
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...reference.rope.rope import token_positions
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
 
 
 @triton.jit
@@ -51,32 +53,32 @@ def store_pairs(rows, first, second, mask, HALF: tl.constexpr, HALF_PAD: tl.cons
 
 
 @triton.jit
-def load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
+def load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
     i = tl.arange(0, HALF_PAD)
     keep = mask[:, None] & (i < HALF)[None, :]
-    c = tl.load(cos + position[:, None] * cos_stride + i[None, :], mask=keep, other=0.0)  # [BT, HALF_PAD]
-    s = tl.load(sin + position[:, None] * sin_stride + i[None, :], mask=keep, other=0.0)
+    c = tl.load(cos_ptr + position[:, None] * cos_stride + i[None, :], mask=keep, other=0.0)  # [BT, HALF_PAD]
+    s = tl.load(sin_ptr + position[:, None] * sin_stride + i[None, :], mask=keep, other=0.0)
     return c, s
 
 
 @triton.jit
-def position_of(positions, token, mask, table_rows):
+def position_of(positions_ptr, token, mask, table_rows):
     """Row of the tables, clamped: a wild position reads a wrong angle, never foreign memory."""
-    if positions is None:
+    if positions_ptr is None:
         position = token
     else:
-        position = tl.load(positions + token, mask=mask, other=0).to(tl.int64)
+        position = tl.load(positions_ptr + token, mask=mask, other=0).to(tl.int64)
     return tl.minimum(tl.maximum(position, 0), table_rows - 1)
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows"])
-def compress_kernel(
-    kv_a,
-    weight,
-    cos,
-    sin,
-    positions,
-    out,
+def mla_compress_kv_fwd_kernel(
+    kv_a_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    out_ptr,
     tokens,
     table_rows,
     kv_stride,
@@ -88,36 +90,36 @@ def compress_kernel(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = token < tokens
     column = tl.arange(0, RANK_PAD)
     inside = column < RANK
     keep = mask[:, None] & inside[None, :]
-    row_in = kv_a + token * kv_stride
-    row_out = out + token * (RANK + 2 * HALF)
+    row_in = kv_a_ptr + token * kv_stride
+    row_out = out_ptr + token * (RANK + 2 * HALF)
     x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = x * rstd_of(x, RANK, eps)[:, None] * w[None, :]
-    tl.store(row_out[:, None] + column[None, :], y.to(out.dtype.element_ty), mask=keep)
+    tl.store(row_out[:, None] + column[None, :], y.to(out_ptr.dtype.element_ty), mask=keep)
     if HALF > 0:
-        position = position_of(positions, token, mask, table_rows)
-        c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+        position = position_of(positions_ptr, token, mask, table_rows)
+        c, s = load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
         a, b = load_pairs(row_in + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
         store_pairs(row_out + RANK, a * c - b * s, b * c + a * s, mask, HALF, HALF_PAD, INTERLEAVED)
 
 
 @triton.jit(do_not_specialize=["tokens", "table_rows", "rows_per_program"])
-def compress_backward_kernel(
-    grad,
-    kv_a,
-    weight,
-    cos,
-    sin,
-    positions,
-    grad_kv,
-    grad_weight,
+def mla_compress_kv_bwd_kernel(
+    dout_ptr,
+    kv_a_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    dkv_a_ptr,
+    dweight_ptr,
     tokens,
     table_rows,
     rows_per_program,
@@ -131,21 +133,21 @@ def compress_backward_kernel(
     HALF: tl.constexpr,
     HALF_PAD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    BT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     first = tl.program_id(0).to(tl.int64) * rows_per_program
     last = tl.minimum(first + rows_per_program, tokens)
     column = tl.arange(0, RANK_PAD)
     inside = column < RANK
-    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([RANK_PAD], tl.float32)
-    for start in range(0, rows_per_program, BT):
-        token = first + start + tl.arange(0, BT)
+    for start in range(0, rows_per_program, BLOCK_T):
+        token = first + start + tl.arange(0, BLOCK_T)
         mask = token < last
         keep = mask[:, None] & inside[None, :]
-        row_in = kv_a + token * kv_stride
-        row_grad = grad + token * grad_stride
-        row_out = grad_kv + token * (RANK + 2 * HALF)
+        row_in = kv_a_ptr + token * kv_stride
+        row_grad = dout_ptr + token * grad_stride
+        row_out = dkv_a_ptr + token * (RANK + 2 * HALF)
         x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
         g = tl.load(row_grad[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)
         rstd = rstd_of(x, RANK, eps)[:, None]
@@ -154,24 +156,32 @@ def compress_backward_kernel(
         scaled = g * w[None, :]
         inner = tl.sum(scaled * normed, axis=1)[:, None] / RANK
         dx = (scaled - normed * inner) * rstd
-        tl.store(row_out[:, None] + column[None, :], dx.to(grad_kv.dtype.element_ty), mask=keep)
+        tl.store(row_out[:, None] + column[None, :], dx.to(dkv_a_ptr.dtype.element_ty), mask=keep)
         if HALF > 0:
-            position = position_of(positions, token, mask, table_rows)
-            c, s = load_tables(cos, sin, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
+            position = position_of(positions_ptr, token, mask, table_rows)
+            c, s = load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
             a, b = load_pairs(row_grad + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
             store_pairs(row_out + RANK, a * c + b * s, b * c - a * s, mask, HALF, HALF_PAD, INTERLEAVED)
-    tl.store(grad_weight + tl.program_id(0).to(tl.int64) * RANK + column, total, mask=inside)
+    tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * RANK + column, total, mask=inside)
 
 
 # partial sums of the weight gradient: their number depends on the token count only, so two runs are bit-equal
 MAX_PARTIALS = 256
 
 
-def tile(rank: int) -> dict[str, int]:
-    """Rows per step and warps: about 1 KiB of float32 per warp; twice that spills on sm_80."""
+@dataclass(frozen=True)
+class Config:
+    """Rows per step."""
+
+    block_t: int
+    num_warps: int
+
+
+def config(rank: int) -> Config:
+    """About 1 KiB of float32 per warp; twice that spills on sm_80."""
     rank_pad = triton.next_power_of_2(rank)
     rows = max(1, min(16, 2048 // rank_pad))
-    return {"BT": rows, "num_warps": 8 if rows * rank_pad >= 2048 else 4 if rows * rank_pad >= 1024 else 1}
+    return Config(rows, 8 if rows * rank_pad >= 2048 else 4 if rows * rank_pad >= 1024 else 1)
 
 
 def dims(rank: int, rope_dim: int, interleaved: bool) -> dict[str, int | bool]:
@@ -199,9 +209,9 @@ def mla_compress_kv_fwd(
     if tokens == 0:
         return out
     check_positions("mla_compress_kv", cos, positions, tokens)
-    config = tile(rank)
+    tile = config(rank)
     with on_device(kv_a):
-        compress_kernel[(triton.cdiv(tokens, config["BT"]),)](
+        mla_compress_kv_fwd_kernel[(triton.cdiv(tokens, tile.block_t),)](
             kv_a,
             weight,
             cos,
@@ -215,7 +225,7 @@ def mla_compress_kv_fwd(
             sin.stride(0),
             eps,
             **dims(rank, width - rank, interleaved),
-            **config,
+            **constants(tile),
             # a fused multiply-add would round RoPE differently from the other backends
             enable_fp_fusion=False,
         )
@@ -223,7 +233,7 @@ def mla_compress_kv_fwd(
 
 
 def mla_compress_kv_bwd(
-    grad: Tensor,
+    dout: Tensor,
     kv_a: Tensor,
     weight: Tensor,
     cos: Tensor,
@@ -234,36 +244,36 @@ def mla_compress_kv_bwd(
 ) -> tuple[Tensor, Tensor]:
     tokens, width = kv_a.shape
     rank = weight.shape[0]
-    grad_kv = torch.empty_like(kv_a, memory_format=torch.contiguous_format)
+    dkv_a = torch.empty_like(kv_a, memory_format=torch.contiguous_format)
     if tokens == 0:
-        return grad_kv, torch.zeros_like(weight)
-    config = tile(rank)
-    steps = triton.cdiv(tokens, config["BT"] * MAX_PARTIALS)
-    rows = steps * config["BT"]
+        return dkv_a, torch.zeros_like(weight)
+    tile = config(rank)
+    steps = triton.cdiv(tokens, tile.block_t * MAX_PARTIALS)
+    rows = steps * tile.block_t
     programs = triton.cdiv(tokens, rows)
     partial = torch.empty(programs, rank, dtype=torch.float32, device=kv_a.device)
     with on_device(kv_a):
-        compress_backward_kernel[(programs,)](
-            grad,
+        mla_compress_kv_bwd_kernel[(programs,)](
+            dout,
             kv_a,
             weight,
             cos,
             sin,
             positions,
-            grad_kv,
+            dkv_a,
             partial,
             tokens,
             cos.shape[0],
             rows,
-            grad.stride(0),
+            dout.stride(0),
             kv_a.stride(0),
             cos.stride(0),
             sin.stride(0),
             eps,
             **dims(rank, width - rank, interleaved),
-            **config,
+            **constants(tile),
         )
-    return grad_kv, partial.sum(0).to(weight.dtype)
+    return dkv_a, partial.sum(0).to(weight.dtype)
 
 
 def aot_cases():

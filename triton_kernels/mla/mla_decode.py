@@ -7,6 +7,10 @@ place of the page table.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,12 +20,35 @@ from tilefuse import arch
 from tilefuse.ops.mla import layout as layouts
 
 from ..common import fp8, tuned
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
 from .mla_gather_kv import cache_parts, dequantize, load_scales, rope_vector
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # sequences that splits are balanced over; a larger batch fills a GPU without splits
 MAX_BALANCED = tl.constexpr(1024)
+
+
+class Constants(NamedTuple):
+    """What both kernels are compiled for."""
+
+    HEADS: tl.constexpr
+    PAGE_SIZE: tl.constexpr
+    SPARSE: tl.constexpr  # lists of slots in place of the page table
+    BALANCE: tl.constexpr  # splits are shared out by the lengths
+    CAUSAL: tl.constexpr
+    DIRECT: tl.constexpr  # one split, whose result is the output
+    FP8: tl.constexpr
+    NATIVE: tl.constexpr
+    ROPE_VEC: tl.constexpr
+    RANK: tl.constexpr
+    RANK_PAD: tl.constexpr
+    ROPE: tl.constexpr
+    ROPE_PAD: tl.constexpr
+
+
+@functools.lru_cache
+def compiled_for(*values: int | bool) -> Constants:
+    return Constants(*map(tl.constexpr, values))
 
 
 @triton.jit
@@ -35,7 +62,16 @@ def key_span(length, queries, window, SPARSE: tl.constexpr):
 
 @triton.jit
 def split_size(
-    span, seq_lens, batch, queries, window, capacity, num_splits, target, BALANCE: tl.constexpr, BN: tl.constexpr
+    span,
+    seq_lens_ptr,
+    batch,
+    queries,
+    window,
+    capacity,
+    num_splits,
+    target,
+    BALANCE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Keys per split of one sequence, a multiple of BN.
 
@@ -46,34 +82,37 @@ def split_size(
     if BALANCE:
         # one vector instead of a loop: after a loop, Triton 3.7 no longer sees that the rows of keys are aligned
         index = tl.arange(0, MAX_BALANCED)
-        length = tl.load(seq_lens + index, mask=index < batch, other=0).to(tl.int64)
+        length = tl.load(seq_lens_ptr + index, mask=index < batch, other=0).to(tl.int64)
         length = tl.minimum(tl.maximum(length, 0), capacity)
         length = tl.where(window >= 0, tl.minimum(length, queries + window), length)
         size = tl.maximum(size, tl.cdiv(tl.sum(length), target))
         # a shorter split costs more in the combination than it saves
-        size = tl.maximum(size, 4 * BN)
-    return tl.maximum(tl.cdiv(size, BN), 1) * BN
+        size = tl.maximum(size, 4 * BLOCK_N)
+    return tl.maximum(tl.cdiv(size, BLOCK_N), 1) * BLOCK_N
 
 
 @triton.jit
-def sequence_length(seq_lens, b, capacity, SPARSE: tl.constexpr):
+def sequence_length(seq_lens_ptr, b, capacity, SPARSE: tl.constexpr):
     length = capacity
     if not SPARSE:
-        length = tl.minimum(tl.maximum(tl.load(seq_lens + b).to(tl.int64), 0), capacity)
+        length = tl.minimum(tl.maximum(tl.load(seq_lens_ptr + b).to(tl.int64), 0), capacity)
     return length
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "columns", "pages", "num_splits", "max_splits", "target", "window"])
-def decode_kernel(
-    q,
-    latent,
-    scales,
-    rotated,
-    table,
-    seq_lens,
-    sinks,
-    out,
-    lse,
+COUNTS = ("batch", "queries", "columns", "num_splits", "max_splits", "target", "window")
+
+
+@triton.jit(do_not_specialize=[*COUNTS, "pages", "table_batch", "table_query"])
+def mla_decode_fwd_kernel(
+    q_ptr,
+    latent_ptr,
+    scales_ptr,
+    rotated_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
     softmax_scale,
     batch,
     queries,
@@ -94,98 +133,87 @@ def decode_kernel(
     rotated_row,
     table_batch,
     table_query,
-    HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SPARSE: tl.constexpr,
-    BALANCE: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DIRECT: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROPE_VEC: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-    ROPE: tl.constexpr,
-    ROPE_PAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    C,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
     split = pid % max_splits
     pid = pid // max_splits
-    rows = HEADS if SPARSE else queries * HEADS
-    tiles = tl.cdiv(rows, BM)
-    m = (pid % tiles) * BM + tl.arange(0, BM)
+    rows = C.HEADS if C.SPARSE else queries * C.HEADS
+    tiles = tl.cdiv(rows, BLOCK_M)
+    m = (pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     b = (pid // tiles).to(tl.int64)
     live = m < rows
-    head = m % HEADS
+    head = m % C.HEADS
     # sparse: b counts (sequence, query) pairs and every pair has its own list of slots
-    if SPARSE:
+    if C.SPARSE:
         query = tl.zeros_like(m) + (b % queries).to(tl.int32)
         sequence = b // queries
-        table += sequence * table_batch + (b % queries) * table_query
+        table_ptr += sequence * table_batch + (b % queries) * table_query
         capacity = columns.to(tl.int64)
     else:
-        query = m // HEADS
+        query = m // C.HEADS
         sequence = b
-        table += sequence * table_batch
-        capacity = columns.to(tl.int64) * PAGE_SIZE
-    length = sequence_length(seq_lens, b, capacity, SPARSE)
-    first = key_span(length, queries, window, SPARSE)
-    size = split_size(length - first, seq_lens, batch, queries, window, capacity, num_splits, target, BALANCE, BN)
+        table_ptr += sequence * table_batch
+        capacity = columns.to(tl.int64) * C.PAGE_SIZE
+    length = sequence_length(seq_lens_ptr, b, capacity, C.SPARSE)
+    first = key_span(length, queries, window, C.SPARSE)
+    size = split_size(
+        length - first, seq_lens_ptr, batch, queries, window, capacity, num_splits, target, C.BALANCE, BLOCK_N
+    )
     start = first + split * size
     stop = tl.minimum(start + size, length)
     # out and the partial results are [b, m, split, R]
-    at = ((b * rows + m) * max_splits + split) * RANK
-    column = tl.arange(0, RANK_PAD)
-    column_r = tl.arange(0, ROPE_PAD)
-    if DIRECT or start < length:
-        keep = live[:, None] & (column < RANK)[None, :]
-        q_row = q + sequence * q_batch + query.to(tl.int64) * q_query + head.to(tl.int64) * q_head
+    at = ((b * rows + m) * max_splits + split) * C.RANK
+    column = tl.arange(0, C.RANK_PAD)
+    column_r = tl.arange(0, C.ROPE_PAD)
+    if C.DIRECT or start < length:
+        keep = live[:, None] & (column < C.RANK)[None, :]
+        q_row = q_ptr + sequence * q_batch + query.to(tl.int64) * q_query + head.to(tl.int64) * q_head
         q_latent = tl.load(q_row[:, None] + column[None, :], mask=keep, other=0.0)  # [BM, R]
-        if ROPE > 0:
-            keep_r = live[:, None] & (column_r < ROPE)[None, :]
-            q_rope = tl.load(q_row[:, None] + RANK + column_r[None, :], mask=keep_r, other=0.0)  # [BM, r]
+        if C.ROPE > 0:
+            keep_r = live[:, None] & (column_r < C.ROPE)[None, :]
+            q_rope = tl.load(q_row[:, None] + C.RANK + column_r[None, :], mask=keep_r, other=0.0)  # [BM, r]
         # the newest key is the last query row's own
         own = length - queries + query  # [BM]
-        if SPARSE or not CAUSAL:
-            last = tl.zeros([BM], tl.int64) + length
+        if C.SPARSE or not C.CAUSAL:
+            last = tl.zeros([BLOCK_M], tl.int64) + length
         else:
             last = own + 1
-        lowest = tl.zeros([BM], tl.int64)
-        if not SPARSE:
+        lowest = tl.zeros([BLOCK_M], tl.int64)
+        if not C.SPARSE:
             lowest = tl.where(window >= 0, own - window, lowest)
         scale2 = softmax_scale * LOG2E
-        top = tl.full([BM], float("-inf"), tl.float32)
-        total = tl.zeros([BM], tl.float32)
-        acc = tl.zeros([BM, RANK_PAD], tl.float32)
-        for key_start in range(start, stop, BN):
-            key = key_start + tl.arange(0, BN)
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, C.RANK_PAD], tl.float32)
+        for key_start in range(start, stop, BLOCK_N):
+            key = key_start + tl.arange(0, BLOCK_N)
             exists = key < stop
-            if SPARSE:
-                slot = tl.load(table + key, mask=exists, other=-1).to(tl.int64)
-                page = slot // PAGE_SIZE
-                offset = slot % PAGE_SIZE
+            if C.SPARSE:
+                slot = tl.load(table_ptr + key, mask=exists, other=-1).to(tl.int64)
+                page = slot // C.PAGE_SIZE
+                offset = slot % C.PAGE_SIZE
                 exists &= slot >= 0
             else:
-                page = tl.load(table + key // PAGE_SIZE, mask=exists, other=-1).to(tl.int64)
-                offset = key % PAGE_SIZE
+                page = tl.load(table_ptr + key // C.PAGE_SIZE, mask=exists, other=-1).to(tl.int64)
+                offset = key % C.PAGE_SIZE
             # an entry outside of the pool is a key that does not exist: never dereferenced
             exists &= (page >= 0) & (page < pages)
             page = tl.where(exists, page, 0)
             offset = tl.where(exists, offset, 0)
-            k_row = latent + page * latent_page + offset * latent_row
-            inside = exists[:, None] & (column < RANK)[None, :]
+            k_row = latent_ptr + page * latent_page + offset * latent_row
+            inside = exists[:, None] & (column < C.RANK)[None, :]
             k = tl.load(k_row[:, None] + column[None, :], mask=inside, other=0)  # [BN, R]
-            if FP8:
-                s_row = scales + page * scale_page + offset * scale_row
-                scale = load_scales(s_row, exists, RANK, RANK_PAD, GROUP)
-                k = dequantize(k, scale, NATIVE, RANK_PAD, GROUP).to(q_latent.dtype)
+            if C.FP8:
+                s_row = scales_ptr + page * scale_page + offset * scale_row
+                scale = load_scales(s_row, exists, C.RANK, C.RANK_PAD)
+                k = dequantize(k, scale, C.NATIVE, C.RANK_PAD).to(q_latent.dtype)
             scores = tl.dot(q_latent, tl.trans(k), input_precision="ieee")  # [BM, BN]
-            if ROPE > 0:
-                r_row = rotated + (page * rotated_page + offset * rotated_row) * ROPE_VEC
-                inside_r = exists[:, None] & (column_r < ROPE)[None, :]
+            if C.ROPE > 0:
+                r_row = rotated_ptr + (page * rotated_page + offset * rotated_row) * C.ROPE_VEC
+                inside_r = exists[:, None] & (column_r < C.ROPE)[None, :]
                 k_rope = tl.load(r_row[:, None] + column_r[None, :], mask=inside_r, other=0.0)  # [BN, r]
                 scores += tl.dot(q_rope, tl.trans(k_rope.to(q_rope.dtype)), input_precision="ieee")
             visible = exists[None, :] & (key[None, :] < last[:, None]) & (key[None, :] >= lowest[:, None])
@@ -199,31 +227,31 @@ def decode_kernel(
             acc = tl.dot(p.to(k.dtype), k, acc, input_precision="ieee")
             top = new_top
         base = tl.where(top == float("-inf"), 0.0, top)
-        if DIRECT:
+        if C.DIRECT:
             divisor = total
-            if sinks is not None:
-                divisor += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - base)
+            if sinks_ptr is not None:
+                divisor += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E - base)
             divisor = tl.where(total == 0.0, 1.0, divisor)
-            at_lse = (sequence * HEADS + head) * queries + query
+            at_lse = (sequence * C.HEADS + head) * queries + query
             value = tl.where(total == 0.0, float("-inf"), (base + tl.log2(total)) / LOG2E)
-            tl.store(lse + at_lse, value, mask=live)
+            tl.store(lse_ptr + at_lse, value, mask=live)
         else:
             # partial statistics stay in base 2: [b, m, split]
             divisor = tl.where(total == 0.0, 1.0, total)
             value = tl.where(total == 0.0, float("-inf"), base + tl.log2(total))
-            tl.store(lse + (b * rows + m) * max_splits + split, value, mask=live)
+            tl.store(lse_ptr + (b * rows + m) * max_splits + split, value, mask=live)
         acc = acc / divisor[:, None]
-        tl.store(out + at[:, None] + column[None, :], acc.to(out.dtype.element_ty), mask=keep)
+        tl.store(out_ptr + at[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["batch", "queries", "columns", "num_splits", "max_splits", "target", "window"])
-def combine_kernel(
-    partial,
-    partial_lse,
-    seq_lens,
-    sinks,
-    out,
-    lse,
+@triton.jit(do_not_specialize=COUNTS)
+def mla_decode_fwd_combine_kernel(
+    partial_ptr,
+    partial_lse_ptr,
+    seq_lens_ptr,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
     batch,
     queries,
     columns,
@@ -231,82 +259,87 @@ def combine_kernel(
     num_splits,
     max_splits,
     target,
-    HEADS: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    SPARSE: tl.constexpr,
-    BALANCE: tl.constexpr,
-    RANK: tl.constexpr,
-    RANK_PAD: tl.constexpr,
-    BN: tl.constexpr,
+    C,
+    BLOCK_N: tl.constexpr,
 ):
     """One row of the output: its splits in their order."""
     row = tl.program_id(0).to(tl.int64)
-    rows = HEADS if SPARSE else queries * HEADS
+    rows = C.HEADS if C.SPARSE else queries * C.HEADS
     b = row // rows
     m = row % rows
-    head = m % HEADS
-    if SPARSE:
+    head = m % C.HEADS
+    if C.SPARSE:
         query = b % queries
         sequence = b // queries
         capacity = columns.to(tl.int64)
     else:
-        query = m // HEADS
+        query = m // C.HEADS
         sequence = b
-        capacity = columns.to(tl.int64) * PAGE_SIZE
-    length = sequence_length(seq_lens, b, capacity, SPARSE)
-    first = key_span(length, queries, window, SPARSE)
-    size = split_size(length - first, seq_lens, batch, queries, window, capacity, num_splits, target, BALANCE, BN)
+        capacity = columns.to(tl.int64) * C.PAGE_SIZE
+    length = sequence_length(seq_lens_ptr, b, capacity, C.SPARSE)
+    first = key_span(length, queries, window, C.SPARSE)
+    size = split_size(
+        length - first, seq_lens_ptr, batch, queries, window, capacity, num_splits, target, C.BALANCE, BLOCK_N
+    )
     splits = tl.cdiv(length - first, size)
-    column = tl.arange(0, RANK_PAD)
-    inside = column < RANK
+    column = tl.arange(0, C.RANK_PAD)
+    inside = column < C.RANK
     top = float("-inf")
     for split in range(splits):
-        top = tl.maximum(top, tl.load(partial_lse + row * max_splits + split))
+        top = tl.maximum(top, tl.load(partial_lse_ptr + row * max_splits + split))
     base = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
-    acc = tl.zeros([RANK_PAD], tl.float32)
+    acc = tl.zeros([C.RANK_PAD], tl.float32)
     for split in range(splits):
-        weight = tl.exp2(tl.load(partial_lse + row * max_splits + split) - base)
-        values = tl.load(partial + (row * max_splits + split) * RANK + column, mask=inside, other=0.0)  # [R]
+        weight = tl.exp2(tl.load(partial_lse_ptr + row * max_splits + split) - base)
+        values = tl.load(partial_ptr + (row * max_splits + split) * C.RANK + column, mask=inside, other=0.0)  # [R]
         total += weight
         acc += weight * values
     divisor = total
-    if sinks is not None:
-        divisor += tl.exp2(tl.load(sinks + head).to(tl.float32) * LOG2E - base)
+    if sinks_ptr is not None:
+        divisor += tl.exp2(tl.load(sinks_ptr + head).to(tl.float32) * LOG2E - base)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, divisor)
-    tl.store(out + row * RANK + column, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * C.RANK + column, acc.to(out_ptr.dtype.element_ty), mask=inside)
     value = tl.where(empty, float("-inf"), (base + tl.log2(total)) / LOG2E)
-    tl.store(lse + (sequence * HEADS + head) * queries + query, value)
+    tl.store(lse_ptr + (sequence * C.HEADS + head) * queries + query, value)
 
 
-def tile(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, target: str) -> dict[str, int]:
-    """A tile of query rows no larger than there are, and the keys per step.
+@dataclass(frozen=True)
+class Config:
+    """A tile of query rows and the keys per step."""
 
-    The accumulator is BM x R float32: 64 x 512 takes 128 registers of each of 256 threads. Shared memory holds two
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def config(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, target: str) -> Config:
+    """No more query rows than there are.
+
+    The accumulator is BLOCK_M x R float32: 64 x 512 takes 128 registers of each of 256 threads. Shared memory holds two
     steps of keys, which leaves sm_89 and sm_120 (99 KiB) no room for more than 32 rows; on sm_100, and with the slots
     of sparse decode, more rows spill, and so do longer steps on AMD.
     Three stages, because keys are found through the page table: one for its entry, one for the row.
     """
     capability, amd = arch.capability(target), target.startswith("gfx")
     if itemsize > 2:
-        return {"BM": 16, "BN": 16, "num_warps": 4 if amd else 8, "num_stages": 1}
+        return Config(16, 16, 4 if amd else 8, 1)
     block_n = 16 if amd else 32
     if is_fp8:
         # codes are widened in registers: only sm_90, whose products read shared memory, has room for a large tile
-        block_m = 64 if capability == 90 and rows > 32 and not sparse else 16
-        return {"BM": block_m, "BN": block_n, "num_warps": 8, "num_stages": 3}
+        return Config(64 if capability == 90 and rows > 32 and not sparse else 16, block_n, 8, 3)
     block_m = min(64 if capability in (80, 90) and not sparse else 32, max(16, triton.next_power_of_2(rows)))
-    warps = 8 if block_m * triton.next_power_of_2(rank) >= 16384 else 4
-    return {"BM": block_m, "BN": block_n, "num_warps": warps, "num_stages": 3}
+    return Config(block_m, block_n, 8 if block_m * triton.next_power_of_2(rank) >= 16384 else 4, 3)
 
 
 # what `python -m tilefuse tune` tries
 CONFIGS = {
     "mla_decode": tuple(
-        {"BM": bm, "BN": bn, "num_warps": warps, "num_stages": stages}
-        for bm, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8))
-        for bn, stages in ((16, 4), (32, 2), (32, 3), (64, 2))
+        {"block_m": block_m, "block_n": block_n, "num_warps": warps, "num_stages": stages}
+        for block_m, warps in ((16, 4), (16, 8), (32, 4), (32, 8), (64, 8))
+        for block_n, stages in ((16, 4), (32, 2), (32, 3), (64, 2))
     )
 }
 
@@ -367,32 +400,38 @@ def attend(
     capacity = columns if sparse else columns * page_size
     rows = heads if sparse else queries * heads
     sequences = batch * queries if sparse else batch
-    config = tile(rows, row.rank, q.element_size(), row.is_fp8, sparse, arch.of(q.device))
+    tile = config(rows, row.rank, q.element_size(), row.is_fp8, sparse, arch.of(q.device))
     key = f"rows<={min(64, triton.next_power_of_2(rows))},rank={row.rank},layout={layout},sparse={sparse}"
-    config = tuned.choose("mla_decode", key, q.device, config)
-    tiles = triton.cdiv(rows, config["BM"])
+    tile = tuned.choose("mla_decode", key, q.device, tile)
+    tiles = triton.cdiv(rows, tile.block_m)
     if sparse:
         # from the length of the lists alone, so that a result does not depend on the batch
         num_splits = triton.cdiv(capacity, SPARSE_SPLIT)
-    splits, max_splits, target = plan(batch, tiles, capacity, num_splits, config["BN"], processors_of(q))
+    splits, max_splits, target = plan(batch, tiles, capacity, num_splits, tile.block_n, processors_of(q))
     # the epilogue of the largest tile has no registers left for the sinks: it always goes through the combination
-    direct = max_splits == 1 and config["BM"] < 64
+    direct = max_splits == 1 and tile.block_m < 64
     if direct:
         partial, partial_lse = out, lse
     else:
         partial = torch.empty(sequences, rows, max_splits, row.rank, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(sequences, rows, max_splits, dtype=torch.float32, device=q.device)
-    common = {
-        "HEADS": heads,
-        "PAGE_SIZE": page_size,
-        "SPARSE": sparse,
-        "BALANCE": target > 0,
-        "RANK": row.rank,
-        "RANK_PAD": triton.next_power_of_2(row.rank),
-        "BN": config["BN"],
-    }
+    compiled = compiled_for(
+        heads,
+        page_size,
+        sparse,
+        target > 0,
+        causal,
+        direct,
+        row.is_fp8,
+        row.is_fp8 and fp8.native_cast(cache.device),
+        rope_vec,
+        row.rank,
+        triton.next_power_of_2(row.rank),
+        row.rope_dim,
+        max(16, triton.next_power_of_2(max(1, row.rope_dim))),
+    )
     with on_device(q):
-        decode_kernel[(sequences * tiles * max_splits,)](
+        mla_decode_fwd_kernel[(sequences * tiles * max_splits,)](
             q,
             latent,
             scales,
@@ -417,19 +456,11 @@ def attend(
             *(s // rope_vec for s in rotated.stride()[:2]),
             table.stride(0),
             table.stride(1) if sparse else 0,
-            CAUSAL=causal,
-            DIRECT=direct,
-            FP8=row.is_fp8,
-            NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
-            GROUP=layouts.GROUP,
-            ROPE_VEC=rope_vec,
-            ROPE=row.rope_dim,
-            ROPE_PAD=max(16, triton.next_power_of_2(max(1, row.rope_dim))),
-            **common,
-            **{name: value for name, value in config.items() if name != "BN"},
+            compiled,
+            **constants(tile),
         )
         if not direct:
-            combine_kernel[(sequences * rows,)](
+            mla_decode_fwd_combine_kernel[(sequences * rows,)](
                 partial,
                 partial_lse,
                 seq_lens,
@@ -443,7 +474,8 @@ def attend(
                 splits,
                 max_splits,
                 target,
-                **common,
+                compiled,
+                BLOCK_N=tile.block_n,
                 num_warps=4 if row.rank >= 256 else 1,
             )
     return out, lse
@@ -504,5 +536,7 @@ def aot_cases():
         options = {"softmax_scale": 192**-0.5, "kv_lora_rank": rank, "layout": "fp8" if is_fp8 else "bf16"}
         products = ("LDG.128", "MMA") if dtype == "bf16" else ("LDG.128",)
         yield AotCase(
-            name, call(op, q, cache, *where, **options), expect={"nvidia": products, "combine_kernel": ("LDG.128",)}
+            name,
+            call(op, q, cache, *where, **options),
+            expect={"nvidia": products, "mla_decode_fwd_combine_kernel": ("LDG.128",)},
         )

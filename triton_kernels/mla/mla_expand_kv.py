@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from tilefuse import arch
 
-from ..common.launch import on_device
-from .mla_absorb_query import tile
+from ..common.launch import constants, on_device
+from .mla_absorb_query import Config, config
 
 
 @triton.jit
@@ -25,11 +27,11 @@ def head_block(pid, P: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def expand_kernel(
-    latent,
-    weight,
-    k_out,
-    v_out,
+def mla_expand_kv_fwd_kernel(
+    latent_ptr,
+    weight_ptr,
+    k_ptr,
+    v_ptr,
     tokens,
     latent_stride,
     w_stride,
@@ -39,29 +41,29 @@ def expand_kernel(
     V: tl.constexpr,
     ROPE: tl.constexpr,
     ROPE_PAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = token < tokens
-    head, is_v, first = head_block(tl.program_id(1), P, V, BN)
-    column = first + tl.arange(0, BN)
+    head, is_v, first = head_block(tl.program_id(1), P, V, BLOCK_N)
+    column = first + tl.arange(0, BLOCK_N)
     width = tl.where(is_v, V, P)
     inside = column < width
-    w_rows = weight + (head * (P + V) + tl.where(is_v, P, 0) + column) * w_stride
-    row_in = latent + token * latent_stride
-    acc = tl.zeros([BM, BN], tl.float32)
-    for start in range(0, RANK, BK):
-        k = start + tl.arange(0, BK)
+    w_rows = weight_ptr + (head * (P + V) + tl.where(is_v, P, 0) + column) * w_stride
+    row_in = latent_ptr + token * latent_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, RANK, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
         a = tl.load(row_in[:, None] + k[None, :], mask=mask[:, None] & (k < RANK)[None, :], other=0.0)  # [BM, BK]
         b = tl.load(w_rows[:, None] + k[None, :], mask=inside[:, None] & (k < RANK)[None, :], other=0.0)  # [BN, BK]
         acc = tl.dot(a, tl.trans(b.to(a.dtype)), acc, input_precision="ieee")
     keep = mask[:, None] & inside[None, :]
-    value = acc.to(k_out.dtype.element_ty)
-    row_k = k_out + (token * HEADS + head) * (P + ROPE)
+    value = acc.to(k_ptr.dtype.element_ty)
+    row_k = k_ptr + (token * HEADS + head) * (P + ROPE)
     if is_v:
-        row_v = v_out + (token * HEADS + head) * V
+        row_v = v_ptr + (token * HEADS + head) * V
         tl.store(row_v[:, None] + column[None, :], value, mask=keep)
     else:
         tl.store(row_k[:, None] + column[None, :], value, mask=keep)
@@ -75,10 +77,12 @@ def expand_kernel(
 
 
 @triton.jit
-def grad_product(acc, grad_rows, w_rows, w_stride, mask, n, WIDTH: tl.constexpr, RANK: tl.constexpr, BK: tl.constexpr):
+def grad_product(
+    acc, grad_rows, w_rows, w_stride, mask, n, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """acc [BM, BN] += grad [BM, WIDTH] @ weight rows [WIDTH, BN]."""
-    for start in range(0, WIDTH, BK):
-        c = start + tl.arange(0, BK)
+    for start in range(0, WIDTH, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
         inside = c < WIDTH
         a = tl.load(grad_rows[:, None] + c[None, :], mask=mask[:, None] & inside[None, :], other=0.0)  # [BM, BK]
         keep = inside[:, None] & (n < RANK)[None, :]
@@ -88,11 +92,11 @@ def grad_product(acc, grad_rows, w_rows, w_stride, mask, n, WIDTH: tl.constexpr,
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def expand_backward_kernel(
-    grad_k,
-    grad_v,
-    weight,
-    grad_latent,
+def mla_expand_kv_bwd_latent_kernel(
+    dk_ptr,
+    dv_ptr,
+    weight_ptr,
+    dlatent_ptr,
     tokens,
     gk_token,
     gk_head,
@@ -105,71 +109,71 @@ def expand_backward_kernel(
     V: tl.constexpr,
     ROPE: tl.constexpr,
     ROPE_PAD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """Gradient of latent rows: a product over all heads' columns, and the sum over heads of the shared part."""
-    token = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = token < tokens
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    row_out = grad_latent + token * (RANK + ROPE)
-    if tl.program_id(1) * BN < RANK:
-        acc = tl.zeros([BM, BN], tl.float32)
-        from_k = grad_k + token * gk_token
-        from_v = grad_v + token * gv_token
-        w_rows = weight
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_out = dlatent_ptr + token * (RANK + ROPE)
+    if tl.program_id(1) * BLOCK_N < RANK:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        from_k = dk_ptr + token * gk_token
+        from_v = dv_ptr + token * gv_token
+        w_rows = weight_ptr
         for _ in range(HEADS):
-            acc = grad_product(acc, from_k, w_rows, w_stride, mask, n, P, RANK, BK)
-            acc = grad_product(acc, from_v, w_rows + P * w_stride, w_stride, mask, n, V, RANK, BK)
+            acc = grad_product(acc, from_k, w_rows, w_stride, mask, n, P, RANK, BLOCK_K)
+            acc = grad_product(acc, from_v, w_rows + P * w_stride, w_stride, mask, n, V, RANK, BLOCK_K)
             from_k += gk_head
             from_v += gv_head
             w_rows += (P + V) * w_stride
         keep = mask[:, None] & (n < RANK)[None, :]
-        tl.store(row_out[:, None] + n[None, :], acc.to(grad_latent.dtype.element_ty), mask=keep)
+        tl.store(row_out[:, None] + n[None, :], acc.to(dlatent_ptr.dtype.element_ty), mask=keep)
     elif ROPE > 0:
         r = tl.arange(0, ROPE_PAD)
         keep_r = mask[:, None] & (r < ROPE)[None, :]
-        total = tl.zeros([BM, ROPE_PAD], tl.float32)
-        from_k = grad_k + token * gk_token + P
+        total = tl.zeros([BLOCK_M, ROPE_PAD], tl.float32)
+        from_k = dk_ptr + token * gk_token + P
         for _ in range(HEADS):
             total += tl.load(from_k[:, None] + r[None, :], mask=keep_r, other=0.0).to(tl.float32)
             from_k += gk_head
-        tl.store(row_out[:, None] + RANK + r[None, :], total.to(grad_latent.dtype.element_ty), mask=keep_r)
+        tl.store(row_out[:, None] + RANK + r[None, :], total.to(dlatent_ptr.dtype.element_ty), mask=keep_r)
 
 
 @triton.jit
 def weight_product(
     acc,
-    grad,
+    grad_ptr,
     g_token,
-    latent,
+    latent_ptr,
     latent_stride,
     tokens,
     column,
     WIDTH: tl.constexpr,
     n,
     RANK: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """acc [BM, BN] += grad[:, column].T @ latent[:, n], over tokens in their order."""
-    for start in range(0, tokens, BK):
-        token = start + tl.arange(0, BK).to(tl.int64)
+    for start in range(0, tokens, BLOCK_K):
+        token = start + tl.arange(0, BLOCK_K).to(tl.int64)
         mask = (token < tokens)[:, None]
         keep = mask & (column < WIDTH)[None, :]
-        a = tl.load(grad + token[:, None] * g_token + column[None, :], mask=keep, other=0.0)  # [BK, BM]
+        a = tl.load(grad_ptr + token[:, None] * g_token + column[None, :], mask=keep, other=0.0)  # [BK, BM]
         keep = mask & (n < RANK)[None, :]
-        b = tl.load(latent + token[:, None] * latent_stride + n[None, :], mask=keep, other=0.0)  # [BK, BN]
+        b = tl.load(latent_ptr + token[:, None] * latent_stride + n[None, :], mask=keep, other=0.0)  # [BK, BN]
         acc = tl.dot(tl.trans(a), b.to(a.dtype), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def expand_weight_kernel(
-    grad_k,
-    grad_v,
-    latent,
-    grad_w,
+def mla_expand_kv_bwd_weight_kernel(
+    dk_ptr,
+    dv_ptr,
+    latent_ptr,
+    dweight_ptr,
     tokens,
     gk_token,
     gk_head,
@@ -179,37 +183,37 @@ def expand_weight_kernel(
     RANK: tl.constexpr,
     P: tl.constexpr,
     V: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    head, is_v, first = head_block(tl.program_id(0), P, V, BM)
-    column = first + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    acc = tl.zeros([BM, BN], tl.float32)
+    head, is_v, first = head_block(tl.program_id(0), P, V, BLOCK_M)
+    column = first + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if is_v:
         acc = weight_product(
-            acc, grad_v + head * gv_head, gv_token, latent, latent_stride, tokens, column, V, n, RANK, BK
+            acc, dv_ptr + head * gv_head, gv_token, latent_ptr, latent_stride, tokens, column, V, n, RANK, BLOCK_K
         )
     else:
         acc = weight_product(
-            acc, grad_k + head * gk_head, gk_token, latent, latent_stride, tokens, column, P, n, RANK, BK
+            acc, dk_ptr + head * gk_head, gk_token, latent_ptr, latent_stride, tokens, column, P, n, RANK, BLOCK_K
         )
     row = (head * (P + V) + tl.where(is_v, P, 0) + column) * RANK
     keep = (column < tl.where(is_v, V, P))[:, None] & (n < RANK)[None, :]
-    tl.store(grad_w + row[:, None] + n[None, :], acc.to(grad_w.dtype.element_ty), mask=keep)
+    tl.store(dweight_ptr + row[:, None] + n[None, :], acc.to(dweight_ptr.dtype.element_ty), mask=keep)
 
 
-def latent_tile(tokens: int, rank: int, depth: int, itemsize: int) -> dict[str, int]:
+def latent_config(tokens: int, rank: int, depth: int, itemsize: int) -> Config:
     """For the gradient of latent rows, whose float32 form spills with 4 warps on sm_100."""
-    config = tile(tokens, rank, depth, itemsize)
-    return config | {"num_warps": 8} if itemsize > 2 else config
+    tile = config(tokens, rank, depth, itemsize)
+    return replace(tile, num_warps=8) if itemsize > 2 else tile
 
 
-def weight_tile(rows: int, rank: int, tokens: int, itemsize: int, target: str) -> dict[str, int]:
+def weight_config(rows: int, rank: int, tokens: int, itemsize: int, target: str) -> Config:
     """For the gradient of the weight, whose two branches keep stages of their own: AMD's 64 KiB hold two of each."""
-    config = tile(rows, rank, tokens, itemsize)
-    return config | {"num_stages": 2} if target.startswith("gfx") else config
+    tile = config(rows, rank, tokens, itemsize)
+    return replace(tile, num_stages=2) if target.startswith("gfx") else tile
 
 
 def mla_expand_kv_fwd(
@@ -222,10 +226,10 @@ def mla_expand_kv_fwd(
     v = torch.empty(tokens, heads, v_dim, dtype=latent.dtype, device=latent.device)
     if v.numel() == 0:
         return k, v
-    config = tile(tokens, max(nope_dim, v_dim), kv_lora_rank, latent.element_size())
-    blocks = triton.cdiv(nope_dim, config["BN"]) + triton.cdiv(v_dim, config["BN"])
+    tile = config(tokens, max(nope_dim, v_dim), kv_lora_rank, latent.element_size())
+    blocks = triton.cdiv(nope_dim, tile.block_n) + triton.cdiv(v_dim, tile.block_n)
     with on_device(latent):
-        expand_kernel[(triton.cdiv(tokens, config["BM"]), heads * blocks)](
+        mla_expand_kv_fwd_kernel[(triton.cdiv(tokens, tile.block_m), heads * blocks)](
             latent,
             w_ukv,
             k,
@@ -239,30 +243,30 @@ def mla_expand_kv_fwd(
             V=v_dim,
             ROPE=rope_dim,
             ROPE_PAD=triton.next_power_of_2(max(1, rope_dim)),
-            **config,
+            **constants(tile),
         )
     return k, v
 
 
 def mla_expand_kv_bwd(
-    grad_k: Tensor, grad_v: Tensor, latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
+    dk: Tensor, dv: Tensor, latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
 ) -> tuple[Tensor, Tensor]:
     tokens, width = latent.shape
     rope_dim = width - kv_lora_rank
     heads = w_ukv.shape[0] // (nope_dim + v_dim)
-    grad_latent = torch.empty(latent.shape, dtype=latent.dtype, device=latent.device)
-    grad_w = torch.empty(w_ukv.shape, dtype=w_ukv.dtype, device=w_ukv.device)
+    dlatent = torch.empty(latent.shape, dtype=latent.dtype, device=latent.device)
+    dw_ukv = torch.empty(w_ukv.shape, dtype=w_ukv.dtype, device=w_ukv.device)
     shape = {"RANK": kv_lora_rank, "P": nope_dim, "V": v_dim}
-    strides = (*grad_k.stride()[:2], *grad_v.stride()[:2])
+    strides = (*dk.stride()[:2], *dv.stride()[:2])
     with on_device(latent):
         if tokens:
-            config = latent_tile(tokens, kv_lora_rank, v_dim, latent.element_size())
-            blocks = triton.cdiv(kv_lora_rank, config["BN"]) + (rope_dim > 0)
-            expand_backward_kernel[(triton.cdiv(tokens, config["BM"]), blocks)](
-                grad_k,
-                grad_v,
+            tile = latent_config(tokens, kv_lora_rank, v_dim, latent.element_size())
+            blocks = triton.cdiv(kv_lora_rank, tile.block_n) + (rope_dim > 0)
+            mla_expand_kv_bwd_latent_kernel[(triton.cdiv(tokens, tile.block_m), blocks)](
+                dk,
+                dv,
                 w_ukv,
-                grad_latent,
+                dlatent,
                 tokens,
                 *strides,
                 w_ukv.stride(0),
@@ -270,15 +274,15 @@ def mla_expand_kv_bwd(
                 ROPE=rope_dim,
                 ROPE_PAD=triton.next_power_of_2(max(1, rope_dim)),
                 **shape,
-                **config,
+                **constants(tile),
             )
         target = arch.of(latent.device)
-        config = weight_tile(max(nope_dim, v_dim), kv_lora_rank, max(tokens, 1), latent.element_size(), target)
-        blocks = triton.cdiv(nope_dim, config["BM"]) + triton.cdiv(v_dim, config["BM"])
-        expand_weight_kernel[(heads * blocks, triton.cdiv(kv_lora_rank, config["BN"]))](
-            grad_k, grad_v, latent, grad_w, tokens, *strides, latent.stride(0), **shape, **config
+        tile = weight_config(max(nope_dim, v_dim), kv_lora_rank, max(tokens, 1), latent.element_size(), target)
+        blocks = triton.cdiv(nope_dim, tile.block_m) + triton.cdiv(v_dim, tile.block_m)
+        mla_expand_kv_bwd_weight_kernel[(heads * blocks, triton.cdiv(kv_lora_rank, tile.block_n))](
+            dk, dv, latent, dw_ukv, tokens, *strides, latent.stride(0), **shape, **constants(tile)
         )
-    return grad_latent, grad_w
+    return dlatent, dw_ukv
 
 
 def aot_cases():

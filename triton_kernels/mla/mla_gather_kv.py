@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,11 +12,14 @@ from torch import Tensor
 from tilefuse.ops.mla import layout as layouts
 
 from ..common import fp8
-from ..common.launch import on_device, vector_width
+from ..common.launch import constants, on_device, vector_width
+
+# columns of one scale
+GROUP = tl.constexpr(layouts.GROUP)
 
 
 @triton.jit
-def load_scales(rows, exists, RANK: tl.constexpr, RANK_PAD: tl.constexpr, GROUP: tl.constexpr):
+def load_scales(rows, exists, RANK: tl.constexpr, RANK_PAD: tl.constexpr):
     """[ROWS, R / GROUP] float32, one per group of codes."""
     group = tl.arange(0, RANK_PAD // GROUP)
     keep = exists[:, None] & (group < RANK // GROUP)[None, :]
@@ -22,7 +27,7 @@ def load_scales(rows, exists, RANK: tl.constexpr, RANK_PAD: tl.constexpr, GROUP:
 
 
 @triton.jit
-def dequantize(codes, scale, NATIVE: tl.constexpr, RANK_PAD: tl.constexpr, GROUP: tl.constexpr):
+def dequantize(codes, scale, NATIVE: tl.constexpr, RANK_PAD: tl.constexpr):
     """[ROWS, R] float32 values of e4m3 codes (uint8)."""
     if NATIVE:
         values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
@@ -36,14 +41,14 @@ def dequantize(codes, scale, NATIVE: tl.constexpr, RANK_PAD: tl.constexpr, GROUP
     return tl.reshape(values, [codes.shape[0], RANK_PAD])
 
 
-@triton.jit(do_not_specialize=["tokens", "num_bounds", "columns", "pages"])
-def gather_kernel(
-    latent,
-    scales,
-    rotated,
-    block_table,
-    cu_seqlens,
-    out,
+@triton.jit(do_not_specialize=["tokens", "num_bounds", "columns", "pages", "table_stride"])
+def mla_gather_kv_fwd_kernel(
+    latent_ptr,
+    scales_ptr,
+    rotated_ptr,
+    block_table_ptr,
+    cu_seqlens_ptr,
+    out_ptr,
     tokens,
     num_bounds,
     columns,
@@ -58,15 +63,14 @@ def gather_kernel(
     PAGE_SIZE: tl.constexpr,
     FP8: tl.constexpr,
     NATIVE: tl.constexpr,
-    GROUP: tl.constexpr,
     ROPE_VEC: tl.constexpr,
     RANK: tl.constexpr,
     RANK_PAD: tl.constexpr,
     ROPE: tl.constexpr,
     ROPE_PAD: tl.constexpr,
-    BT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
-    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask = token < tokens
     # binary search: how many bounds are at or before each token
     low = tl.zeros_like(token)
@@ -75,7 +79,7 @@ def gather_kernel(
     while steps > 0:
         middle = (low + high) // 2
         active = low < high
-        bound = tl.load(cu_seqlens + middle, mask=mask & active, other=0).to(tl.int64)
+        bound = tl.load(cu_seqlens_ptr + middle, mask=mask & active, other=0).to(tl.int64)
         below = bound <= token
         low = tl.where(active & below, middle + 1, low)
         high = tl.where(active & (bound > token), middle, high)
@@ -83,32 +87,41 @@ def gather_kernel(
     # past the last bound, or before the first: a zero row
     found = mask & (low > 0) & (low < num_bounds)
     sequence = tl.where(found, low - 1, 0)
-    key = token - tl.load(cu_seqlens + sequence, mask=found, other=0).to(tl.int64)
+    key = token - tl.load(cu_seqlens_ptr + sequence, mask=found, other=0).to(tl.int64)
     found &= key // PAGE_SIZE < columns
-    page = tl.load(block_table + sequence * table_stride + key // PAGE_SIZE, mask=found, other=-1).to(tl.int64)
+    page = tl.load(block_table_ptr + sequence * table_stride + key // PAGE_SIZE, mask=found, other=-1).to(tl.int64)
     found &= (page >= 0) & (page < pages)
     page = tl.where(found, page, 0)
     offset = tl.where(found, key % PAGE_SIZE, 0)
     column = tl.arange(0, RANK_PAD)
-    row_in = latent + page * latent_page + offset * latent_row
-    row_out = out + token * (RANK + ROPE)
-    dtype = out.dtype.element_ty
+    row_in = latent_ptr + page * latent_page + offset * latent_row
+    row_out = out_ptr + token * (RANK + ROPE)
+    dtype = out_ptr.dtype.element_ty
     inside = (column < RANK)[None, :]
     x = tl.load(row_in[:, None] + column[None, :], mask=found[:, None] & inside, other=0)  # [BT, R]
     if FP8:
-        row_scale = scales + page * scale_page + offset * scale_row
-        x = dequantize(x, load_scales(row_scale, found, RANK, RANK_PAD, GROUP), NATIVE, RANK_PAD, GROUP)
+        row_scale = scales_ptr + page * scale_page + offset * scale_row
+        x = dequantize(x, load_scales(row_scale, found, RANK, RANK_PAD), NATIVE, RANK_PAD)
     tl.store(row_out[:, None] + column[None, :], x.to(dtype), mask=mask[:, None] & inside)
     if ROPE > 0:
         column_r = tl.arange(0, ROPE_PAD)
         inside_r = (column_r < ROPE)[None, :]
-        row_rope = rotated + (page * rotated_page + offset * rotated_row) * ROPE_VEC
+        row_rope = rotated_ptr + (page * rotated_page + offset * rotated_row) * ROPE_VEC
         y = tl.load(row_rope[:, None] + column_r[None, :], mask=found[:, None] & inside_r, other=0.0)
         tl.store(row_out[:, None] + RANK + column_r[None, :], y.to(dtype), mask=mask[:, None] & inside_r)
 
 
-def tile(rank: int) -> dict[str, int]:
-    return {"BT": max(1, min(16, 4096 // triton.next_power_of_2(rank))), "num_warps": 4}
+@dataclass(frozen=True)
+class Config:
+    """Rows of one program."""
+
+    block_t: int
+    num_warps: int
+
+
+def config(rank: int) -> Config:
+    """About 4,096 elements for each program."""
+    return Config(max(1, min(16, 4096 // triton.next_power_of_2(rank))), 4)
 
 
 def cache_parts(cache: Tensor, row: layouts.RowLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +153,9 @@ def mla_gather_kv_fwd(
         return out.zero_()
     latent, scales, rotated = cache_parts(cache, row)
     rope_vec = rope_vector(rotated)
-    config = tile(row.rank)
+    tile = config(row.rank)
     with on_device(cache):
-        gather_kernel[(triton.cdiv(total_tokens, config["BT"]),)](
+        mla_gather_kv_fwd_kernel[(triton.cdiv(total_tokens, tile.block_t),)](
             latent,
             scales,
             rotated,
@@ -160,13 +173,12 @@ def mla_gather_kv_fwd(
             PAGE_SIZE=cache.shape[1],
             FP8=row.is_fp8,
             NATIVE=row.is_fp8 and fp8.native_cast(cache.device),
-            GROUP=layouts.GROUP,
             ROPE_VEC=rope_vec,
             RANK=row.rank,
             RANK_PAD=triton.next_power_of_2(row.rank),
             ROPE=row.rope_dim,
             ROPE_PAD=triton.next_power_of_2(max(1, row.rope_dim)),
-            **config,
+            **constants(tile),
         )
     return out
 
