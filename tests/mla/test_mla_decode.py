@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tilefuse
+from tilefuse import arch, library
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.mla.common import WILD, normal, tables
 from tilefuse.testing.inputs.mla.mla_decode import SCALE_V3, cases, sparse_cases
@@ -468,3 +470,20 @@ def test_19_opcheck_and_compile():
         step = torch.compile(lambda *a, f=function, k=keywords: f(*a, **k), fullgraph=True, backend="aot_eager")
         for a, b in zip(step(*inputs), function(*inputs, **keywords)):
             assert_bit_equal(a, b)
+
+
+def test_latents_that_do_not_fit_a_gpu_are_refused():
+    """More than 512 columns in float32 need 136 KiB of shared memory, more than 1024 never fit."""
+    refuse = library.kernels()["mla_decode_fwd"].when["triton"]
+    with FakeTensorMode():
+        q = {dtype: torch.empty(2, 1, 16, 128, dtype=dtype, device="cuda") for dtype in (torch.bfloat16, torch.float32)}
+
+    def reason(dtype, rank, target):
+        with arch.pretend(target):
+            return refuse(q[dtype], None, None, None, None, 1.0, rank, True, -1, "bf16", 0)
+
+    for target in arch.COMPILE_TARGETS:
+        assert reason(torch.bfloat16, 1024, target) is None and reason(torch.float32, 512, target) is None
+        assert "up to 1024, got 1025" in reason(torch.bfloat16, 1025, target)
+    assert reason(torch.float32, 1024, "sm_90") is None
+    assert reason(torch.float32, 513, "sm_89") == "takes kv_lora_rank up to 512 in float32 on sm_89, got 513"

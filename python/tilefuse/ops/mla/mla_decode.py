@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import errors
+from ... import arch, errors
 from ...library import kernel, op
 from .checks import check_cache, check_index, rows_of
 
@@ -71,17 +71,30 @@ def _fake_sparse(q, cache, indices, sinks, softmax_scale, kv_lora_rank, layout):
     return _outputs(q, kv_lora_rank)
 
 
+def _too_wide(q: Tensor, kv_lora_rank: int) -> str | None:
+    """A program of the Triton kernel keeps whole latent rows in shared memory."""
+    if kv_lora_rank <= 512 or q.device.type != "cuda":
+        return None
+    if kv_lora_rank > 1024:
+        return f"takes kv_lora_rank up to 1024, got {kv_lora_rank}"
+    if q.dtype == torch.float32 and arch.shared_memory(q.device) < 136 * 1024:
+        return f"takes kv_lora_rank up to 512 in float32 on {arch.of(q.device)}, got {kv_lora_rank}"
+    return None
+
+
 mla_decode_fwd = kernel(
     "mla_decode_fwd(Tensor q, Tensor cache, Tensor block_table, Tensor seq_lens, Tensor? sinks, float softmax_scale, "
     "int kv_lora_rank, bool causal, int window, str layout, int num_splits) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_decode,
+    when={"triton": lambda *args: _too_wide(args[0], args[6])},
 )
 mla_sparse_decode_fwd = kernel(
     "mla_sparse_decode_fwd(Tensor q, Tensor cache, Tensor indices, Tensor? sinks, float softmax_scale, "
     "int kv_lora_rank, str layout) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_sparse,
+    when={"triton": lambda *args: _too_wide(args[0], args[5])},
 )
 
 
