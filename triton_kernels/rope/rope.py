@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -45,9 +49,7 @@ def load_tables(
     row_h,
     row_w,
     mask,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    TABLE_VEC: tl.constexpr,
+    L,
     CONJUGATE: tl.constexpr,
     MROPE: tl.constexpr,
     MROPE_INTERLEAVED: tl.constexpr,
@@ -56,8 +58,8 @@ def load_tables(
     SECTION_W: tl.constexpr,
 ):
     """cos and sin of a block of tokens, [BT, BLOCK_HALF]."""
-    pair = tl.arange(0, BLOCK_HALF)[None, :]
-    mask = mask[:, None] & (pair < HALF)
+    pair = tl.arange(0, L.BLOCK_HALF)[None, :]
+    mask = mask[:, None] & (pair < L.HALF)
     row = row[:, None]
     if MROPE:
         if MROPE_INTERLEAVED:
@@ -67,8 +69,8 @@ def load_tables(
             is_h = (pair >= SECTION_T) & (pair < SECTION_T + SECTION_H)
             is_w = pair >= SECTION_T + SECTION_H
         row = tl.where(is_h, row_h[:, None], tl.where(is_w, row_w[:, None], row))
-    cos = tl.load(cos_ptr + row * cos_st * TABLE_VEC + pair, mask, 0.0)
-    sin = tl.load(sin_ptr + row * sin_st * TABLE_VEC + pair, mask, 0.0)
+    cos = tl.load(cos_ptr + row * cos_st * L.TABLE_VEC + pair, mask, 0.0)
+    sin = tl.load(sin_ptr + row * sin_st * L.TABLE_VEC + pair, mask, 0.0)
     if CONJUGATE:
         sin = -sin
     return cos, sin
@@ -95,51 +97,43 @@ def rotate_block(
     token_mask,
     cos,
     sin,
+    L,
     HEADS: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
     COPY: tl.constexpr,
-    VEC: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_COPY: tl.constexpr,
 ):
-    head = head_block * BH + tl.arange(0, BH)
+    head = head_block * L.BLOCK_H + tl.arange(0, L.BLOCK_H)
     mask = token_mask[:, None] & (head < HEADS)[None, :]
     mask = mask[:, :, None]
     head = head.to(tl.int64)[None, :]
     # strides come in units of VEC elements, so that the compiler knows how far every row is aligned
-    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * VEC  # [BT, BH, 1]
-    out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * VEC
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BT, BH, 1]
+    out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * L.VEC
     cos = cos[:, None, :]
     sin = sin[:, None, :]
-    if INTERLEAVED:
+    if L.INTERLEAVED:
         # one contiguous access, the pairs are parted in registers
-        dim = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
-        inside = mask & (dim < 2 * HALF)
-        x = tl.load(x_row + OFFSET + dim, inside, 0.0)  # [BT, BH, R]
-        a, b = tl.split(tl.reshape(x, (BT, BH, BLOCK_HALF, 2)))
+        dim = tl.arange(0, 2 * L.BLOCK_HALF)[None, None, :]
+        inside = mask & (dim < 2 * L.HALF)
+        x = tl.load(x_row + L.OFFSET + dim, inside, 0.0)  # [BT, BH, R]
+        a, b = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
         a, b = rotate_half(a.to(tl.float32), b.to(tl.float32), cos, sin)
-        out = tl.reshape(tl.join(a, b), (BT, BH, 2 * BLOCK_HALF))
-        tl.store(out_row + OFFSET + dim, out.to(out_ptr.dtype.element_ty), inside)
+        out = tl.reshape(tl.join(a, b), (L.BLOCK_T, L.BLOCK_H, 2 * L.BLOCK_HALF))
+        tl.store(out_row + L.OFFSET + dim, out.to(out_ptr.dtype.element_ty), inside)
     else:
-        pair = tl.arange(0, BLOCK_HALF)[None, None, :]
-        inside = mask & (pair < HALF)
-        a = tl.load(x_row + OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
-        b = tl.load(x_row + OFFSET + HALF + pair, inside, 0.0).to(tl.float32)
+        pair = tl.arange(0, L.BLOCK_HALF)[None, None, :]
+        inside = mask & (pair < L.HALF)
+        a = tl.load(x_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
+        b = tl.load(x_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
         a, b = rotate_half(a, b, cos, sin)
-        tl.store(out_row + OFFSET + pair, a.to(out_ptr.dtype.element_ty), inside)
-        tl.store(out_row + OFFSET + HALF + pair, b.to(out_ptr.dtype.element_ty), inside)
+        tl.store(out_row + L.OFFSET + pair, a.to(out_ptr.dtype.element_ty), inside)
+        tl.store(out_row + L.OFFSET + L.HALF + pair, b.to(out_ptr.dtype.element_ty), inside)
     if COPY:
-        dim = tl.arange(0, BLOCK_COPY)[None, None, :]
-        for start in tl.static_range(0, OFFSET, BLOCK_COPY):
-            inside = mask & (dim < OFFSET - start)
+        dim = tl.arange(0, L.BLOCK_COPY)[None, None, :]
+        for start in tl.static_range(0, L.OFFSET, L.BLOCK_COPY):
+            inside = mask & (dim < L.OFFSET - start)
             tl.store(out_row + start + dim, tl.load(x_row + start + dim, inside), inside)
-        for start in tl.static_range(OFFSET + 2 * HALF, D, BLOCK_COPY):
-            inside = mask & (dim < D - start)
+        for start in tl.static_range(L.OFFSET + 2 * L.HALF, L.D, L.BLOCK_COPY):
+            inside = mask & (dim < L.D - start)
             tl.store(out_row + start + dim, tl.load(x_row + start + dim, inside), inside)
 
 
@@ -198,12 +192,7 @@ def rope_kernel(
     tokens,
     seq_len,
     table_rows,
-    HQ: tl.constexpr,
-    HK: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
+    L,
     CONJUGATE: tl.constexpr,
     COPY: tl.constexpr,
     MROPE: tl.constexpr,
@@ -211,14 +200,8 @@ def rope_kernel(
     SECTION_T: tl.constexpr,
     SECTION_H: tl.constexpr,
     SECTION_W: tl.constexpr,
-    VEC: tl.constexpr,
-    TABLE_VEC: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_COPY: tl.constexpr,
 ):
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = tl.program_id(0) * L.BLOCK_T + tl.arange(0, L.BLOCK_T)
     mask = token < tokens
     batch = (token // seq_len).to(tl.int64)
     place = (token % seq_len).to(tl.int64)
@@ -239,9 +222,7 @@ def rope_kernel(
         row_h,
         row_w,
         mask,
-        HALF,
-        BLOCK_HALF,
-        TABLE_VEC,
+        L,
         CONJUGATE,
         MROPE,
         MROPE_INTERLEAVED,
@@ -250,7 +231,7 @@ def rope_kernel(
         SECTION_W,
     )
     block = tl.program_id(1)
-    q_blocks: tl.constexpr = (HQ + BH - 1) // BH
+    q_blocks: tl.constexpr = (L.HQ + L.BLOCK_H - 1) // L.BLOCK_H
     if block < q_blocks:
         rotate_block(
             q_ptr,
@@ -267,17 +248,9 @@ def rope_kernel(
             mask,
             cos,
             sin,
-            HQ,
-            D,
-            HALF,
-            OFFSET,
-            INTERLEAVED,
+            L,
+            L.HQ,
             COPY,
-            VEC,
-            BT,
-            BH,
-            BLOCK_HALF,
-            BLOCK_COPY,
         )
     elif k_ptr is not None:
         rotate_block(
@@ -295,34 +268,56 @@ def rope_kernel(
             mask,
             cos,
             sin,
-            HK,
-            D,
-            HALF,
-            OFFSET,
-            INTERLEAVED,
+            L,
+            L.HK,
             COPY,
-            VEC,
-            BT,
-            BH,
-            BLOCK_HALF,
-            BLOCK_COPY,
         )
 
 
-def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int, elements: int = 4096) -> dict[str, int]:
-    """Tile of one program: a power of two of heads that wastes none, then tokens up to so many elements."""
-    block_heads = 8
-    while block_heads > 1 and any(h % block_heads for h in heads):
-        block_heads //= 2
+@dataclass(frozen=True)
+class Config:
+    """Tile of one program: tokens by heads, half a rotary slice, and the step over what is only copied."""
+
+    block_t: int
+    block_h: int
+    block_half: int
+    block_copy: int
+    num_warps: int
+
+
+def config(heads: tuple[int, ...], rotary_dim: int, pass_dim: int, elements: int = 4096) -> Config:
+    """A power of two of heads that wastes none, then tokens up to so many elements."""
+    block_h = 8
+    while block_h > 1 and any(h % block_h for h in heads):
+        block_h //= 2
     width = triton.next_power_of_2(rotary_dim)
     block_copy = min(128, triton.next_power_of_2(max(pass_dim, 1)))
-    return {
-        "BT": max(1, min(32, elements // (block_heads * max(width, block_copy)))),
-        "BH": block_heads,
-        "BLOCK_HALF": width // 2,
-        "BLOCK_COPY": block_copy,
-        "num_warps": 4,
-    }
+    block_t = max(1, min(32, elements // (block_h * max(width, block_copy))))
+    return Config(block_t, block_h, width // 2, block_copy, 4)
+
+
+class Layout(NamedTuple):
+    """Heads and tile that a kernel is compiled for."""
+
+    HQ: tl.constexpr
+    HK: tl.constexpr
+    D: tl.constexpr
+    HALF: tl.constexpr
+    OFFSET: tl.constexpr
+    INTERLEAVED: tl.constexpr
+    VEC: tl.constexpr
+    TABLE_VEC: tl.constexpr
+    BLOCK_T: tl.constexpr
+    BLOCK_H: tl.constexpr
+    BLOCK_HALF: tl.constexpr
+    BLOCK_COPY: tl.constexpr
+
+
+@functools.lru_cache
+def layout(heads: tuple[int, int], *values: int | bool, tile: Config) -> Layout:
+    """Head counts of q and k, then the values as they stand in `Layout`, and the tile."""
+    blocks = tile.block_t, tile.block_h, tile.block_half, tile.block_copy
+    return Layout(*map(tl.constexpr, (*heads, *values, *blocks)))
 
 
 def strides_of(*tensors):
@@ -377,7 +372,8 @@ def _launch(
     half = cos.shape[1]
     section = mrope_section or (0, 0, 0)
     tile = config(heads, 2 * half, q.shape[-1] - 2 * half)
-    grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in heads))
+    grid = (triton.cdiv(tokens, tile.block_t), sum(triton.cdiv(h, tile.block_h) for h in heads))
+    of_q_and_k = (heads[0], 0 if k is None else heads[1])
     with on_device(q):
         rope_kernel[grid](
             q,
@@ -399,12 +395,7 @@ def _launch(
             tokens,
             seq_len,
             cos.shape[0],
-            HQ=heads[0],
-            HK=0 if k is None else heads[1],
-            D=q.shape[-1],
-            HALF=half,
-            OFFSET=rotary_offset,
-            INTERLEAVED=interleaved,
+            layout(of_q_and_k, q.shape[-1], half, rotary_offset, interleaved, vec, table_vec, tile=tile),
             CONJUGATE=conjugate,
             COPY=q_out is not q,
             MROPE=bool(mrope_section),
@@ -412,9 +403,7 @@ def _launch(
             SECTION_T=section[0],
             SECTION_H=section[1],
             SECTION_W=section[2],
-            VEC=vec,
-            TABLE_VEC=table_vec,
-            **tile,
+            num_warps=tile.num_warps,
         )
 
 
@@ -453,10 +442,10 @@ LAYOUTS = (
 def aot_cases():
     from ...testing.aot import AotCase, call, tensor, train
 
-    for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
+    for name, heads, dim, rotary, offset, interleaved in LAYOUTS:
         table = tensor("fp32", 8192, rotary // 2)
         options = {"interleaved": interleaved, "rotary_offset": offset}
-        for dtype in ("bf16", "fp32") if layout == "llama" else ("bf16",):
+        for dtype in ("bf16", "fp32") if name == "llama" else ("bf16",):
             q, k = (tensor(dtype, 2, 4096, h, dim) for h in heads)
             runs = {
                 "qk": train("rope_qk", q, k, table, table, **options),
@@ -465,8 +454,8 @@ def aot_cases():
                 ),
                 "inplace": call("rope_qk_", q, k, table, table, **options),
             }
-            if layout in ("llama", "gptj"):
+            if name in ("llama", "gptj"):
                 section = {"mrope_section": (rotary // 2 - 40, 20, 20), "mrope_interleaved": interleaved}
                 runs["mrope"] = call("rope_qk", q, k, table, table, tensor("i64", 3, 2, 4096), **options, **section)
             for variant, run in runs.items():
-                yield AotCase(f"{layout}_{variant}_{dtype}", run, expect=("LDG.128", "STG.128"))
+                yield AotCase(f"{name}_{variant}_{dtype}", run, expect=("LDG.128", "STG.128"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +16,7 @@ from ..common.launch import on_device, vector_width
 from .rope import (
     LAYOUTS,
     config,
+    layout,
     load_tables,
     position_strides,
     rotate_block,
@@ -20,6 +24,22 @@ from .rope import (
     strides_of,
     token_rows,
 )
+
+
+class Store(NamedTuple):
+    """How k and v are stored."""
+
+    DV: tl.constexpr
+    CACHE_VEC: tl.constexpr
+    FP8: tl.constexpr
+    NATIVE: tl.constexpr
+    WIDE_SLOTS: tl.constexpr
+    BLOCK_V: tl.constexpr
+
+
+@functools.lru_cache
+def store(*values: int | bool) -> Store:
+    return Store(*map(tl.constexpr, values))
 
 
 @triton.jit
@@ -49,53 +69,53 @@ def _append_block(
     valid,
     cos,
     sin,
+    L,
+    S,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
     OFFSET: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    VEC: tl.constexpr,
-    CACHE_VEC: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
     BLOCK_COPY: tl.constexpr,
 ):
     """Rows of k (HALF > 0) or v (HALF == 0) to their slots."""
-    head = head_block * BH + tl.arange(0, BH)
+    head = head_block * L.BLOCK_H + tl.arange(0, L.BLOCK_H)
     mask = (valid[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
-    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * VEC  # [BT, BH, 1]
-    out_row = cache_ptr + ((page * cache_sp + offset * cache_so)[:, None] + head * cache_sh)[:, :, None] * CACHE_VEC
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BT, BH, 1]
+    out_row = cache_ptr + ((page * cache_sp + offset * cache_so)[:, None] + head * cache_sh)[:, :, None] * S.CACHE_VEC
     if HALF > 0:
         cos = cos[:, None, :]
         sin = sin[:, None, :]
         if INTERLEAVED:
-            dim = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
+            dim = tl.arange(0, 2 * L.BLOCK_HALF)[None, None, :]
             inside = mask & (dim < 2 * HALF)
             x = tl.load(x_row + OFFSET + dim, inside, 0.0)  # [BT, BH, R]
-            a, b = tl.split(tl.reshape(x, (BT, BH, BLOCK_HALF, 2)))
+            a, b = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
             a, b = rotate_half(a.to(tl.float32), b.to(tl.float32), cos, sin)
             _store(
-                out_row + OFFSET + dim, tl.reshape(tl.join(a, b), (BT, BH, 2 * BLOCK_HALF)), scale, inside, FP8, NATIVE
+                out_row + OFFSET + dim,
+                tl.reshape(tl.join(a, b), (L.BLOCK_T, L.BLOCK_H, 2 * L.BLOCK_HALF)),
+                scale,
+                inside,
+                S.FP8,
+                S.NATIVE,
             )
         else:
-            pair = tl.arange(0, BLOCK_HALF)[None, None, :]
+            pair = tl.arange(0, L.BLOCK_HALF)[None, None, :]
             inside = mask & (pair < HALF)
             a = tl.load(x_row + OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
             b = tl.load(x_row + OFFSET + HALF + pair, inside, 0.0).to(tl.float32)
             a, b = rotate_half(a, b, cos, sin)
-            _store(out_row + OFFSET + pair, a, scale, inside, FP8, NATIVE)
-            _store(out_row + OFFSET + HALF + pair, b, scale, inside, FP8, NATIVE)
+            _store(out_row + OFFSET + pair, a, scale, inside, S.FP8, S.NATIVE)
+            _store(out_row + OFFSET + HALF + pair, b, scale, inside, S.FP8, S.NATIVE)
     dim = tl.arange(0, BLOCK_COPY)[None, None, :]
     for start in tl.static_range(0, OFFSET, BLOCK_COPY):
         inside = mask & (dim < OFFSET - start)
-        _store(out_row + start + dim, tl.load(x_row + start + dim, inside), scale, inside, FP8, NATIVE)
+        _store(out_row + start + dim, tl.load(x_row + start + dim, inside), scale, inside, S.FP8, S.NATIVE)
     for start in tl.static_range(OFFSET + 2 * HALF, D, BLOCK_COPY):
         inside = mask & (dim < D - start)
-        _store(out_row + start + dim, tl.load(x_row + start + dim, inside), scale, inside, FP8, NATIVE)
+        _store(out_row + start + dim, tl.load(x_row + start + dim, inside), scale, inside, S.FP8, S.NATIVE)
 
 
 @triton.jit(
@@ -116,9 +136,6 @@ def _append_block(
         "q_sb",
         "q_ss",
         "q_sh",
-        "qo_sb",
-        "qo_ss",
-        "qo_sh",
         "k_sb",
         "k_ss",
         "k_sh",
@@ -133,15 +150,12 @@ def _append_block(
         "vc_sh",
     ]
 )
-def rope_append_kv_kernel(
+def rope_append_kv_fwd_kernel(
     q_ptr,
     q_sb,
     q_ss,
     q_sh,
     qo_ptr,
-    qo_sb,
-    qo_ss,
-    qo_sh,
     k_ptr,
     k_sb,
     k_ss,
@@ -175,26 +189,10 @@ def rope_append_kv_kernel(
     tokens,
     seq_len,
     table_rows,
-    HQ: tl.constexpr,
-    HK: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    HALF: tl.constexpr,
-    OFFSET: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    VEC: tl.constexpr,
-    CACHE_VEC: tl.constexpr,
-    TABLE_VEC: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE: tl.constexpr,
-    WIDE_SLOTS: tl.constexpr,
-    BT: tl.constexpr,
-    BH: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    BLOCK_COPY: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    L,
+    S,
 ):
-    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    token = tl.program_id(0) * L.BLOCK_T + tl.arange(0, L.BLOCK_T)
     mask = token < tokens
     batch = (token // seq_len).to(tl.int64)
     place = (token % seq_len).to(tl.int64)
@@ -208,9 +206,7 @@ def rope_append_kv_kernel(
         row,
         row,
         mask,
-        HALF,
-        BLOCK_HALF,
-        TABLE_VEC,
+        L,
         False,
         False,
         False,
@@ -221,7 +217,7 @@ def rope_append_kv_kernel(
     slot = tl.load(slot_ptr + batch * slot_sb + place * slot_ss, mask, -1).to(tl.int64)
     # a slot past the cache is skipped like a negative one
     valid = mask & (slot >= 0) & (slot < slots)
-    if WIDE_SLOTS:
+    if S.WIDE_SLOTS:
         page = slot // page_size
         offset = slot % page_size
     else:
@@ -230,8 +226,8 @@ def rope_append_kv_kernel(
         page = (narrow // page_size).to(tl.int64)
         offset = (narrow % page_size).to(tl.int64)
     block = tl.program_id(1)
-    q_blocks: tl.constexpr = (HQ + BH - 1) // BH
-    k_blocks: tl.constexpr = (HK + BH - 1) // BH
+    q_blocks: tl.constexpr = (L.HQ + L.BLOCK_H - 1) // L.BLOCK_H
+    k_blocks: tl.constexpr = (L.HK + L.BLOCK_H - 1) // L.BLOCK_H
     if block < q_blocks:
         rotate_block(
             q_ptr,
@@ -239,26 +235,18 @@ def rope_append_kv_kernel(
             q_ss,
             q_sh,
             qo_ptr,
-            qo_sb,
-            qo_ss,
-            qo_sh,
+            seq_len.to(tl.int64) * (L.HQ * L.D // L.VEC),
+            L.HQ * L.D // L.VEC,
+            L.D // L.VEC,
             block,
             batch,
             place,
             mask,
             cos,
             sin,
-            HQ,
-            D,
-            HALF,
-            OFFSET,
-            INTERLEAVED,
+            L,
+            L.HQ,
             True,
-            VEC,
-            BT,
-            BH,
-            BLOCK_HALF,
-            BLOCK_COPY,
         )
     elif block < q_blocks + k_blocks:
         _append_block(
@@ -279,19 +267,14 @@ def rope_append_kv_kernel(
             valid,
             cos,
             sin,
-            HK,
-            D,
-            HALF,
-            OFFSET,
-            INTERLEAVED,
-            VEC,
-            CACHE_VEC,
-            FP8,
-            NATIVE,
-            BT,
-            BH,
-            BLOCK_HALF,
-            BLOCK_COPY,
+            L,
+            S,
+            L.HK,
+            L.D,
+            L.HALF,
+            L.OFFSET,
+            L.INTERLEAVED,
+            L.BLOCK_COPY,
         )
     else:
         _append_block(
@@ -312,19 +295,14 @@ def rope_append_kv_kernel(
             valid,
             cos,
             sin,
-            HK,
-            DV,
+            L,
+            S,
+            L.HK,
+            S.DV,
             0,
             0,
             False,
-            VEC,
-            CACHE_VEC,
-            FP8,
-            NATIVE,
-            BT,
-            BH,
-            BLOCK_HALF,
-            BLOCK_V,
+            S.BLOCK_V,
         )
 
 
@@ -343,19 +321,19 @@ def rope_append_kv_fwd(
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     if fp8:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
-    vec, (q_st, qo_st, k_st, v_st) = strides_of(q, q_out, k, v)
+    vec, (q_st, _, k_st, v_st) = strides_of(q, q_out, k, v)
     # the widest store of a row that was loaded in 16 bytes
     cache_vec = vector_width(max(k_cache.element_size(), 2), *k_cache.stride()[:3], *v_cache.stride()[:3])
     table_vec = vector_width(4, cos.stride(0), sin.stride(0))
     tile = config(heads, 2 * half, dim - 2 * half)
     slots = k_cache.shape[0] * k_cache.shape[1]
-    grid = (triton.cdiv(tokens, tile["BT"]), sum(triton.cdiv(h, tile["BH"]) for h in (*heads, heads[1])))
+    grid = (triton.cdiv(tokens, tile.block_t), sum(triton.cdiv(h, tile.block_h) for h in (*heads, heads[1])))
+    block_v = min(128, triton.next_power_of_2(max(dim_v, 1)))
     with on_device(q):
-        rope_append_kv_kernel[grid](
+        rope_append_kv_fwd_kernel[grid](
             q,
             *q_st,
             q_out,
-            *qo_st,
             k,
             *k_st,
             v,
@@ -379,21 +357,9 @@ def rope_append_kv_fwd(
             tokens,
             seq_len,
             cos.shape[0],
-            HQ=heads[0],
-            HK=heads[1],
-            D=dim,
-            DV=dim_v,
-            HALF=half,
-            OFFSET=rotary_offset,
-            INTERLEAVED=interleaved,
-            VEC=vec,
-            CACHE_VEC=cache_vec,
-            TABLE_VEC=table_vec,
-            FP8=fp8,
-            NATIVE=fp8 and native_cast(q.device),
-            WIDE_SLOTS=slots >= 2**31,
-            BLOCK_V=min(128, triton.next_power_of_2(max(dim_v, 1))),
-            **tile,
+            layout(heads, dim, half, rotary_offset, interleaved, vec, table_vec, tile=tile),
+            store(dim_v, cache_vec, fp8, fp8 and native_cast(q.device), slots >= 2**31, block_v),
+            num_warps=tile.num_warps,
         )
     return q_out
 
@@ -401,11 +367,11 @@ def rope_append_kv_fwd(
 def aot_cases():
     from ...testing.aot import AotCase, call, tensor
 
-    for layout, heads, dim, rotary, offset, interleaved in LAYOUTS:
+    for name, heads, dim, rotary, offset, interleaved in LAYOUTS:
         table, where = tensor("fp32", 8192, rotary // 2), tensor("i64", 2, 4096)
         q, k = (tensor("bf16", 2, 4096, h, dim) for h in heads)
         for cache in ("bf16", "fp8"):
             pages = tensor(cache, 256, 64, heads[1], dim)
             inputs = q, k, k, table, table, where, pages, pages, where
             run = call("rope_append_kv", *inputs, interleaved=interleaved, rotary_offset=offset)
-            yield AotCase(f"{layout}_{cache}", run, expect=("LDG.128", "STG.128"))
+            yield AotCase(f"{name}_{cache}", run, expect=("LDG.128", "STG.128"))
