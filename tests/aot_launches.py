@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from torch.utils._pytree import tree_map_only
 
 from tilefuse.testing import aot
@@ -147,6 +148,28 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
 SIZES = ((1, 1, 1), (1, 1000, 511), (2, 1024, 512), (3, 1025, 33), (16, 4096, 4097))
 
 
+def arguments_of(launch: Launch) -> tuple[dict[str, str], dict[str, str]]:
+    """(constants by name, other arguments by name: types, alignment and values that Triton made constants)."""
+    source, names = launch.source, launch.kernel.arg_names
+    passed = dict(zip(names, launch.args)) | launch.keywords
+    declared = {names[p.num] for p in launch.kernel.params if p.is_constexpr}
+    chosen: dict[str, str] = {}
+    rest = {name: f"{kind} " for name, kind in source.signature.items() if name not in declared}
+    for path, alignment in source.attrs.items():
+        if alignment:
+            rest[names[path[0]]] += f"{path} {alignment} "
+    for path, value in source.constants.items():
+        label = name = names[path[0]]
+        given = passed.get(name)
+        for place in path[1:]:
+            label, given = getattr(given, "_fields", {place: str(place)})[place], given[place]
+        if name in declared or isinstance(given, tl.constexpr):
+            chosen[label] = str(value)
+        else:
+            rest[name] += f"{path} {value} "
+    return chosen, rest
+
+
 def binaries() -> dict[str, dict[str, list[str]]]:
     """kernel -> ``arguments`` that make binaries of equal constants differ, and ``constants`` that differ."""
     groups: dict[tuple[Any, ...], list[dict[str, str]]] = {}
@@ -155,16 +178,7 @@ def binaries() -> dict[str, dict[str, list[str]]]:
         for number, (module, run) in enumerate(calls(*size)):
             times: Counter[str] = Counter()
             for launch in aot.record(aot.AotCase("", run), TARGET, module):
-                source, names = launch.source, launch.kernel.arg_names
-                chosen = {
-                    names[p.num]: str(source.constants.get((p.num,), ""))
-                    for p in launch.kernel.params
-                    if p.is_constexpr
-                }
-                rest = {name: f"{source.signature[name]} " for name in names if name not in chosen}
-                for path, value in (*source.constants.items(), *source.attrs.items()):
-                    if names[path[0]] in rest:
-                        rest[names[path[0]]] += f"{path} {value} "
+                chosen, rest = arguments_of(launch)
                 # the n-th launch of a kernel by a call, such as the one of its backward
                 name = (f"{module}/{launch.name}", number, times[launch.name])
                 times[launch.name] += 1
@@ -173,7 +187,7 @@ def binaries() -> dict[str, dict[str, list[str]]]:
     found: dict[str, dict[str, set[str]]] = {}
     for kind, described in (("arguments", groups), ("constants", constants)):
         for (kernel, *_), launches in described.items():
-            differing = {name for name in launches[0] if len({launch[name] for launch in launches}) > 1}
+            differing = {name for name in set().union(*launches) if len({launch.get(name) for launch in launches}) > 1}
             found.setdefault(kernel, {}).setdefault(kind, set()).update(differing)
     return {kernel: {kind: sorted(names) for kind, names in kinds.items()} for kernel, kinds in found.items()}
 

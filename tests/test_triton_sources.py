@@ -1,9 +1,15 @@
-"""What every Triton launcher and kernel keeps, read off their sources."""
+"""What every Triton launcher and kernel keeps, read off their sources and off what they launch."""
 
 import ast
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tilefuse.backends import triton_missing
 
 ROOT = Path(__file__).resolve().parent.parent / "triton_kernels"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -145,3 +151,41 @@ def kernel(x, out, stride, N: tl.constexpr):
 """
     assert list(narrow_offsets(ast.parse(source.format("row")).body[0])) == ["row * stride"]
     assert not list(narrow_offsets(ast.parse(source.format("wide")).body[0]))
+
+
+# attention's kernels follow
+PENDING = ("attention/", "mla/mla_attention")
+# constants that a launcher may choose by the size of a call: tiles, and whether it splits work
+TILES = ("BLOCK_", "GROUP_M", "SWAP", "SPLIT", "VEC", "BALANCE", "DIRECT")
+
+
+@pytest.mark.skipif(triton_missing() is not None, reason="nothing to compile with: Triton is not installed")
+def test_lengths_batches_and_windows_compile_nothing_anew():
+    """Each op launched with several: one binary for each dtype, width and set of flags, and for each tile."""
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("aot_launches.py")), "binaries"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = {kernel: kinds for kernel, kinds in json.loads(process.stdout).items() if not kernel.startswith(PENDING)}
+    launched = {kernel.rsplit("/", 1)[1] for kernel in found}
+    assert {"rope_kernel", "grouped_matmul_fwd_kernel", "mla_decode_fwd_kernel", "fp8_matmul_fwd_kernel"} <= launched
+    assert {kernel: kinds["arguments"] for kernel, kinds in found.items() if kinds["arguments"]} == {}
+    others = {kernel: [n for n in kinds["constants"] if not n.startswith(TILES)] for kernel, kinds in found.items()}
+    assert {kernel: names for kernel, names in others.items() if names} == {}
+
+
+@each_file
+def test_imports_are_relative_and_shared_layouts_come_from_the_host_module(path):
+    """Launchers take layouts and checks from their family's ``host.py``, which alone knows the ops and references."""
+    if str(path.relative_to(ROOT)).startswith(PENDING):
+        pytest.skip("attention's kernels follow")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert not any(name.name.split(".")[0] == "tilefuse" for name in node.names), f"{path.name}:{node.lineno}"
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level or node.module.split(".")[0] != "tilefuse", f"{path.name}:{node.lineno}"
+            shared = node.level == 3 and (node.module or "").split(".")[0] in ("ops", "reference")
+            assert not shared or path.name == "host.py", f"{path.name}:{node.lineno}"

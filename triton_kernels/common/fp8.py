@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilefuse import arch, backends
+from ... import arch, backends
 
 
 def float_bits(value: float) -> int:

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...ops.fp8.quantize import CODES, blocks_of, empty_row_scale
 from ..common import fp8
 from ..common.launch import on_device
+from .host import CODES, blocks_of, empty_row_scale
 
 
 @triton.jit

@@ -6,11 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse.ops.mla import layout as layouts
-
-from ...reference.mla.mla_append_kv import check_slots
 from ..common import fp8
 from ..common.launch import constants, on_device
+from .host import check_slots
+from .host import layout as layouts
 from .mla_compress_kv import config, dims, load_pairs, load_tables, position_of, rstd_of, store_pairs
 from .mla_gather_kv import GROUP, cache_parts, rope_vector
 

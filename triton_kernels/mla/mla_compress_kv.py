@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...reference.rope.rope import token_positions
 from ..common.launch import constants, on_device
+from .host import token_positions
 
 
 @triton.jit

@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-from tilefuse.ops.mla import layout as layouts
-
+from ... import arch
 from ..common import fp8, tuned
 from ..common.launch import constants, on_device
+from .host import layout as layouts
 from .mla_gather_kv import cache_parts, dequantize, load_scales, rope_vector
 
 LOG2E = tl.constexpr(1.4426950408889634)

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-
+from ... import arch
 from ..common.launch import constants, on_device
 from .mla_absorb_query import Config, config
 

@@ -9,10 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse.ops.mla import layout as layouts
-
 from ..common import fp8
 from ..common.launch import constants, on_device, vector_width
+from .host import layout as layouts
 
 # columns of one scale
 GROUP = tl.constexpr(layouts.GROUP)

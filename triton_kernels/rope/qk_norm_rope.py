@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.rope.rope import token_positions
 from ..common.launch import on_device, vector_width
+from .host import token_positions
 from .rope import LAYOUTS, config, layout, load_tables, position_strides, rotate_half, strides_of, token_rows
 
 

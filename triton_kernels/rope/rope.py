@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.rope.rope import token_positions
 from ..common.launch import on_device, vector_width
+from .host import token_positions
 
 
 @triton.jit

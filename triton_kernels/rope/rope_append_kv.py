@@ -9,10 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...reference.rope.rope import token_positions
-from ...reference.rope.rope_append_kv import check_slots
 from ..common.fp8 import encode, native_cast
 from ..common.launch import on_device, vector_width
+from .host import check_slots, token_positions
 from .rope import (
     LAYOUTS,
     config,
