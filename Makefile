@@ -22,6 +22,7 @@ test-full: native
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/basedpyright
 
 # site/ needs no network to read; search works where it is served: $(PY) -m http.server -d site

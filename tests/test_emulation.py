@@ -415,7 +415,7 @@ def test_missing_tools_are_named(monkeypatch):
     compiler = "there is no C++ compiler (g++, or the command in CXX)"
     assert emulation.missing() == compiler
     with pytest.raises(RuntimeError, match="emulation: there is no C\\+\\+ compiler"):
-        emulation.load_source(emulation._CSRC / "emulation/self_test.cpp")
+        emulation.load_source(emulation._CSRC / "emulation/self/test.cpp")
     monkeypatch.undo()
     monkeypatch.setattr(emulation, "_cuda_include", lambda: None)
     assert emulation.missing() in (

@@ -1,14 +1,14 @@
 // build-flags: -ffp-contract=fast
 // Block-sparse attention on the CPU: listed blocks are gathered row by row into full key tiles.
-#include "attention/window.h"
+#include "attention/window_cpu.h"
 
 #include <algorithm>
 
 namespace tilefuse {
 
-struct SparseCall {
+struct BlockSparseAttentionCall {
   Dtype dtype;
-  Rows q, k, v, out, dout, dq, dk, dv;
+  HeadRows q, k, v, out, dout, dq, dk, dv;
   Statistics lse, dlse, delta;
   // lists of the query blocks (of the key blocks in the key pass), strides 0 where shared
   const int64_t* offsets;
@@ -23,11 +23,13 @@ struct SparseCall {
 
 namespace TILEFUSE_ISA {
 
-static inline bool shown(const SparseCall& call, int64_t b, int64_t token) {
+namespace {
+
+inline bool shown(const BlockSparseAttentionCall& call, int64_t b, int64_t token) {
   return call.key_mask == nullptr || call.key_mask[b * call.mask_batch + token * call.mask_token] != 0;
 }
 
-static inline const int64_t* list_of(const SparseCall& call, int64_t b, int64_t h, int64_t i, int64_t* count) {
+inline const int64_t* list_of(const BlockSparseAttentionCall& call, int64_t b, int64_t h, int64_t i, int64_t* count) {
   const int64_t* at = call.offsets + b * call.batch_lists + h * call.head_lists + i;
   const int64_t start = at[0] < 0 ? 0 : at[0] > call.entries ? call.entries : at[0];
   const int64_t stop = at[1] < start ? start : at[1] > call.entries ? call.entries : at[1];
@@ -40,7 +42,8 @@ struct SparseTile {
   int64_t b, head, i, first, count;
 };
 
-static inline SparseTile sparse_tile(const SparseCall& call, int64_t task, int64_t heads, int64_t blocks, int64_t tokens) {
+inline SparseTile sparse_tile(const BlockSparseAttentionCall& call, int64_t task, int64_t heads, int64_t blocks,
+                              int64_t tokens) {
   const int64_t pieces = (call.block + kLanes - 1) / kLanes;
   SparseTile t;
   t.b = task / (heads * blocks * pieces);
@@ -54,7 +57,7 @@ static inline SparseTile sparse_tile(const SparseCall& call, int64_t task, int64
 }
 
 template <typename T, typename Engine>
-static void walk_lists(const SparseCall& call, const SparseTile& t, Engine& engine) {
+void walk_lists(const BlockSparseAttentionCall& call, const SparseTile& t, Engine& engine) {
   const int64_t kv = t.head / (call.heads / call.kv_heads), delta = call.sk - call.sq;
   for (int lane = 0; lane < kLanes; ++lane) {
     const int32_t place = static_cast<int32_t>(t.first + lane + delta);
@@ -88,7 +91,7 @@ static void walk_lists(const SparseCall& call, const SparseTile& t, Engine& engi
 }
 
 template <typename T>
-static void sparse_forward(const SparseCall& call, int64_t begin, int64_t end) {
+void sparse_forward(const BlockSparseAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   Forward<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T* q[kLanes];
@@ -110,7 +113,7 @@ static void sparse_forward(const SparseCall& call, int64_t begin, int64_t end) {
 }
 
 template <typename T>
-static void sparse_query_gradient(const SparseCall& call, int64_t begin, int64_t end) {
+void sparse_query_gradient(const BlockSparseAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   QueryGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *q[kLanes], *dout[kLanes];
@@ -141,7 +144,7 @@ static void sparse_query_gradient(const SparseCall& call, int64_t begin, int64_t
 }
 
 template <typename T>
-static void sparse_key_gradient(const SparseCall& call, int64_t begin, int64_t end) {
+void sparse_key_gradient(const BlockSparseAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   KeyGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *k[kLanes], *v[kLanes], *q[kRows], *dout[kRows];
@@ -193,9 +196,11 @@ static void sparse_key_gradient(const SparseCall& call, int64_t begin, int64_t e
   }
 }
 
-void block_sparse_attention_pass(const SparseCall& call, int pass, int64_t begin, int64_t end) {
+}  // namespace
+
+void block_sparse_attention_pass(const BlockSparseAttentionCall& call, Pass pass, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, {
-    switch (static_cast<Pass>(pass)) {
+    switch (pass) {
       case Pass::forward:
         sparse_forward<T>(call, begin, end);
         break;
@@ -212,18 +217,16 @@ void block_sparse_attention_pass(const SparseCall& call, int pass, int64_t begin
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(block_sparse_attention_pass, (const SparseCall&, int, int64_t, int64_t))
+TILEFUSE_DISPATCH(block_sparse_attention_pass)
 
-using baseline::Pass;
+namespace {
 
-static void run(const SparseCall& call, Pass pass, int64_t blocks, int64_t heads, int64_t batch) {
-  const auto kernel = block_sparse_attention_pass_dispatch();
-  parallel_for(0, batch * heads * blocks * ((call.block + 63) / 64), 1,
-               [&](int64_t begin, int64_t end) { kernel(call, static_cast<int>(pass), begin, end); });
+void run(const BlockSparseAttentionCall& call, Pass pass, int64_t blocks, int64_t heads, int64_t batch) {
+  run_parallel(block_sparse_attention_pass, batch * heads * blocks * ((call.block + 63) / 64), 1, call, pass);
 }
 
-static std::vector<int64_t> read_values(const Tensor& t) {
-  const bool wide = t.scalar_type() == torch::headeronly::ScalarType::Long;
+std::vector<int64_t> read_values(const Tensor& t) {
+  const Index index = index_of(t);
   std::vector<int64_t> values;
   const int64_t a = t.dim() == 3 ? t.size(0) : 1, b = t.dim() == 3 ? t.size(1) : 1, c = t.size(t.dim() - 1);
   const int64_t stride = t.stride(t.dim() - 1);
@@ -231,20 +234,19 @@ static std::vector<int64_t> read_values(const Tensor& t) {
   for (int64_t i = 0; i < a; ++i)
     for (int64_t j = 0; j < b; ++j)
       for (int64_t l = 0; l < c; ++l) {
-        const int64_t at = (t.dim() == 3 ? i * t.stride(0) + j * t.stride(1) : 0) + l * stride;
-        values.push_back(wide ? static_cast<const int64_t*>(t.const_data_ptr())[at]
-                              : static_cast<const int32_t*>(t.const_data_ptr())[at]);
+        values.push_back(index[(t.dim() == 3 ? i * t.stride(0) + j * t.stride(1) : 0) + l * stride]);
       }
   return values;
 }
 
-struct SparseSetup {
-  SparseCall call{};
+struct BlockSparseAttentionSetup {
+  BlockSparseAttentionCall call{};
   std::vector<int64_t> offsets, index;
   int64_t batch, lists_b, lists_h;
 
-  SparseSetup(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_offsets, const Tensor& col_index,
-              const std::optional<Tensor>& key_mask, int64_t block_size, bool causal, double scale)
+  BlockSparseAttentionSetup(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& row_offsets,
+                            const Tensor& col_index, const OptionalTensor& key_mask, int64_t block_size, bool causal,
+                            double scale)
       : offsets(read_values(row_offsets)), index(read_values(col_index)) {
     call.dtype = dtype_of(q);
     call.q = rows_of(q);
@@ -315,28 +317,27 @@ struct SparseSetup {
   }
 };
 
-static std::tuple<Tensor, Tensor> block_sparse_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor row_offsets,
-                                                             Tensor col_index, std::optional<Tensor> key_mask,
-                                                             int64_t block_size, bool causal, double scale) {
-  SparseSetup setup(q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale);
+std::tuple<Tensor, Tensor> block_sparse_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor row_offsets,
+                                                      Tensor col_index, OptionalTensor key_mask, int64_t block_size,
+                                                      bool causal, double scale) {
+  BlockSparseAttentionSetup setup(q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale);
   Tensor out = torch::stable::new_empty(q, with_last(q, v.size(3)));
-  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), torch::headeronly::ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
   setup.call.out = rows_of(out);
   setup.call.lse = statistics_of(lse);
   run(setup.call, Pass::forward, setup.call.rows, setup.call.heads, setup.batch);
   return {out, lse};
 }
 
-static std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_bwd(Tensor dout, std::optional<Tensor> dlse, Tensor q,
-                                                                     Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                                     Tensor row_offsets, Tensor col_index,
-                                                                     std::optional<Tensor> key_mask, int64_t block_size,
-                                                                     bool causal, double scale) {
-  SparseSetup setup(q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale);
+std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_bwd(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k,
+                                                              Tensor v, Tensor out, Tensor lse, Tensor row_offsets,
+                                                              Tensor col_index, OptionalTensor key_mask,
+                                                              int64_t block_size, bool causal, double scale) {
+  BlockSparseAttentionSetup setup(q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale);
   Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(k, shape_of(k));
   Tensor dv = torch::stable::new_empty(v, shape_of(v));
-  Tensor delta = torch::stable::new_empty(q, statistics_shape(q), torch::headeronly::ScalarType::Float);
-  SparseCall& call = setup.call;
+  Tensor delta = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  BlockSparseAttentionCall& call = setup.call;
   call.out = rows_of(out);
   call.dout = rows_of(dout);
   call.lse = statistics_of(lse);
@@ -350,6 +351,8 @@ static std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_bwd(Tensor dout
   run(call, Pass::key_gradient, call.columns, call.kv_heads, setup.batch);
   return {dq, dk, dv};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("block_sparse_attention_fwd", TORCH_BOX(&block_sparse_attention_fwd));

@@ -1,17 +1,17 @@
 // build-flags: -ffp-contract=fast
 // Window attention with global tokens on the CPU: local rows as in window_attention with the global keys as a listed
 // prefix, then the global rows as a dense attention of few rows.
-#include "attention/window.h"
+#include "attention/window_cpu.h"
 
 #include <algorithm>
 
 namespace tilefuse {
 
-struct GlobalCall {
+struct GlobalAttentionCall {
   // the local part; its dk and dv are float32
-  WindowCall local;
+  WindowAttentionCall local;
   // projections of the global rows' own attention, and where their gradients go
-  Rows q, k, v, dq, dk, dv;
+  HeadRows q, k, v, dq, dk, dv;
   bool own_k, own_v;  // dk / dv of their own, in the tensors' dtype; otherwise added to the local float32 ones
   int64_t batch, length, count;
   const uint8_t* padded;  // nonzero = key_mask is False; [B, S]
@@ -20,11 +20,13 @@ struct GlobalCall {
 
 namespace TILEFUSE_ISA {
 
+namespace {
+
 struct GlobalTile {
   int64_t b, head, first, count;
 };
 
-static inline GlobalTile global_tile(const GlobalCall& call, int64_t task) {
+inline GlobalTile global_tile(const GlobalAttentionCall& call, int64_t task) {
   const int64_t tiles = (call.count + kLanes - 1) / kLanes;
   GlobalTile t;
   t.b = task / (tiles * call.local.heads);
@@ -34,12 +36,12 @@ static inline GlobalTile global_tile(const GlobalCall& call, int64_t task) {
   return t;
 }
 
-static inline int32_t place_of(const GlobalCall& call, const GlobalTile& t, int lane) {
+inline int32_t place_of(const GlobalAttentionCall& call, const GlobalTile& t, int lane) {
   return lane < t.count ? call.local.listed[t.b * call.count + t.first + lane] : -1;
 }
 
 template <typename T, typename Engine>
-static void walk_all_keys(const GlobalCall& call, const GlobalTile& t, Engine& engine) {
+void walk_all_keys(const GlobalAttentionCall& call, const GlobalTile& t, Engine& engine) {
   const int64_t kv = t.head / (call.local.heads / call.local.kv_heads);
   bool partial = call.causal;
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -66,7 +68,7 @@ static void walk_all_keys(const GlobalCall& call, const GlobalTile& t, Engine& e
 }
 
 template <typename T>
-static void global_forward(const GlobalCall& call, int64_t begin, int64_t end) {
+void global_forward(const GlobalAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.local.dim, call.local.dim_v));
   Forward<T, kLanes> engine(scratch, call.local.dim, call.local.dim_v);
   const T* q[kLanes];
@@ -88,8 +90,8 @@ static void global_forward(const GlobalCall& call, int64_t begin, int64_t end) {
 
 // dq of the global rows; their delta replaces the zero that the local pass left
 template <typename T>
-static void global_query_gradient(const GlobalCall& call, int64_t begin, int64_t end) {
-  const WindowCall& local = call.local;
+void global_query_gradient(const GlobalAttentionCall& call, int64_t begin, int64_t end) {
+  const WindowAttentionCall& local = call.local;
   Scratch scratch(tile_bytes(kLanes, local.dim, local.dim_v));
   QueryGradient<T, kLanes> engine(scratch, local.dim, local.dim_v);
   const T *q[kLanes], *dout[kLanes];
@@ -120,8 +122,8 @@ static void global_query_gradient(const GlobalCall& call, int64_t begin, int64_t
 
 // KO, VO: types of dk and dv
 template <typename T, typename KO, typename VO>
-static void global_key_gradient(const GlobalCall& call, int64_t begin, int64_t end) {
-  const WindowCall& local = call.local;
+void global_key_gradient(const GlobalAttentionCall& call, int64_t begin, int64_t end) {
+  const WindowAttentionCall& local = call.local;
   Scratch scratch(tile_bytes(kLanes, local.dim, local.dim_v));
   KeyGradient<T, kLanes> engine(scratch, local.dim, local.dim_v);
   const T *k[kLanes], *v[kLanes], *q[kRows], *dout[kRows];
@@ -163,9 +165,11 @@ static void global_key_gradient(const GlobalCall& call, int64_t begin, int64_t e
   }
 }
 
-void global_attention_pass(const GlobalCall& call, int pass, int64_t begin, int64_t end) {
+}  // namespace
+
+void global_attention_pass(const GlobalAttentionCall& call, Pass pass, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.local.dtype, T, {
-    switch (static_cast<Pass>(pass)) {
+    switch (pass) {
       case Pass::forward:
         global_forward<T>(call, begin, end);
         break;
@@ -186,7 +190,7 @@ void global_attention_pass(const GlobalCall& call, int pass, int64_t begin, int6
   })
 }
 
-void global_attention_local_pass(const WindowCall& call, int pass, int64_t begin, int64_t end) {
+void global_attention_local_pass(const WindowAttentionCall& call, Pass pass, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { run_window_pass<T, float>(call, pass, begin, end); })
 }
 
@@ -194,22 +198,21 @@ void global_attention_local_pass(const WindowCall& call, int pass, int64_t begin
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(global_attention_pass, (const GlobalCall&, int, int64_t, int64_t))
-TILEFUSE_DISPATCH(global_attention_local_pass, (const WindowCall&, int, int64_t, int64_t))
+TILEFUSE_DISPATCH(global_attention_pass)
+TILEFUSE_DISPATCH(global_attention_local_pass)
 
-using baseline::Pass;
-using OptionalTensor = std::optional<Tensor>;
-using torch::headeronly::ScalarType;
+namespace {
 
-struct GlobalSetup {
-  WindowSetup window;
-  GlobalCall call{};
+struct GlobalAttentionSetup {
+  WindowAttentionSetup window;
+  GlobalAttentionCall call{};
   std::vector<int32_t> positions;
   std::vector<uint8_t> hidden, padded;
 
-  GlobalSetup(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index, const OptionalTensor& q_global,
-              const OptionalTensor& k_global, const OptionalTensor& v_global, const OptionalTensor& key_mask,
-              int64_t left, int64_t right, int64_t dilation, bool causal, double scale)
+  GlobalAttentionSetup(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& index,
+                       const OptionalTensor& q_global, const OptionalTensor& k_global, const OptionalTensor& v_global,
+                       const OptionalTensor& key_mask, int64_t left, int64_t right, int64_t dilation, bool causal,
+                       double scale)
       : window(q, k, v, {}, {}, {}, {}, left, right, dilation, scale, 0.0, 0) {
     call.batch = q.size(0);
     call.length = q.size(1);
@@ -223,12 +226,10 @@ struct GlobalSetup {
       padded = hidden;
     }
     // a repeated, hidden or missing position is no global token
-    const bool wide = index.scalar_type() == ScalarType::Long;
+    const Index listed = index_of(index);
     for (int64_t b = 0; b < call.batch; ++b) {
       for (int64_t g = 0; g < call.count; ++g) {
-        const int64_t at = b * index.stride(0) + g * index.stride(1);
-        const int64_t place = wide ? static_cast<const int64_t*>(index.const_data_ptr())[at]
-                                   : static_cast<const int32_t*>(index.const_data_ptr())[at];
+        const int64_t place = listed[b * index.stride(0) + g * index.stride(1)];
         const bool valid = place >= 0 && place < call.length && hidden[b * call.length + place] == 0;
         if (valid) hidden[b * call.length + place] = 1;
         positions.push_back(valid ? static_cast<int32_t>(place) : -1);
@@ -236,7 +237,7 @@ struct GlobalSetup {
       // ascending, so that the order of the list does not matter
       std::sort(positions.begin() + b * call.count, positions.end());
     }
-    WindowCall& local = window.call;
+    WindowAttentionCall& local = window.call;
     local.hidden = hidden.data();
     local.hidden_stride = call.length;
     local.listed = positions.data();
@@ -250,28 +251,23 @@ struct GlobalSetup {
     call.own_v = v_global.has_value();
   }
 
-  void run_local(Pass pass, int64_t tasks) {
-    const auto kernel = global_attention_local_pass_dispatch();
-    parallel_for(0, tasks, 1,
-                 [&](int64_t begin, int64_t end) { kernel(window.call, static_cast<int>(pass), begin, end); });
-  }
+  void run_local(Pass pass, int64_t tasks) { run_parallel(global_attention_local_pass, tasks, 1, window.call, pass); }
 
   void run_global(Pass pass, int64_t tasks) {
     call.local = window.call;
-    const auto kernel = global_attention_pass_dispatch();
-    parallel_for(0, call.count > 0 ? tasks : 0, 1,
-                 [&](int64_t begin, int64_t end) { kernel(call, static_cast<int>(pass), begin, end); });
+    run_parallel(global_attention_pass, call.count > 0 ? tasks : 0, 1, call, pass);
   }
 };
 
-static std::tuple<Tensor, Tensor> global_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor global_index,
-                                                       OptionalTensor q_global, OptionalTensor k_global,
-                                                       OptionalTensor v_global, OptionalTensor key_mask, int64_t left,
-                                                       int64_t right, int64_t dilation, bool causal, double scale) {
-  GlobalSetup setup(q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation, causal, scale);
+std::tuple<Tensor, Tensor> global_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor global_index,
+                                                OptionalTensor q_global, OptionalTensor k_global,
+                                                OptionalTensor v_global, OptionalTensor key_mask, int64_t left,
+                                                int64_t right, int64_t dilation, bool causal, double scale) {
+  GlobalAttentionSetup setup(q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation,
+                             causal, scale);
   Tensor out = torch::stable::new_empty(q, with_last(q, v.size(3)));
   Tensor lse = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
-  WindowCall& local = setup.window.call;
+  WindowAttentionCall& local = setup.window.call;
   local.out = rows_of(out);
   local.lse = statistics_of(lse);
   setup.run_local(Pass::forward, local.heads * local.query_tiles);
@@ -279,11 +275,12 @@ static std::tuple<Tensor, Tensor> global_attention_fwd(Tensor q, Tensor k, Tenso
   return {out, lse};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_bwd(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor global_index,
     OptionalTensor q_global, OptionalTensor k_global, OptionalTensor v_global, OptionalTensor key_mask, int64_t left,
     int64_t right, int64_t dilation, bool causal, double scale) {
-  GlobalSetup setup(q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation, causal, scale);
+  GlobalAttentionSetup setup(q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation,
+                             causal, scale);
   Tensor dq = torch::stable::new_empty(q, shape_of(q));
   // float32 until everything is added
   Tensor dk = torch::stable::new_empty(k, shape_of(k), ScalarType::Float);
@@ -293,7 +290,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attenti
   Tensor dk_global = k_global ? torch::stable::new_zeros(k, shape_of(k)) : none;
   Tensor dv_global = v_global ? torch::stable::new_zeros(v, shape_of(v)) : none;
   Tensor delta = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
-  WindowCall& local = setup.window.call;
+  WindowAttentionCall& local = setup.window.call;
   local.out = rows_of(out);
   local.dout = rows_of(dout);
   local.dq = rows_of(dq);
@@ -302,7 +299,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attenti
   local.lse = statistics_of(lse);
   local.delta = statistics_of(delta);
   if (dlse) local.dlse = statistics_of(*dlse);
-  GlobalCall& call = setup.call;
+  GlobalAttentionCall& call = setup.call;
   call.dq = rows_of(q_global ? dq_global : dq);
   call.dk = rows_of(k_global ? dk_global : dk);
   call.dv = rows_of(v_global ? dv_global : dv);
@@ -311,9 +308,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attenti
   setup.run_local(Pass::prefix_gradient, call.batch * local.kv_heads * ((call.count + 63) / 64));
   setup.run_global(Pass::query_gradient, call.batch * local.heads * ((call.count + 63) / 64));
   setup.run_global(Pass::key_gradient, call.batch * local.kv_heads * ((call.length + 63) / 64));
-  return {dq, torch::stable::to(dk, k.scalar_type()), torch::stable::to(dv, v.scalar_type()),
-          dq_global, dk_global, dv_global};
+  return {
+      dq,       torch::stable::to(dk, k.scalar_type()), torch::stable::to(dv, v.scalar_type()), dq_global, dk_global,
+      dv_global};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("global_attention_fwd", TORCH_BOX(&global_attention_fwd));

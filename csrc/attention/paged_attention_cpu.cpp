@@ -1,13 +1,13 @@
 // build-flags: -ffp-contract=fast
 // Attention over a paged cache on the CPU: the rows of a kv head's group and of the Sq queries are one tile's lanes.
-#include "attention/window.h"
+#include "attention/window_cpu.h"
 
 namespace tilefuse {
 
-struct PagedCall {
+struct PagedAttentionCall {
   Dtype dtype;
   bool fp8;
-  Rows q, out;
+  HeadRows q, out;
   const void *k, *v;
   int64_t k_page, k_slot, k_head, v_page, v_slot, v_head;
   Statistics lse;
@@ -21,7 +21,9 @@ struct PagedCall {
 
 namespace TILEFUSE_ISA {
 
-static inline float e4m3(uint8_t bits) {
+namespace {
+
+inline float e4m3(uint8_t bits) {
   if ((bits & 0x7f) == 0x7f) return bits_to_float(0x7fc00000u);
   f16 half;
   half.bits = static_cast<uint16_t>(((bits & 0x80u) << 8) | ((bits & 0x7fu) << 7));
@@ -30,7 +32,7 @@ static inline float e4m3(uint8_t bits) {
 
 // the first lane's row is task's; rows run over (query, head of the group)
 template <typename T, int L>
-static void paged_tasks(const PagedCall& call, int64_t begin, int64_t end) {
+void paged_tasks(const PagedAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(L, call.dim, call.dim_v));
   Forward<T, L> engine(scratch, call.dim, call.dim_v);
   Scratch widened(call.fp8 ? kRows * (call.dim + call.dim_v) * sizeof(T) + 256 : 64);
@@ -45,9 +47,12 @@ static void paged_tasks(const PagedCall& call, int64_t begin, int64_t end) {
   float *lse[L], sinks[L];
   int32_t position[kRows];
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t tile = task % call.tiles, kv = task / call.tiles % call.kv_heads, b = task / call.tiles / call.kv_heads;
+    const int64_t tile = task % call.tiles, kv = task / call.tiles % call.kv_heads,
+                  b = task / call.tiles / call.kv_heads;
     const int64_t limit = call.max_pages * call.page_size;
-    const int32_t length = static_cast<int32_t>(call.lengths[b] < 0 ? 0 : call.lengths[b] > limit ? limit : call.lengths[b]);
+    const int32_t length = static_cast<int32_t>(call.lengths[b] < 0       ? 0
+                                                : call.lengths[b] > limit ? limit
+                                                                          : call.lengths[b]);
     const int64_t first = tile * L, rows = call.sq * call.group;
     const int64_t last = first + L < rows ? first + L - 1 : rows - 1;
     for (int lane = 0; lane < L; ++lane) {
@@ -79,7 +84,8 @@ static void paged_tasks(const PagedCall& call, int64_t begin, int64_t end) {
         const int64_t k_at = page * call.k_page + slot * call.k_slot + kv * call.k_head;
         const int64_t v_at = page * call.v_page + slot * call.v_slot + kv * call.v_head;
         if (call.fp8) {
-          const uint8_t *from_k = static_cast<const uint8_t*>(call.k) + k_at, *from_v = static_cast<const uint8_t*>(call.v) + v_at;
+          const uint8_t *from_k = static_cast<const uint8_t*>(call.k) + k_at,
+                        *from_v = static_cast<const uint8_t*>(call.v) + v_at;
           for (int64_t d = 0; d < call.dim; ++d) wide_k[r * call.dim + d] = decode[from_k[d]];
           for (int64_t d = 0; d < call.dim_v; ++d) wide_v[r * call.dim_v + d] = decode[from_v[d]];
           k[r] = wide_k + r * call.dim;
@@ -95,7 +101,9 @@ static void paged_tasks(const PagedCall& call, int64_t begin, int64_t end) {
   }
 }
 
-void paged_attention_tasks(const PagedCall& call, int64_t begin, int64_t end) {
+}  // namespace
+
+void paged_attention_tasks(const PagedAttentionCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, {
     if (call.lanes == 16) {
       paged_tasks<T, 16>(call, begin, end);
@@ -109,34 +117,34 @@ void paged_attention_tasks(const PagedCall& call, int64_t begin, int64_t end) {
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(paged_attention_tasks, (const PagedCall&, int64_t, int64_t))
+TILEFUSE_DISPATCH(paged_attention_tasks)
 
-static std::vector<int64_t> read_index(const Tensor& t) {
-  const bool wide = t.scalar_type() == torch::headeronly::ScalarType::Long;
+namespace {
+
+std::vector<int64_t> read_index(const Tensor& t) {
+  const Index index = index_of(t);
   const int64_t rows = t.dim() == 2 ? t.size(0) : 1, columns = t.size(t.dim() - 1);
   const int64_t row_stride = t.dim() == 2 ? t.stride(0) : 0, stride = t.stride(t.dim() - 1);
   std::vector<int64_t> values(rows * columns);
   for (int64_t i = 0; i < rows * columns; ++i) {
-    const int64_t at = i / columns * row_stride + i % columns * stride;
-    values[i] = wide ? static_cast<const int64_t*>(t.const_data_ptr())[at]
-                     : static_cast<const int32_t*>(t.const_data_ptr())[at];
+    values[i] = index[i / columns * row_stride + i % columns * stride];
   }
   return values;
 }
 
-static std::tuple<Tensor, Tensor> paged_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
-                                                      Tensor seq_lens, std::optional<Tensor> sinks,
-                                                      std::optional<Tensor> alibi_slopes, int64_t left, int64_t right,
-                                                      double scale, double softcap, double k_scale, double v_scale) {
+std::tuple<Tensor, Tensor> paged_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table,
+                                               Tensor seq_lens, OptionalTensor sinks, OptionalTensor alibi_slopes,
+                                               int64_t left, int64_t right, double scale, double softcap,
+                                               double k_scale, double v_scale) {
   Tensor out = torch::stable::new_empty(q, with_last(q, v_cache.size(3)));
-  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), torch::headeronly::ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
   const std::vector<int64_t> table = read_index(block_table), lengths = read_index(seq_lens);
   std::vector<float> sink_values, slope_values;
   if (sinks) sink_values = read_floats(*sinks);
   if (alibi_slopes) slope_values = read_floats(*alibi_slopes);
-  PagedCall call{};
+  PagedAttentionCall call{};
   call.dtype = dtype_of(q);
-  call.fp8 = k_cache.scalar_type() == torch::headeronly::ScalarType::Float8_e4m3fn;
+  call.fp8 = k_cache.scalar_type() == ScalarType::Float8_e4m3fn;
   call.q = rows_of(q);
   call.out = rows_of(out);
   call.lse = statistics_of(lse);
@@ -163,11 +171,11 @@ static std::tuple<Tensor, Tensor> paged_attention_fwd(Tensor q, Tensor k_cache, 
   call.scale = static_cast<float>(scale * k_scale);
   call.softcap = static_cast<float>(softcap);
   call.v_scale = static_cast<float>(v_scale);
-  const auto kernel = paged_attention_tasks_dispatch();
-  parallel_for(0, q.size(0) * call.kv_heads * call.tiles, 1,
-               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  run_parallel(paged_attention_tasks, q.size(0) * call.kv_heads * call.tiles, 1, call);
   return {out, lse};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("paged_attention_fwd", TORCH_BOX(&paged_attention_fwd)); }
 

@@ -1,11 +1,11 @@
 // build-flags: -ffp-contract=fast
 // Sliding-window attention on the CPU, forward and backward: tasks of one tile of one head, no atomics.
-#include "attention/window_host.h"
+#include "attention/window_cpu_host.h"
 
 namespace tilefuse {
 namespace TILEFUSE_ISA {
 
-void window_attention_pass(const WindowCall& call, int pass, int64_t begin, int64_t end) {
+void window_attention_pass(const WindowAttentionCall& call, Pass pass, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { run_window_pass<T, T>(call, pass, begin, end); })
 }
 

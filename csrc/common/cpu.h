@@ -3,8 +3,9 @@
 // Each csrc/<family>/<op>_cpu.cpp is compiled once per instruction set, with TILEFUSE_ISA = baseline, avx2,
 // avx512 or avx512bf16. Kernel code lives in `namespace tilefuse::TILEFUSE_ISA` so that the copies never share a
 // symbol; everything in this header is static or in that namespace for the same reason. The baseline object
-// alone also has TILEFUSE_REGISTER and holds the registration, with TILEFUSE_DISPATCH choosing the copy for the
-// CPU at hand. Kernels use raw pointers and no inline library code that a linker could merge across copies.
+// alone also has TILEFUSE_REGISTER and holds the registration; TILEFUSE_DISPATCH names a kernel there, and
+// run_parallel calls the copy for the CPU at hand. Kernels use raw pointers and no inline library code that a linker
+// could merge across copies.
 #pragma once
 
 #include <cmath>
@@ -13,14 +14,13 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "common/values.h"
+
 #ifndef TILEFUSE_ISA
 #define TILEFUSE_ISA baseline
 #endif
 
 namespace tilefuse {
-
-enum class Dtype : int32_t { f32, bf16, f16 };
-
 namespace TILEFUSE_ISA {
 
 // storage types of the two 16-bit floats, distinct so that templates can tell them apart
@@ -130,21 +130,21 @@ inline f16 from_float<f16>(float x) {
 
 #ifdef TILEFUSE_REGISTER
 
-#include <optional>
+#include <memory>
 #include <stdexcept>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "common/host.h"
 
 namespace tilefuse {
 
+// the object that registers is the baseline one
+using baseline::bf16;
+using baseline::f16;
+using baseline::from_float;
+using baseline::to_float;
+
 enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
+constexpr int kIsas = 4;
 
 inline Isa detect_isa() {
 #if defined(__x86_64__)
@@ -166,7 +166,7 @@ inline Isa isa() {
   static const Isa chosen = [] {
     const Isa best = detect_isa();
     const char* asked = std::getenv("TILEFUSE_CPU_ISA");
-    const char* names[] = {"baseline", "avx2", "avx512", "avx512bf16"};
+    const char* names[kIsas] = {"baseline", "avx2", "avx512", "avx512bf16"};
     for (int i = 0; asked != nullptr && i <= static_cast<int>(best); ++i) {
       if (std::strcmp(asked, names[i]) == 0) return static_cast<Isa>(i);
     }
@@ -175,21 +175,16 @@ inline Isa isa() {
   return chosen;
 }
 
-inline Dtype dtype_of(const torch::stable::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return Dtype::f32;
-    case torch::headeronly::ScalarType::BFloat16:
-      return Dtype::bf16;
-    case torch::headeronly::ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "tilefuse: unsupported dtype");
-  }
-  return Dtype::f32;
-}
+// a kernel's copies, in the order of Isa; a call goes to the one for this CPU
+template <typename Signature>
+struct Kernel;
 
-inline int64_t stride_or_zero(const torch::stable::Tensor& t, int64_t dim) { return t.size(dim) <= 1 ? 0 : t.stride(dim); }
+template <typename... Parameters>
+struct Kernel<void(Parameters...)> {
+  void (*copies[kIsas])(Parameters...);
+
+  void operator()(Parameters... arguments) const { copies[static_cast<int>(isa())](arguments...); }
+};
 
 // a range shorter than `grain` runs on the calling thread, without touching the pool
 template <typename F>
@@ -202,35 +197,58 @@ inline void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& bod
   }
 }
 
+// an argument of run_parallel: room for `count` values, not initialised, that each range has for itself
+template <typename T>
+struct RangeScratch {
+  int64_t count;
+};
+
+namespace detail {
+
+template <typename T>
+struct Argument {
+  const T& value;
+
+  const T& get() const { return value; }
+};
+
+template <typename T>
+struct Argument<RangeScratch<T>> {
+  std::unique_ptr<T[]> room;
+
+  explicit Argument(const RangeScratch<T>& wanted) : room(new T[static_cast<size_t>(wanted.count)]) {}
+
+  T* get() const { return room.get(); }
+};
+
+}  // namespace detail
+
+// kernel(arguments..., begin, end) for ranges of [0, n), in parallel
+template <typename Signature, typename... Arguments>
+inline void run_parallel(const Kernel<Signature>& kernel, int64_t n, int64_t grain, const Arguments&... arguments) {
+  parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    kernel(detail::Argument<Arguments>{arguments}.get()..., begin, end);
+  });
+}
+
 }  // namespace tilefuse
 
-// TILEFUSE_DISPATCH(name, arguments): declares `void name arguments` in every instruction set's namespace and
-// defines `name##_dispatch()`, which returns the copy for this CPU. Use at namespace tilefuse scope.
+// TILEFUSE_DISPATCH(name): `name` is the Kernel of the functions `name` that the instruction sets' namespaces hold. Use
+// at namespace tilefuse scope, behind the declaration of the function.
 #if defined(__x86_64__)
-#define TILEFUSE_DISPATCH(name, arguments)                  \
-  namespace baseline {                                      \
-  void name arguments;                                      \
-  }                                                         \
-  namespace avx2 {                                          \
-  void name arguments;                                      \
-  }                                                         \
-  namespace avx512 {                                        \
-  void name arguments;                                      \
-  }                                                         \
-  namespace avx512bf16 {                                    \
-  void name arguments;                                      \
-  }                                                         \
-  static auto name##_dispatch() -> void(*) arguments {      \
-    static void(*const copies[]) arguments = {              \
-        baseline::name, avx2::name, avx512::name, avx512bf16::name}; \
-    return copies[static_cast<int>(isa())];                 \
-  }
+#define TILEFUSE_DISPATCH(name)  \
+  namespace avx2 {               \
+  decltype(baseline::name) name; \
+  }                              \
+  namespace avx512 {             \
+  decltype(baseline::name) name; \
+  }                              \
+  namespace avx512bf16 {         \
+  decltype(baseline::name) name; \
+  }                              \
+  constexpr Kernel<decltype(baseline::name)> name{{baseline::name, avx2::name, avx512::name, avx512bf16::name}};
 #else
-#define TILEFUSE_DISPATCH(name, arguments)             \
-  namespace baseline {                                 \
-  void name arguments;                                 \
-  }                                                    \
-  static auto name##_dispatch() -> void(*) arguments { return baseline::name; }
+#define TILEFUSE_DISPATCH(name) constexpr Kernel<decltype(baseline::name)> name{{baseline::name}};
 #endif
 
 #endif  // TILEFUSE_REGISTER

@@ -24,7 +24,8 @@ static inline float exp_f32(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   // 2^n in two factors: n reaches below the smallest normal exponent and to 128
-  const int32_t whole = static_cast<int32_t>(float_to_bits(shifted) & 0x1ffu) - (float_to_bits(shifted) & 0x100u ? 512 : 0);
+  const int32_t whole =
+      static_cast<int32_t>(float_to_bits(shifted) & 0x1ffu) - (float_to_bits(shifted) & 0x100u ? 512 : 0);
   const int32_t half = whole >> 1;
   const float a = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
   const float b = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);

@@ -1,7 +1,7 @@
 // What every CUDA kernel needs: dtypes, 16-byte vectors, reductions, PTX behind wrappers. No torch headers.
 //
-// Included by csrc/<family>/<op>.cuh. nvcc compiles it for the GPU; g++ compiles the same kernel for the tests on top of
-// emulation/cuda_emulation.h, so every wrapper around PTX has a host definition beside it.
+// Included by csrc/<family>/<op>.cuh. nvcc compiles it for the GPU; g++ compiles the same kernel for the tests on top
+// of emulation/cuda_emulation.h, so every wrapper around PTX has a host definition beside it.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -13,6 +13,8 @@
 #else
 #include "emulation/cuda_emulation.h"
 #endif
+
+#include "common/values.h"
 
 namespace tilefuse {
 

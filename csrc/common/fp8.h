@@ -12,11 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__CUDACC__) && !defined(TILEFUSE_HD)
-#define TILEFUSE_HD __host__ __device__
-#elif !defined(TILEFUSE_HD)
-#define TILEFUSE_HD
-#endif
+#include "common/values.h"
 
 namespace tilefuse::fp8 {
 

@@ -12,53 +12,23 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstdint>
 
 #include "common/cuda.cuh"
+#include "common/host.h"
 
 // weak: the library must load under a torch without CUDA, where nobody calls it
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace tilefuse {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-enum class Dtype : int32_t { f32, bf16, f16 };
-
-inline Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "tilefuse: unsupported dtype");
-  }
-  return Dtype::f32;
-}
-
-template <typename T>
-T* pointer(const Tensor& tensor) {
-  return static_cast<T*>(const_cast<void*>(tensor.data_ptr()));
-}
-
-inline int64_t stride_or_zero(const Tensor& t, int64_t dim) { return t.size(dim) <= 1 ? 0 : t.stride(dim); }
-
 // makes a tensor's device current for one call and knows the stream to launch on
 class CudaCall {
  public:
   explicit CudaCall(const Tensor& tensor) : CudaCall(static_cast<int32_t>(tensor.get_device_index())) {}
-  explicit CudaCall(int32_t device_index) : device(device_index), stream(current_stream(device_index)), guard_(device_index) {}
+  explicit CudaCall(int32_t device_index)
+      : device(device_index), stream(current_stream(device_index)), guard_(device_index) {}
 
   // reports a launch that the driver refused; kernels run asynchronously, so not what they do
   void check(const char* op) const {
@@ -115,23 +85,23 @@ void allow_shared_memory(Kernel* kernel, int bytes) {
 }  // namespace tilefuse
 
 // runs `...` with T the device type of a Dtype; use inside namespace tilefuse
-#define TILEFUSE_BY_CUDA_DTYPE(dtype, T, ...)    \
-  do {                                           \
-    switch (dtype) {                             \
-      case ::tilefuse::Dtype::f32: {             \
-        using T = float;                         \
-        __VA_ARGS__;                             \
-        break;                                   \
-      }                                          \
-      case ::tilefuse::Dtype::bf16: {            \
-        using T = ::tilefuse::bf16;              \
-        __VA_ARGS__;                             \
-        break;                                   \
-      }                                          \
-      case ::tilefuse::Dtype::f16: {             \
-        using T = ::tilefuse::f16;               \
-        __VA_ARGS__;                             \
-        break;                                   \
-      }                                          \
-    }                                            \
+#define TILEFUSE_BY_CUDA_DTYPE(dtype, T, ...) \
+  do {                                        \
+    switch (dtype) {                          \
+      case ::tilefuse::Dtype::f32: {          \
+        using T = float;                      \
+        __VA_ARGS__;                          \
+        break;                                \
+      }                                       \
+      case ::tilefuse::Dtype::bf16: {         \
+        using T = ::tilefuse::bf16;           \
+        __VA_ARGS__;                          \
+        break;                                \
+      }                                       \
+      case ::tilefuse::Dtype::f16: {          \
+        using T = ::tilefuse::f16;            \
+        __VA_ARGS__;                          \
+        break;                                \
+      }                                       \
+    }                                         \
   } while (false)

@@ -53,8 +53,8 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-__device__ __forceinline__ void tma_load(
-    void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t inner, int32_t outer) {
+__device__ __forceinline__ void tma_load(void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t inner,
+                                         int32_t outer) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           shared_address(shared)),
@@ -63,8 +63,8 @@ __device__ __forceinline__ void tma_load(
 }
 
 // writes the same offset of every CTA in `ctas` and completes the barrier at the same offset there
-__device__ __forceinline__ void tma_load_multicast(
-    void* shared, const CUtensorMap* map, uint64_t* barrier, int32_t inner, int32_t outer, uint16_t ctas) {
+__device__ __forceinline__ void tma_load_multicast(void* shared, const CUtensorMap* map, uint64_t* barrier,
+                                                   int32_t inner, int32_t outer, uint16_t ctas) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(shared)),
@@ -81,17 +81,13 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, const void* sh
 __device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // until earlier stores have read their shared memory
-__device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // until earlier stores are complete
 __device__ __forceinline__ void tma_store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // orders ordinary writes to shared memory before the copy engine's reads of it
-__device__ __forceinline__ void fence_shared_async() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ __forceinline__ void fence_shared_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t cluster_cta() {
   uint32_t rank;

@@ -1,8 +1,8 @@
 // Runs a .cuh kernel on the CPU as ordinary C++, for tests; no GPU and no nvcc.
 //
-// Every CUDA thread of a block is a fibre with its own stack, and one block runs at a time. A fibre gives way only where
-// threads wait for each other, so the schedule decides in which order the stretches between two barriers run. A correct
-// kernel gives the same result under every schedule (forward, reverse, random); a racy one does not.
+// Every CUDA thread of a block is a fibre with its own stack, and one block runs at a time. A fibre gives way only
+// where threads wait for each other, so the schedule decides in which order the stretches between two barriers run. A
+// correct kernel gives the same result under every schedule (forward, reverse, random); a racy one does not.
 //
 // What is an error with a message instead of a hang or a wrong number:
 //  * a barrier that some threads do not reach, or that threads reach in different places;
@@ -121,9 +121,7 @@ To bit_cast(From from) {
 
 // ---- threads of a block ----
 
-inline void __syncthreads(TILEFUSE_SITE) {
-  ::tilefuse::emulation::barrier(::tilefuse::emulation::Vote::sum, 0, site);
-}
+inline void __syncthreads(TILEFUSE_SITE) { ::tilefuse::emulation::barrier(::tilefuse::emulation::Vote::sum, 0, site); }
 inline int __syncthreads_count(int predicate, TILEFUSE_SITE) {
   return ::tilefuse::emulation::barrier(::tilefuse::emulation::Vote::sum, predicate != 0, site);
 }
@@ -200,11 +198,11 @@ T warp_reduce(unsigned mask, T value, Site site, F combine) {
 }
 }  // namespace tilefuse::emulation
 
-#define TILEFUSE_WARP_REDUCE(name, expression)                                                          \
-  template <typename T>                                                                                 \
-  T name(unsigned mask, T value, TILEFUSE_SITE) {                                                       \
-    static_assert(std::is_integral_v<T> && sizeof(T) == 4, "redux works on 32-bit integers");           \
-    return ::tilefuse::emulation::warp_reduce(mask, value, site, [](T a, T b) { return expression; });  \
+#define TILEFUSE_WARP_REDUCE(name, expression)                                                         \
+  template <typename T>                                                                                \
+  T name(unsigned mask, T value, TILEFUSE_SITE) {                                                      \
+    static_assert(std::is_integral_v<T> && sizeof(T) == 4, "redux works on 32-bit integers");          \
+    return ::tilefuse::emulation::warp_reduce(mask, value, site, [](T a, T b) { return expression; }); \
   }
 TILEFUSE_WARP_REDUCE(__reduce_add_sync, static_cast<T>(static_cast<unsigned>(a) + static_cast<unsigned>(b)))
 TILEFUSE_WARP_REDUCE(__reduce_min_sync, b < a ? b : a)
@@ -214,16 +212,17 @@ TILEFUSE_WARP_REDUCE(__reduce_or_sync, static_cast<T>(a | b))
 TILEFUSE_WARP_REDUCE(__reduce_xor_sync, static_cast<T>(a ^ b))
 #undef TILEFUSE_WARP_REDUCE
 
-// ---- atomics: fibres never run at the same time, so plain code is atomic; each is a place where the schedule may switch
+// ---- atomics ----
 
-#define TILEFUSE_ATOMIC(name, expression)                              \
-  template <typename T, typename U>                                    \
-  T name(T* address, U operand) {                                      \
-    ::tilefuse::emulation::atomic_step();                              \
-    const T old = *address;                                            \
-    [[maybe_unused]] const T value = static_cast<T>(operand);          \
-    *address = static_cast<T>(expression);                             \
-    return old;                                                        \
+// fibres never run at the same time, so plain code is atomic; each is a place where the schedule may switch
+#define TILEFUSE_ATOMIC(name, expression)                     \
+  template <typename T, typename U>                           \
+  T name(T* address, U operand) {                             \
+    ::tilefuse::emulation::atomic_step();                     \
+    const T old = *address;                                   \
+    [[maybe_unused]] const T value = static_cast<T>(operand); \
+    *address = static_cast<T>(expression);                    \
+    return old;                                               \
   }
 namespace tilefuse::emulation {
 template <typename T>

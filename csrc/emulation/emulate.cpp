@@ -281,7 +281,8 @@ struct SharedMemory {
     for (size_t i = 0; i < kCanaryBytes; ++i) {
       if (begin[dynamic_bytes + i] != kCanary || begin[-1 - static_cast<ptrdiff_t>(i)] != kCanary) {
         throw std::runtime_error("tilefuse emulation: block " + coordinates(blockIdx) + " wrote outside the " +
-                                 std::to_string(dynamic_bytes) + " bytes of dynamic shared memory it was launched with");
+                                 std::to_string(dynamic_bytes) +
+                                 " bytes of dynamic shared memory it was launched with");
       }
     }
   }
@@ -353,7 +354,8 @@ void complete_warp(const Fibre& fibre) {
       }
     } else {
       // the value read from a lane that does not take part is undefined: NaN bits
-      member.result = source >= 0 && source < 32 && members >> source & 1u ? fibres[first + source].value : ~uint64_t{0};
+      member.result =
+          source >= 0 && source < 32 && members >> source & 1u ? fibres[first + source].value : ~uint64_t{0};
     }
   }
   for (int lane = 0; lane < lanes; ++lane) {
@@ -417,8 +419,8 @@ std::string explain_stall() {
   }
   for (const auto& fibre : fibres) {
     if (fibre.state == State::done) {
-      return "only " + std::to_string(at_barrier) + " of " + std::to_string(fibres.size()) + " threads reach a barrier: " +
-             describe(*waiting) + ", but " + describe(fibre);
+      return "only " + std::to_string(at_barrier) + " of " + std::to_string(fibres.size()) +
+             " threads reach a barrier: " + describe(*waiting) + ", but " + describe(fibre);
     }
   }
   return describe(*waiting) + " forever";
@@ -577,7 +579,8 @@ void fail(const char* what, Site site) {
 
 void async_copy(void* to, const void* from, int bytes, int valid_bytes) {
   if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0) {
-    abandon("thread " + coordinates(current->index) + ": cp.async of " + std::to_string(bytes) + " bytes is misaligned");
+    abandon("thread " + coordinates(current->index) + ": cp.async of " + std::to_string(bytes) +
+            " bytes is misaligned");
   }
   current->copies.back().push_back({to, from, bytes, valid_bytes});
 }

@@ -3,18 +3,11 @@
 
 #include "common/cpu.h"
 #include "common/fp8.h"
+#include "common/immintrin.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 #define TILEFUSE_FP8_AVX512
 #endif
-#if defined(__x86_64__)
-#pragma GCC diagnostic push
-// gcc 12 warns about its own intrinsics' undefined operands
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#endif
-
 namespace tilefuse {
 namespace TILEFUSE_ISA {
 
@@ -36,9 +29,12 @@ constexpr float kSmallestFastScale = 0x1p-80f;
 #ifdef TILEFUSE_FP8_AVX512
 // What turns the float y in [0, 448] into its e4m3 code by one addition: for y of exponent e (at least -6, where
 // subnormals begin) 2^(e + 20) makes the sum's last bit worth 2^(e - 3), an e4m3 code's, and 8 (e + 6) of those are the
-// codes below 2^e. The sum's low bits are the code, rounded to nearest even. Looked up by the last 4 bits of the exponent.
+// codes below 2^e. The sum's low bits are the code, rounded to nearest even. Looked up by the last 4 bits of the
+// exponent.
 static inline __m512 code_offsets() {
-  const auto at = [](int e) { return fp8::float_of((static_cast<uint32_t>(e + 147) << 23) + 8u * static_cast<uint32_t>(e + 6)); };
+  const auto at = [](int e) {
+    return fp8::float_of((static_cast<uint32_t>(e + 147) << 23) + 8u * static_cast<uint32_t>(e + 6));
+  };
   return _mm512_setr_ps(at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8), 0.0f, at(-6), at(-5), at(-4), at(-3),
                         at(-2), at(-1), at(0));
 }
@@ -50,7 +46,8 @@ static inline __m512i codes16(__m512 magnitude, __m512 scale, __m512 inverse, __
   __m512 y = _mm512_mul_ps(magnitude, inverse);
   y = _mm512_fmadd_ps(_mm512_fnmadd_ps(y, scale, magnitude), inverse, y);
   // 2^-6 at least
-  const __m512i exponent = _mm512_srli_epi32(_mm512_max_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(0x3c800000)), 23);
+  const __m512i exponent =
+      _mm512_srli_epi32(_mm512_max_epi32(_mm512_castps_si512(y), _mm512_set1_epi32(0x3c800000)), 23);
   return _mm512_castps_si512(_mm512_add_ps(y, _mm512_permutexvar_ps(exponent, offsets)));
 }
 
@@ -350,7 +347,3 @@ static inline void transpose_codes(const uint8_t* from, uint8_t* to) {
 
 }  // namespace TILEFUSE_ISA
 }  // namespace tilefuse
-
-#if defined(__x86_64__)
-#pragma GCC diagnostic pop
-#endif

@@ -1,26 +1,19 @@
 // fp8_grouped_matmul on the CPU: the rows of each expert are a segment of the dense matmul.
-#include "common/cpu.h"
+#include "fp8/segments_cpu.h"
 
 #ifdef TILEFUSE_REGISTER
 
-#include "fp8/segments.h"
-
 namespace tilefuse {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                       const Tensor& offsets, ScalarType out_dtype) {
   const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
-  const void* bounds = offsets.const_data_ptr();
-  const bool wide = offsets.scalar_type() == ScalarType::Long;
+  const Index bounds = index_of(offsets);
   // clamped and made ascending: no bound can lead out of memory
   const auto bound = [&](int64_t i, int64_t least) {
-    const int64_t given = wide ? static_cast<const int64_t*>(bounds)[i] : static_cast<const int32_t*>(bounds)[i];
-    const int64_t value = given < m ? given : m;
+    const int64_t value = bounds[i] < m ? bounds[i] : m;
     return value > least ? value : least;
   };
   std::vector<fp8::Segment> segments;

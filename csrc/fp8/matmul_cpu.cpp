@@ -5,23 +5,43 @@
 // weight is unpacked one [128 of K] x [64 of N] panel at a time; the activation once per 2048 rows. Within 128 of K
 // products accumulate in float32 registers, then scales are applied and the result is added to a float32 tile.
 // A row's arithmetic does not depend on how many rows there are.
-#include "common/cpu.h"
 #include "common/fp8.h"
-
-#if defined(__AVX512BF16__)
-#pragma GCC diagnostic push
-// gcc 12 warns about its own intrinsics' undefined operands
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#endif
+#include "common/immintrin.h"
+#include "fp8/segments_cpu.h"
 
 namespace tilefuse {
+
+struct Fp8MatmulCall {
+  // [M, K] codes and [M, KB] scales
+  const uint8_t* a;
+  const float* a_scale;
+  int64_t a_row, a_scale_row, a_scale_block;
+  // [G, N, K] codes, and scales for `scale_rows` rows and 128 of K
+  const uint8_t* b;
+  const float* b_scale;
+  int64_t b_group, b_row, b_scale_group, b_scale_row, b_scale_block, scale_rows;
+  const float* bias;
+  int64_t n, k;
+  Dtype dtype;
+  char* out;
+  // `rows` rows of a from `first` on: [KB][rows][128] operands and [KB][rows] scales
+  int64_t first, rows;
+  void* unpacked;
+  float* scales;
+  // runs of those rows; each meets all panels of its weight
+  const fp8::Segment* parts;
+};
+
+// rows unpacked at a time, and rows that share one unpacking of a panel
+constexpr int64_t kUnpackedRows = 2048, kPartRows = 512;
+
 namespace TILEFUSE_ISA {
 
-constexpr int64_t kDepth = 128;  // of K: one scale
-constexpr int64_t kWidth = 64;   // of N: one panel
-constexpr int64_t kRows = 6;     // of M: one register tile
+namespace {
+
+constexpr int64_t kDepth = 128;   // of K: one scale
+constexpr int64_t kWidth = 64;    // of N: one panel
+constexpr int64_t kTileRows = 6;  // of M: one register tile
 constexpr float kLargest = 3.4028234663852886e38f;
 
 #if defined(__AVX512BF16__)
@@ -30,7 +50,7 @@ constexpr float kLargest = 3.4028234663852886e38f;
 using Operand = uint16_t;
 
 // 32 codes to bfloat16
-static inline __m512i unpack32(const uint8_t* codes) {
+inline __m512i unpack32(const uint8_t* codes) {
   const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
   const __m512i magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
   __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), _mm512_set1_epi16(120 << 7));
@@ -44,7 +64,7 @@ static inline __m512i unpack32(const uint8_t* codes) {
   return _mm512_or_si512(value, _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8));
 }
 
-static inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out) {
+inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out) {
   alignas(64) uint8_t padded[kDepth];
   if (count < kDepth) {
     std::memset(padded, 0, sizeof(padded));
@@ -54,7 +74,7 @@ static inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out)
   for (int64_t i = 0; i < kDepth; i += 32) _mm512_storeu_si512(out + i, unpack32(codes + i));
 }
 
-static inline void transpose16(__m512i* r) {
+inline void transpose16(__m512i* r) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -81,7 +101,7 @@ static inline void transpose16(__m512i* r) {
 }
 
 // panel [64 pairs of K][64 of N] from up to 64 rows of the weight
-static void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64_t depth, Operand* panel) {
+void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64_t depth, Operand* panel) {
   alignas(64) Operand unpacked[16 * kDepth];
   for (int64_t n = 0; n < kWidth; n += 16) {
     for (int64_t i = 0; i < 16; ++i) {
@@ -102,7 +122,7 @@ static void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64
 
 // c [R][64] += (a [R][128] x panel) * scale_a * scale_b
 template <int R>
-static void multiply(const Operand* a, const Operand* panel, const float* scale_a, const float* scale_b, float* c) {
+void multiply(const Operand* a, const Operand* panel, const float* scale_a, const float* scale_b, float* c) {
   __m512 acc[R][4];
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < 4; ++j) acc[r][j] = _mm512_setzero_ps();
@@ -122,7 +142,8 @@ static void multiply(const Operand* a, const Operand* panel, const float* scale_
     for (int j = 0; j < 4; ++j) {
       float* place = c + r * kWidth + j * 16;
       // kept finite: zero codes times an overflown product would be NaN (a NaN scale, the second operand, stays)
-      const __m512 factor = _mm512_min_ps(_mm512_set1_ps(kLargest), _mm512_mul_ps(s, _mm512_loadu_ps(scale_b + j * 16)));
+      const __m512 factor =
+          _mm512_min_ps(_mm512_set1_ps(kLargest), _mm512_mul_ps(s, _mm512_loadu_ps(scale_b + j * 16)));
       _mm512_storeu_ps(place, _mm512_fmadd_ps(acc[r][j], factor, _mm512_loadu_ps(place)));
     }
   }
@@ -143,13 +164,13 @@ constexpr int kLanes = 4, kVectors = 2;
 constexpr int kSlice = kLanes * kVectors;  // of N: what one register tile covers
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4)));
 
-static inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out) {
+inline void unpack_row(const uint8_t* codes, int64_t count, Operand* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = fp8::decode(codes[i]);
   for (int64_t i = count; i < kDepth; ++i) out[i] = 0.0f;
 }
 
 // panel [64 / kSlice][128 of K][kSlice of N]
-static void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64_t depth, Operand* panel) {
+void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64_t depth, Operand* panel) {
   alignas(64) Operand unpacked[kSlice * kDepth];
   for (int64_t n = 0; n < kWidth; n += kSlice) {
     for (int64_t i = 0; i < kSlice; ++i) {
@@ -166,7 +187,7 @@ static void pack_panel(const uint8_t* b, int64_t row_stride, int64_t rows, int64
 }
 
 template <int R>
-static void multiply(const Operand* a, const Operand* panel, const float* scale_a, const float* scale_b, float* c) {
+void multiply(const Operand* a, const Operand* panel, const float* scale_a, const float* scale_b, float* c) {
   for (int64_t n = 0; n < kWidth; n += kSlice) {
     Vector acc[R][kVectors] = {};
     const Operand* slice = panel + n * kDepth;
@@ -193,36 +214,26 @@ static void multiply(const Operand* a, const Operand* panel, const float* scale_
 
 #endif
 
-static inline void multiply_rows(int64_t rows, const Operand* a, const Operand* panel, const float* scale_a,
-                                 const float* scale_b, float* c) {
+inline void multiply_rows(int64_t rows, const Operand* a, const Operand* panel, const float* scale_a,
+                          const float* scale_b, float* c) {
   switch (rows) {
-    case 1: return multiply<1>(a, panel, scale_a, scale_b, c);
-    case 2: return multiply<2>(a, panel, scale_a, scale_b, c);
-    case 3: return multiply<3>(a, panel, scale_a, scale_b, c);
-    case 4: return multiply<4>(a, panel, scale_a, scale_b, c);
-    case 5: return multiply<5>(a, panel, scale_a, scale_b, c);
-    default: return multiply<6>(a, panel, scale_a, scale_b, c);
-  }
-}
-
-void fp8_matmul_operand_bytes(int64_t* bytes) { *bytes = sizeof(Operand); }
-
-// rows [begin, end) of a, counted from `first`, into blocks [KB][rows][128] with scales [KB][rows]
-void fp8_matmul_unpack(const uint8_t* a, int64_t row_stride, const float* scale, int64_t scale_m, int64_t scale_k,
-                       int64_t first, int64_t rows, int64_t k, void* unpacked, float* scales, int64_t begin,
-                       int64_t end) {
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t start = 0, block = 0; start < k; start += kDepth, ++block) {
-      const int64_t depth = k - start < kDepth ? k - start : kDepth;
-      unpack_row(a + (first + r) * row_stride + start, depth,
-                 static_cast<Operand*>(unpacked) + (block * rows + r) * kDepth);
-      scales[block * rows + r] = scale[(first + r) * scale_m + block * scale_k];
-    }
+    case 1:
+      return multiply<1>(a, panel, scale_a, scale_b, c);
+    case 2:
+      return multiply<2>(a, panel, scale_a, scale_b, c);
+    case 3:
+      return multiply<3>(a, panel, scale_a, scale_b, c);
+    case 4:
+      return multiply<4>(a, panel, scale_a, scale_b, c);
+    case 5:
+      return multiply<5>(a, panel, scale_a, scale_b, c);
+    default:
+      return multiply<6>(a, panel, scale_a, scale_b, c);
   }
 }
 
 template <typename T>
-static void store(const float* c, int64_t rows, int64_t columns, const float* bias, T* out, int64_t out_stride) {
+void store(const float* c, int64_t rows, int64_t columns, const float* bias, T* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t n = 0; n < columns; ++n) {
       const float value = c[r * kWidth + n];
@@ -231,132 +242,133 @@ static void store(const float* c, int64_t rows, int64_t columns, const float* bi
   }
 }
 
-// one panel of one weight against `count` unpacked rows from `begin`: out [count, up to 64]
-void fp8_matmul_panel(const void* unpacked, const float* scales, int64_t rows, int64_t begin, int64_t count,
-                      const uint8_t* b, int64_t b_stride, const float* b_scale, int64_t b_scale_n, int64_t b_scale_k,
-                      int64_t scale_rows, int64_t n, int64_t columns, int64_t k, const float* bias, Dtype dtype,
-                      void* out, int64_t out_stride, float* c) {
+// one panel of one weight, from column n on, against the rows of one part: out [count, up to 64]
+void multiply_panel(const Fp8MatmulCall& call, const fp8::Segment& part, int64_t n, float* c) {
   alignas(64) Operand panel[kDepth * kWidth];
   alignas(64) float scale_b[kWidth];
-  const Operand* a = static_cast<const Operand*>(unpacked);
+  const int64_t k = call.k, count = part.end - part.begin, columns = call.n - n < kWidth ? call.n - n : kWidth;
+  const uint8_t* b = call.b + part.group * call.b_group + n * call.b_row;
+  const float* b_scale = call.b_scale + part.group * call.b_scale_group;
+  const Operand* a = static_cast<const Operand*>(call.unpacked);
   for (int64_t i = 0; i < count * kWidth; ++i) c[i] = 0.0f;
   for (int64_t start = 0, block = 0; start < k; start += kDepth, ++block) {
-    pack_panel(b + n * b_stride + start, b_stride, columns, k - start < kDepth ? k - start : kDepth, panel);
+    pack_panel(b + start, call.b_row, columns, k - start < kDepth ? k - start : kDepth, panel);
     for (int64_t i = 0; i < kWidth; ++i) {
-      scale_b[i] = i < columns ? b_scale[(n + i) / scale_rows * b_scale_n + block * b_scale_k] : 0.0f;
+      const int64_t row = (n + i) / call.scale_rows;
+      scale_b[i] = i < columns ? b_scale[row * call.b_scale_row + block * call.b_scale_block] : 0.0f;
     }
-    for (int64_t r = 0; r < count; r += kRows) {
-      const int64_t at = block * rows + begin + r;
-      multiply_rows(count - r, a + at * kDepth, panel, scales + at, scale_b, c + r * kWidth);
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      const int64_t at = block * call.rows + part.begin - call.first + r;
+      multiply_rows(count - r, a + at * kDepth, panel, call.scales + at, scale_b, c + r * kWidth);
     }
   }
-  TILEFUSE_BY_DTYPE(dtype, T, store(c, count, columns, bias, static_cast<T*>(out), out_stride));
+  const float* bias = call.bias == nullptr ? nullptr : call.bias + n;
+  TILEFUSE_BY_DTYPE(call.dtype, T, {
+    store(c, count, columns, bias, reinterpret_cast<T*>(call.out) + part.begin * call.n + n, call.n);
+  })
+}
+
+}  // namespace
+
+void fp8_matmul_operand_bytes(int64_t* bytes) { *bytes = sizeof(Operand); }
+
+// rows [begin, end) of those that are unpacked
+void fp8_matmul_unpack(const Fp8MatmulCall& call, int64_t begin, int64_t end) {
+  Operand* unpacked = static_cast<Operand*>(call.unpacked);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int64_t start = 0, block = 0; start < call.k; start += kDepth, ++block) {
+      const int64_t depth = call.k - start < kDepth ? call.k - start : kDepth;
+      const int64_t row = call.first + r, to = block * call.rows + r;
+      unpack_row(call.a + row * call.a_row + start, depth, unpacked + to * kDepth);
+      call.scales[to] = call.a_scale[row * call.a_scale_row + block * call.a_scale_block];
+    }
+  }
+}
+
+// items are a part and a panel, the panel fastest; c: kPartRows rows of a panel
+void fp8_matmul_panels(const Fp8MatmulCall& call, float* c, int64_t begin, int64_t end) {
+  const int64_t panels = (call.n + kWidth - 1) / kWidth;
+  for (int64_t i = begin; i < end; ++i) multiply_panel(call, call.parts[i / panels], i % panels * kWidth, c);
 }
 
 }  // namespace TILEFUSE_ISA
 }  // namespace tilefuse
 
-#if defined(__AVX512BF16__)
-#pragma GCC diagnostic pop
-#endif
-
 #ifdef TILEFUSE_REGISTER
 
-#include <memory>
-#include <optional>
-
 #include "fp8/host.h"
-#include "fp8/segments.h"
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(fp8_matmul_operand_bytes, (int64_t*))
-TILEFUSE_DISPATCH(fp8_matmul_unpack, (const uint8_t*, int64_t, const float*, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                      void*, float*, int64_t, int64_t))
-TILEFUSE_DISPATCH(fp8_matmul_panel, (const void*, const float*, int64_t, int64_t, int64_t, const uint8_t*, int64_t,
-                                     const float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const float*,
-                                     Dtype, void*, int64_t, float*))
-
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// rows unpacked at a time, and rows that share one unpacking of a panel
-constexpr int64_t kUnpackedRows = 2048, kPartRows = 512;
-
-}  // namespace
+TILEFUSE_DISPATCH(fp8_matmul_operand_bytes)
+TILEFUSE_DISPATCH(fp8_matmul_unpack)
+TILEFUSE_DISPATCH(fp8_matmul_panels)
 
 void fp8::matmul_segments(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-                     const float* bias, const std::vector<Segment>& segments, Tensor& out) {
-  const int64_t groups = b.dim() - 2, n = b.size(groups), k = b.size(groups + 1), blocks = fp8::blocks_of(k);
-  const int64_t scale_rows = b_scale.size(groups) == n ? 1 : 128;
-  const auto* codes = static_cast<const uint8_t*>(a.const_data_ptr());
-  const auto* weights = static_cast<const uint8_t*>(b.const_data_ptr());
-  const auto* scale_a = static_cast<const float*>(a_scale.const_data_ptr());
-  const auto* scale_b = static_cast<const float*>(b_scale.const_data_ptr());
-  const Dtype dtype = dtype_of(out);
-  const int64_t item = dtype == Dtype::f32 ? 4 : 2;
-  auto* target = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t a_m = stride_or_zero(a, 0), as_m = stride_or_zero(a_scale, 0), as_k = stride_or_zero(a_scale, 1);
-  const int64_t b_g = groups > 0 ? stride_or_zero(b, 0) : 0, b_n = stride_or_zero(b, groups);
-  const int64_t bs_g = groups > 0 ? stride_or_zero(b_scale, 0) : 0, bs_n = stride_or_zero(b_scale, groups),
-                bs_k = stride_or_zero(b_scale, groups + 1);
-  const auto unpack = fp8_matmul_unpack_dispatch();
-  const auto panel = fp8_matmul_panel_dispatch();
-  int64_t bytes = 0;
-  fp8_matmul_operand_bytes_dispatch()(&bytes);
-  const int64_t panels = (n + 63) / 64;
-  if (segments.empty() || n == 0) return;
+                          const float* bias, const std::vector<Segment>& segments, Tensor& out) {
+  // dims before N and K
+  const int64_t lead = b.dim() - 2;
+  Fp8MatmulCall call{};
+  call.a = pointer<const uint8_t>(a);
+  call.a_scale = pointer<const float>(a_scale);
+  call.a_row = stride_or_zero(a, 0);
+  call.a_scale_row = stride_or_zero(a_scale, 0);
+  call.a_scale_block = stride_or_zero(a_scale, 1);
+  call.b = pointer<const uint8_t>(b);
+  call.b_scale = pointer<const float>(b_scale);
+  call.b_group = lead > 0 ? stride_or_zero(b, 0) : 0;
+  call.b_row = stride_or_zero(b, lead);
+  call.b_scale_group = lead > 0 ? stride_or_zero(b_scale, 0) : 0;
+  call.b_scale_row = stride_or_zero(b_scale, lead);
+  call.b_scale_block = stride_or_zero(b_scale, lead + 1);
+  call.n = b.size(lead);
+  call.k = b.size(lead + 1);
+  call.scale_rows = b_scale.size(lead) == call.n ? 1 : 128;
+  call.bias = bias;
+  call.dtype = dtype_of(out);
+  call.out = pointer<char>(out);
+  if (segments.empty() || call.n == 0) return;
 
-  int64_t first = segments.front().begin;
-  const int64_t last = segments.back().end;
-  const int64_t most = last - first < kUnpackedRows ? last - first : kUnpackedRows;
+  int64_t bytes = 0;
+  fp8_matmul_operand_bytes(&bytes);
+  const int64_t blocks = blocks_of(call.k), panels = (call.n + 63) / 64, last = segments.back().end;
+  call.first = segments.front().begin;
+  const int64_t most = last - call.first < kUnpackedRows ? last - call.first : kUnpackedRows;
   const std::unique_ptr<char[]> unpacked(new char[static_cast<size_t>(most * blocks * 128 * bytes + 64)]);
   const std::unique_ptr<float[]> scales(new float[static_cast<size_t>(most * blocks + 1)]);
   // aligned to a cache line
-  void* operand = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(unpacked.get()) + 63) / 64 * 64);
-  for (; first < last; first += kUnpackedRows) {
-    const int64_t stop = last - first < kUnpackedRows ? last : first + kUnpackedRows, rows = stop - first;
-    parallel_for(0, rows, fp8::grain(k), [&](int64_t begin, int64_t end) {
-      unpack(codes, a_m, scale_a, as_m, as_k, first, rows, k, operand, scales.get(), begin, end);
-    });
+  call.unpacked = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(unpacked.get()) + 63) / 64 * 64);
+  call.scales = scales.get();
+  for (; call.first < last; call.first += kUnpackedRows) {
+    const int64_t stop = last - call.first < kUnpackedRows ? last : call.first + kUnpackedRows;
+    call.rows = stop - call.first;
+    run_parallel(fp8_matmul_unpack, call.rows, grain(call.k), call);
     std::vector<Segment> parts;
     for (const Segment& s : segments) {
-      const int64_t begin = s.begin > first ? s.begin : first, end = s.end < stop ? s.end : stop;
+      const int64_t begin = s.begin > call.first ? s.begin : call.first, end = s.end < stop ? s.end : stop;
       for (int64_t r = begin; r < end; r += kPartRows) {
         parts.push_back({s.group, r, end - r < kPartRows ? end : r + kPartRows});
       }
     }
-    parallel_for(0, static_cast<int64_t>(parts.size()) * panels, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> c(new float[kPartRows * 64]);
-      for (int64_t i = begin; i < end; ++i) {
-        const Segment& s = parts[static_cast<size_t>(i / panels)];
-        const int64_t column = i % panels * 64, columns = n - column < 64 ? n - column : 64;
-        panel(operand, scales.get(), rows, s.begin - first, s.end - s.begin, weights + s.group * b_g, b_n,
-              scale_b + s.group * bs_g, bs_n, bs_k, scale_rows, column, columns, k,
-              bias != nullptr ? bias + column : nullptr, dtype, target + (s.begin * n + column) * item, n, c.get());
-      }
-    });
+    call.parts = parts.data();
+    run_parallel(fp8_matmul_panels, static_cast<int64_t>(parts.size()) * panels, 1, call,
+                 RangeScratch<float>{kPartRows * 64});
   }
 }
 
 namespace {
 
 Tensor matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-              const std::optional<Tensor>& bias, ScalarType out_dtype) {
+              const OptionalTensor& bias, ScalarType out_dtype) {
   const int64_t m = a.size(0), n = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
-  const auto* shift = bias.has_value() ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  if (m > 0) fp8::matmul_segments(a, a_scale, b, b_scale, shift, {{0, 0, m}}, out);
+  if (m > 0) fp8::matmul_segments(a, a_scale, b, b_scale, pointer<const float>(bias), {{0, 0, m}}, out);
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
-  m.impl("fp8_matmul_fwd", TORCH_BOX(&matmul));
-}
+STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("fp8_matmul_fwd", TORCH_BOX(&matmul)); }
 
 }  // namespace tilefuse
 

@@ -26,19 +26,19 @@ constexpr int kRasterGroup = 8;
 // columns of one output store: 64 bytes, in the 64-byte swizzle
 constexpr int kStoreColumns = 32;
 
-template <int BM, int BN, int Stages>
+template <int kBlockM, int kBlockN, int kStages>
 struct MatmulStorage {
-  static constexpr int kBytesA = BM * kBlockK;
-  static constexpr int kBytesB = BN * kBlockK;
-  static constexpr int kBytesOut = BM * BN * 2;
+  static constexpr int kBytesA = kBlockM * kBlockK;
+  static constexpr int kBytesB = kBlockN * kBlockK;
+  static constexpr int kBytesOut = kBlockM * kBlockN * 2;
 
   // the tensor copies in the 128-byte swizzle want 1024-byte alignment
-  alignas(1024) uint8_t a[Stages][kBytesA];
-  alignas(1024) uint8_t b[Stages][kBytesB];
+  alignas(1024) uint8_t a[kStages][kBytesA];
+  alignas(1024) uint8_t b[kStages][kBytesB];
   alignas(1024) uint8_t out[kBytesOut];
-  alignas(128) float a_scale[Stages][BM];
-  alignas(8) uint64_t full[Stages];
-  alignas(8) uint64_t empty[Stages];
+  alignas(128) float a_scale[kStages][kBlockM];
+  alignas(8) uint64_t full[kStages];
+  alignas(8) uint64_t empty[kStages];
 };
 
 struct MatmulShape {
@@ -74,17 +74,17 @@ __device__ __forceinline__ uint32_t pack2<__half>(float x, float y) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// writes one consumer's 64 x BN wave to shared memory (64-byte swizzle) and starts its TMA stores
-template <typename Out, int BN>
-__device__ __forceinline__ void store_wave_tma(
-    const float (&sum)[BN / 2], uint8_t* shared, const CUtensorMap* map, int row, int column, int consumer) {
+// writes one consumer's 64 x kBlockN wave to shared memory (64-byte swizzle) and starts its TMA stores
+template <typename Out, int kBlockN>
+__device__ __forceinline__ void store_wave_tma(const float (&sum)[kBlockN / 2], uint8_t* shared, const CUtensorMap* map,
+                                               int row, int column, int consumer) {
   const int thread = threadIdx.x % 128;
   const int lane = thread % 32;
   // lane l addresses row l % 8 of matrix l / 8: (upper, lower half of 16 rows) x (8-column chunk j, j + 1)
   const int r = thread / 32 * 16 + lane % 16;
   const int half = lane / 16;
 #pragma unroll
-  for (int j = 0; j < BN / 8; j += 2) {
+  for (int j = 0; j < kBlockN / 8; j += 2) {
     const int chunk = (j % 4) + half;
     uint8_t* panel = shared + (j / 4) * (64 * kStoreColumns * 2);
     const uint32_t address = shared_address(panel + r * 64 + ((chunk ^ ((r >> 1) & 3)) << 4));
@@ -97,7 +97,7 @@ __device__ __forceinline__ void store_wave_tma(
   named_barrier(1 + consumer, 128);
   if (thread == 0) {
 #pragma unroll
-    for (int panel = 0; panel < BN / kStoreColumns; ++panel) {
+    for (int panel = 0; panel < kBlockN / kStoreColumns; ++panel) {
       tma_store(map, shared + panel * (64 * kStoreColumns * 2), column + panel * kStoreColumns, row);
     }
     tma_store_commit();
@@ -120,60 +120,55 @@ __device__ __forceinline__ __half convert<__half>(float x) {
 }
 
 // straight from registers, for float32 outputs
-template <typename Out, int BN>
-__device__ __forceinline__ void store_wave_direct(
-    const float (&sum)[BN / 2], Out* out, const MatmulShape& shape, int row, int column) {
+template <typename Out, int kBlockN>
+__device__ __forceinline__ void store_wave_direct(const float (&sum)[kBlockN / 2], Out* out, const MatmulShape& shape,
+                                                  int row, int column) {
   const int thread = threadIdx.x % 128;
   const int first = row + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-  for (int i = 0; i < BN / 2; ++i) {
+  for (int i = 0; i < kBlockN / 2; ++i) {
     const int r = first + (i & 2) * 4;
     const int c = column + i / 4 * 8 + thread % 4 * 2 + (i & 1);
     if (r < shape.m && c < shape.n) out[r * shape.out_stride + c] = convert<Out>(sum[i]);
   }
 }
 
-// BM x BN tile per CTA; Cluster = 2 shares each tile of b between two CTAs with neighbouring rows of tiles
-template <typename Out, int BM, int BN, int Stages, int Cluster, bool TmaStore>
-__global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
-    const __grid_constant__ CUtensorMap map_a,
-    const __grid_constant__ CUtensorMap map_b,
-    const __grid_constant__ CUtensorMap map_a_scale,
-    const __grid_constant__ CUtensorMap map_out,
-    Out* out,
-    const float* b_scale,
-    const float* bias,
-    MatmulShape shape) {
+// kBlockM x kBlockN tile per CTA; kCluster = 2 shares each tile of b between two CTAs with neighbouring rows of tiles
+template <typename Out, int kBlockM, int kBlockN, int kStages, int kCluster, bool kTmaStore>
+__global__ void __launch_bounds__(kThreads, 1)
+    matmul_sm90(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+                const __grid_constant__ CUtensorMap map_a_scale, const __grid_constant__ CUtensorMap map_out, Out* out,
+                const float* b_scale, const float* bias, MatmulShape shape) {
 #if defined(TILEFUSE_HAS_WGMMA)
-  using Storage = MatmulStorage<BM, BN, Stages>;
+  using Storage = MatmulStorage<kBlockM, kBlockN, kStages>;
   extern __shared__ uint8_t raw[];
   Storage& shared = *reinterpret_cast<Storage*>((reinterpret_cast<uintptr_t>(raw) + 1023) & ~uintptr_t{1023});
   // rows per consumer, taken in waves of 64 that reuse one accumulator
-  constexpr int kWaves = BM / (64 * kConsumers);
-  constexpr int kTransaction = Storage::kBytesA + Storage::kBytesB + BM * 4;
+  constexpr int kWaves = kBlockM / (64 * kConsumers);
+  constexpr int kTransaction = Storage::kBytesA + Storage::kBytesB + kBlockM * 4;
 
   const int k_blocks = (shape.k + kBlockK - 1) / kBlockK;
-  const int tiles_n = (shape.n + BN - 1) / BN;
+  const int tiles_n = (shape.n + kBlockN - 1) / kBlockN;
   // in units of one cluster
-  const int tiles_m = (shape.m + BM * Cluster - 1) / (BM * Cluster);
+  const int tiles_m = (shape.m + kBlockM * kCluster - 1) / (kBlockM * kCluster);
   const int tiles = tiles_m * tiles_n;
-  const uint32_t cta = Cluster > 1 ? cluster_cta() : 0;
-  const int cluster_id = blockIdx.x / Cluster;
-  const int clusters = gridDim.x / Cluster;
+  const uint32_t cta = kCluster > 1 ? cluster_cta() : 0;
+  const int cluster_id = blockIdx.x / kCluster;
+  const int clusters = gridDim.x / kCluster;
 
   if (threadIdx.x == 0) {
     tma_prefetch(&map_a);
     tma_prefetch(&map_b);
     tma_prefetch(&map_a_scale);
-    if (TmaStore) tma_prefetch(&map_out);
-    for (int stage = 0; stage < Stages; ++stage) {
+    if (kTmaStore) tma_prefetch(&map_out);
+    for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(&shared.full[stage], 1);
       // every consumer warp of every CTA that this stage's copies were sent to
-      mbarrier_init(&shared.empty[stage], kConsumers * 4 * Cluster);
+      mbarrier_init(&shared.empty[stage], kConsumers * 4 * kCluster);
     }
     mbarrier_init_fence();
   }
-  if (Cluster > 1) {
+  if (kCluster > 1) {
     cluster_sync();
   } else {
     __syncthreads();
@@ -188,32 +183,32 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
       for (int tile = cluster_id; tile < tiles; tile += clusters) {
         int tile_m, tile_n;
         raster(tile, tiles_m, tiles_n, tile_m, tile_n);
-        const int row = (tile_m * Cluster + static_cast<int>(cta)) * BM;
-        const int column = tile_n * BN;
+        const int row = (tile_m * kCluster + static_cast<int>(cta)) * kBlockM;
+        const int column = tile_n * kBlockN;
         for (int k = 0; k < k_blocks; ++k) {
           mbarrier_wait(&shared.empty[stage], phase ^ 1);
           mbarrier_expect(&shared.full[stage], kTransaction);
           tma_load(shared.a[stage], &map_a, &shared.full[stage], k * kBlockK, row);
           tma_load(shared.a_scale[stage], &map_a_scale, &shared.full[stage], row, k);
-          if constexpr (Cluster == 1) {
+          if constexpr (kCluster == 1) {
             tma_load(shared.b[stage], &map_b, &shared.full[stage], k * kBlockK, column);
           } else {
             // each CTA fetches its share of b's rows for all
-            constexpr int kRows = BN / Cluster;
+            constexpr int kRows = kBlockN / kCluster;
             tma_load_multicast(shared.b[stage] + cta * kRows * kBlockK, &map_b, &shared.full[stage], k * kBlockK,
-                               column + static_cast<int>(cta) * kRows, (1 << Cluster) - 1);
+                               column + static_cast<int>(cta) * kRows, (1 << kCluster) - 1);
           }
-          if (++stage == Stages) {
+          if (++stage == kStages) {
             stage = 0;
             phase ^= 1;
           }
         }
       }
-      if constexpr (Cluster > 1) {
+      if constexpr (kCluster > 1) {
         // no CTA may leave while the other one still signals its barriers
-        for (int i = 0; i < Stages; ++i) {
+        for (int i = 0; i < kStages; ++i) {
           mbarrier_wait(&shared.empty[stage], phase ^ 1);
-          if (++stage == Stages) {
+          if (++stage == kStages) {
             stage = 0;
             phase ^= 1;
           }
@@ -227,15 +222,15 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
     const int lane = thread % 32;
     const int row_in_wave = thread / 32 * 16 + lane / 4;
     const int first_row = consumer * kWaves * 64;
-    uint8_t* staging = shared.out + consumer * kWaves * 64 * BN * 2;
+    uint8_t* staging = shared.out + consumer * kWaves * 64 * kBlockN * 2;
     int stage = 0;
     uint32_t phase = 0;
 
     for (int tile = cluster_id; tile < tiles; tile += clusters) {
       int tile_m, tile_n;
       raster(tile, tiles_m, tiles_n, tile_m, tile_n);
-      const int row = (tile_m * Cluster + static_cast<int>(cta)) * BM + first_row;
-      const int column = tile_n * BN;
+      const int row = (tile_m * kCluster + static_cast<int>(cta)) * kBlockM + first_row;
+      const int column = tile_n * kBlockN;
       // a tile covers columns of at most two 128-wide scale blocks; `boundary` is where the second one starts
       const int block = column / 128;
       const int last_block = (shape.n - 1) / 128;
@@ -243,22 +238,22 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
       const float* scale0 = b_scale + static_cast<int64_t>(block) * shape.b_scale_stride;
       const float* scale1 = b_scale + static_cast<int64_t>(min(block + 1, last_block)) * shape.b_scale_stride;
 
-      float sum[kWaves][BN / 2];
+      float sum[kWaves][kBlockN / 2];
 #pragma unroll
       for (int wave = 0; wave < kWaves; ++wave) {
 #pragma unroll
-        for (int i = 0; i < BN / 2; ++i) sum[wave][i] = 0.0f;
+        for (int i = 0; i < kBlockN / 2; ++i) sum[wave][i] = 0.0f;
       }
 
       // one block ahead, so that the latency of these loads hides behind the products
       float next0 = k_blocks > 0 ? __ldg(scale0) : 0.0f;
-      float next1 = BN != 128 && k_blocks > 0 ? __ldg(scale1) : 0.0f;
+      float next1 = kBlockN != 128 && k_blocks > 0 ? __ldg(scale1) : 0.0f;
       for (int k = 0; k < k_blocks; ++k) {
         const float b_scale0 = next0;
         const float b_scale1 = next1;
         if (k + 1 < k_blocks) {
           next0 = __ldg(scale0 + k + 1);
-          if (BN != 128) next1 = __ldg(scale1 + k + 1);
+          if (kBlockN != 128) next1 = __ldg(scale1 + k + 1);
         }
         mbarrier_wait(&shared.full[stage], phase);
         const uint64_t b = wgmma_descriptor(shared_address(shared.b[stage]));
@@ -266,21 +261,20 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
         for (int wave = 0; wave < kWaves; ++wave) {
           const float upper = shared.a_scale[stage][first_row + wave * 64 + row_in_wave];
           const float lower = shared.a_scale[stage][first_row + wave * 64 + row_in_wave + 8];
-          const uint64_t a =
-              wgmma_descriptor(shared_address(shared.a[stage] + (first_row + wave * 64) * kBlockK));
-          float product[BN / 2];
+          const uint64_t a = wgmma_descriptor(shared_address(shared.a[stage] + (first_row + wave * 64) * kBlockK));
+          float product[kBlockN / 2];
           wgmma_fence();
 #pragma unroll
           for (int step = 0; step < kBlockK / 32; ++step) {
             // 32 bytes further along K; the descriptor counts in 16 bytes
-            wgmma_e4m3<BN>(product, a + 2 * step, b + 2 * step, step != 0);
+            wgmma_e4m3<kBlockN>(product, a + 2 * step, b + 2 * step, step != 0);
           }
           wgmma_commit();
           wgmma_wait();
           if (wave == kWaves - 1) {
             __syncwarp();
-            if (lane < Cluster) {
-              if constexpr (Cluster == 1) {
+            if (lane < kCluster) {
+              if constexpr (kCluster == 1) {
                 mbarrier_arrive(&shared.empty[stage]);
               } else {
                 mbarrier_arrive_cluster(&shared.empty[stage], lane);
@@ -290,8 +284,8 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
           const float upper0 = upper * b_scale0, lower0 = lower * b_scale0;
           const float upper1 = upper * b_scale1, lower1 = lower * b_scale1;
 #pragma unroll
-          for (int j = 0; j < BN / 8; ++j) {
-            const bool first = BN == 128 || j * 8 < boundary;
+          for (int j = 0; j < kBlockN / 8; ++j) {
+            const bool first = kBlockN == 128 || j * 8 < boundary;
             const float s_upper = first ? upper0 : upper1;
             const float s_lower = first ? lower0 : lower1;
             sum[wave][4 * j] += s_upper * product[4 * j];
@@ -302,10 +296,10 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
           if (kWaves > 1) {
             // keeps the compiler from sinking this wave's additions below the next wave's products, which spills
 #pragma unroll
-            for (int i = 0; i < BN / 2; ++i) asm volatile("" : "+f"(sum[wave][i])::"memory");
+            for (int i = 0; i < kBlockN / 2; ++i) asm volatile("" : "+f"(sum[wave][i])::"memory");
           }
         }
-        if (++stage == Stages) {
+        if (++stage == kStages) {
           stage = 0;
           phase ^= 1;
         }
@@ -313,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
 
       if (bias != nullptr) {
 #pragma unroll
-        for (int j = 0; j < BN / 8; ++j) {
+        for (int j = 0; j < kBlockN / 8; ++j) {
           const int c = column + j * 8 + thread % 4 * 2;
           const float bias0 = c < shape.n ? __ldg(bias + c) : 0.0f;
           const float bias1 = c + 1 < shape.n ? __ldg(bias + c + 1) : 0.0f;
@@ -327,22 +321,23 @@ __global__ void __launch_bounds__(kThreads, 1) matmul_sm90(
         }
       }
 
-      if constexpr (TmaStore) {
+      if constexpr (kTmaStore) {
         // the previous tile's stores must have left the staging buffer; they overlapped this tile's products
         if (thread == 0) tma_store_wait_read();
         named_barrier(1 + consumer, 128);
 #pragma unroll
         for (int wave = 0; wave < kWaves; ++wave) {
-          store_wave_tma<Out, BN>(sum[wave], staging + wave * 64 * BN * 2, &map_out, row + wave * 64, column, consumer);
+          store_wave_tma<Out, kBlockN>(sum[wave], staging + wave * 64 * kBlockN * 2, &map_out, row + wave * 64, column,
+                                       consumer);
         }
       } else {
 #pragma unroll
         for (int wave = 0; wave < kWaves; ++wave) {
-          store_wave_direct<Out, BN>(sum[wave], out, shape, row + wave * 64, column);
+          store_wave_direct<Out, kBlockN>(sum[wave], out, shape, row + wave * 64, column);
         }
       }
     }
-    if (TmaStore && thread == 0) tma_store_wait();
+    if (kTmaStore && thread == 0) tma_store_wait();
   }
 #endif
 }

@@ -12,7 +12,7 @@ constexpr int kPerLane = kBlock / kLanes;
 constexpr int kQuantizeThreads = 128;
 constexpr int kBlocksPerCta = kQuantizeThreads / kLanes;
 
-struct QuantizeParams {
+struct QuantizeCall {
   const void* x;
   int64_t row_stride;
   int64_t rows;
@@ -29,7 +29,8 @@ struct QuantizeParams {
 
 // eight elements from column `first` of a row of k, zero past its end
 template <typename T>
-__device__ __forceinline__ void load_lane(float (&out)[kPerLane], const T* row, int64_t first, int64_t k, bool vectors) {
+__device__ __forceinline__ void load_lane(float (&out)[kPerLane], const T* row, int64_t first, int64_t k,
+                                          bool vectors) {
   if (vectors && first + kPerLane <= k) {
     const Vec<T, kPerLane> x = load_vec<kPerLane>(row + first);  // [8]
 #pragma unroll
@@ -41,8 +42,8 @@ __device__ __forceinline__ void load_lane(float (&out)[kPerLane], const T* row, 
 }
 
 // quantises the block that these sixteen lanes hold; every lane of the warp must take part
-__device__ __forceinline__ void quantize_lanes(
-    const QuantizeParams& p, const float (&x)[kPerLane], int64_t row, int64_t block, int64_t first, bool active) {
+__device__ __forceinline__ void quantize_lanes(const QuantizeCall& p, const float (&x)[kPerLane], int64_t row,
+                                               int64_t block, int64_t first, bool active) {
   uint32_t amax = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) amax = max(amax, finite_magnitude(x[i]));
@@ -69,7 +70,7 @@ __device__ __forceinline__ void quantize_lanes(
 
 // `Load(out, row, first)` gives a lane its eight float32 values, zero past column k
 template <typename Load>
-__device__ __forceinline__ void quantize_blocks(const QuantizeParams& p, const Load& load) {
+__device__ __forceinline__ void quantize_blocks(const QuantizeCall& p, const Load& load) {
   const int64_t blocks = ceil_div<int64_t>(p.k, kBlock);
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kBlocksPerCta + threadIdx.x / kLanes;
   const bool active = item < p.rows * blocks;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void quantize_blocks(const QuantizeParams& p, const L
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kQuantizeThreads) quantize_rows_kernel(QuantizeParams p) {
+__global__ void __launch_bounds__(kQuantizeThreads) quantize_rows_kernel(QuantizeCall p) {
   quantize_blocks(p, [&](float (&x)[kPerLane], int64_t row, int64_t first) {
     load_lane(x, static_cast<const T*>(p.x) + row * p.row_stride, first, p.k, p.vectors);
   });

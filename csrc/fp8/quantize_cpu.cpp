@@ -1,20 +1,37 @@
 // Block quantisation to e4m3 on the CPU: 1 x 128, 128 x 128, both directions of one read, and back.
-#include "fp8/block_cpu.h"
+#include "fp8/quantize_cpu.h"
 
 namespace tilefuse {
+
+struct DequantizeCall {
+  Dtype dtype;
+  // [G, M, K] codes and [G, ceil(M / block_rows), ceil(K / 128)] scales
+  const uint8_t* codes;
+  const float* scales;
+  int64_t group_stride, row_stride, scale_group, scale_row, scale_block, m, k, block_rows;
+  void* out;
+};
+
 namespace TILEFUSE_ISA {
+
+namespace {
 
 // rows [begin, end) of x [M, K]; scales of one row are `pitch` apart
 template <typename T>
-static void quantize_rows(const T* x, int64_t row_stride, int64_t k, uint8_t* q, float* scale, int64_t pitch, bool pow2,
-                          float eps, bool stream, int64_t begin, int64_t end) {
+void quantize_rows(const QuantizeCall& call, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(call.x);
+  const int64_t row_stride = call.row_stride, k = call.k, pitch = call.pitch;
+  const bool pow2 = call.pow2, stream = call.stream;
+  const float eps = call.eps;
+  uint8_t* q = call.codes;
+  float* scale = call.scales;
   // scales of some rows and columns are gathered, since a row's lie whole pages apart
-  constexpr int64_t ROWS = 16, BLOCKS = 64;
-  float scales[ROWS][BLOCKS];
-  for (int64_t first = begin; first < end; first += ROWS) {
-    const int64_t rows = end - first < ROWS ? end - first : ROWS;
-    for (int64_t start = 0; start < k; start += BLOCKS * kBlock) {
-      const int64_t count = k - start < BLOCKS * kBlock ? k - start : BLOCKS * kBlock;
+  constexpr int64_t kRows = 16, kBlocks = 64;
+  float scales[kRows][kBlocks];
+  for (int64_t first = begin; first < end; first += kRows) {
+    const int64_t rows = end - first < kRows ? end - first : kRows;
+    for (int64_t start = 0; start < k; start += kBlocks * kBlock) {
+      const int64_t count = k - start < kBlocks * kBlock ? k - start : kBlocks * kBlock;
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = first + r;
         const T* source = x + row * row_stride + start;
@@ -30,17 +47,16 @@ static void quantize_rows(const T* x, int64_t row_stride, int64_t k, uint8_t* q,
   if (stream) finish_streams();
 }
 
-void fp8_quantize_rows(Dtype dtype, const void* x, int64_t row_stride, int64_t k, uint8_t* q, float* scale,
-                       int64_t pitch, bool pow2, float eps, bool stream, int64_t begin, int64_t end) {
-  TILEFUSE_BY_DTYPE(dtype, T, quantize_rows(static_cast<const T*>(x), row_stride, k, q, scale, pitch, pow2, eps, stream,
-                                            begin, end));
-}
-
 // block rows [begin, end) of x [G, M, K], counted over all g; scale [G, MB, KB] contiguous
 template <typename T>
-static void quantize_tiles(const T* x, int64_t g_stride, int64_t row_stride, int64_t m, int64_t k, uint8_t* q,
-                           float* scale, bool pow2, float eps, int64_t begin, int64_t end) {
-  constexpr int64_t WIDE = 8;
+void quantize_tiles(const QuantizeCall& call, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(call.x);
+  const int64_t g_stride = call.group_stride, row_stride = call.row_stride, m = call.m, k = call.k;
+  const bool pow2 = call.pow2;
+  const float eps = call.eps;
+  uint8_t* q = call.codes;
+  float* scale = call.scales;
+  constexpr int64_t kWide = 8;
   const int64_t row_blocks = (m + kBlock - 1) / kBlock, blocks = (k + kBlock - 1) / kBlock;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t g = i / row_blocks, first = i % row_blocks * kBlock;
@@ -48,11 +64,11 @@ static void quantize_tiles(const T* x, int64_t g_stride, int64_t row_stride, int
     const T* source = x + g * g_stride + first * row_stride;
     uint8_t* target = q + (g * m + first) * k;
     // some tiles side by side: longer pieces of each row
-    for (int64_t panel = 0; panel < blocks; panel += WIDE) {
-      const int64_t wide = blocks - panel < WIDE ? blocks - panel : WIDE;
-      uint32_t amax[WIDE] = {};
-      bool finite[WIDE];
-      float s[WIDE];
+    for (int64_t panel = 0; panel < blocks; panel += kWide) {
+      const int64_t wide = blocks - panel < kWide ? blocks - panel : kWide;
+      uint32_t amax[kWide] = {};
+      bool finite[kWide];
+      float s[kWide];
       for (int64_t b = 0; b < wide; ++b) finite[b] = true;
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t b = 0; b < wide; ++b) {
@@ -80,17 +96,15 @@ static void quantize_tiles(const T* x, int64_t g_stride, int64_t row_stride, int
   }
 }
 
-void fp8_quantize_tiles(Dtype dtype, const void* x, int64_t g_stride, int64_t row_stride, int64_t m, int64_t k,
-                        uint8_t* q, float* scale, bool pow2, float eps, int64_t begin, int64_t end) {
-  TILEFUSE_BY_DTYPE(dtype, T,
-                    quantize_tiles(static_cast<const T*>(x), g_stride, row_stride, m, k, q, scale, pow2, eps, begin, end));
-}
-
 // column blocks [begin, end) of x [M, K]: every 128 x 128 tile is read once and quantised along both directions
 template <typename T>
-static void quantize_dual(const T* x, int64_t row_stride, int64_t m, int64_t k, uint8_t* q, float* scale,
-                          int64_t pitch, uint8_t* q_t, float* scale_t, int64_t pitch_t, bool pow2, float eps,
-                          int64_t begin, int64_t end) {
+void quantize_dual(const QuantizeCall& call, int64_t begin, int64_t end) {
+  const T* x = static_cast<const T*>(call.x);
+  const int64_t row_stride = call.row_stride, m = call.m, k = call.k, pitch = call.pitch, pitch_t = call.pitch_t;
+  const bool pow2 = call.pow2;
+  const float eps = call.eps;
+  uint8_t *q = call.codes, *q_t = call.codes_t;
+  float *scale = call.scales, *scale_t = call.scales_t;
   alignas(64) static thread_local float values[kBlock * kBlock];
   alignas(64) static thread_local uint8_t codes[kBlock * kBlock], codes_t[kBlock * kBlock];
   alignas(64) uint32_t amax[kBlock];
@@ -134,36 +148,39 @@ static void quantize_dual(const T* x, int64_t row_stride, int64_t m, int64_t k, 
   }
 }
 
-void fp8_quantize_dual(Dtype dtype, const void* x, int64_t row_stride, int64_t m, int64_t k, uint8_t* q, float* scale,
-                       int64_t pitch, uint8_t* q_t, float* scale_t, int64_t pitch_t, bool pow2, float eps,
-                       int64_t begin, int64_t end) {
-  TILEFUSE_BY_DTYPE(dtype, T,
-                    quantize_dual(static_cast<const T*>(x), row_stride, m, k, q, scale, pitch, q_t, scale_t, pitch_t,
-                                  pow2, eps, begin, end));
-}
-
 // rows [begin, end) of q [G, M, K], counted over all g
 template <typename T>
-static void dequantize(const uint8_t* q, int64_t q_g, int64_t q_m, const float* scale, int64_t scale_g, int64_t scale_m,
-                       int64_t scale_k, int64_t m, int64_t k, int64_t block_rows, T* out, int64_t begin, int64_t end) {
+void dequantize(const DequantizeCall& call, int64_t begin, int64_t end) {
+  const int64_t m = call.m, k = call.k;
+  T* out = static_cast<T*>(call.out);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t g = i / m, row = i % m;
-    const uint8_t* source = q + g * q_g + row * q_m;
-    const float* scales = scale + g * scale_g + row / block_rows * scale_m;
+    const uint8_t* source = call.codes + g * call.group_stride + row * call.row_stride;
+    const float* scales = call.scales + g * call.scale_group + row / call.block_rows * call.scale_row;
     for (int64_t start = 0, block = 0; start < k; start += kBlock, ++block) {
       const int64_t stop = k - start < kBlock ? k : start + kBlock;
-      const float s = scales[block * scale_k];
+      const float s = scales[block * call.scale_block];
       for (int64_t c = start; c < stop; ++c) out[i * k + c] = from_float<T>(fp8::decode(source[c]) * s);
     }
   }
 }
 
-void fp8_dequantize(Dtype dtype, const uint8_t* q, int64_t q_g, int64_t q_m, const float* scale, int64_t scale_g,
-                    int64_t scale_m, int64_t scale_k, int64_t m, int64_t k, int64_t block_rows, void* out, int64_t begin,
-                    int64_t end) {
-  TILEFUSE_BY_DTYPE(dtype, T,
-                    dequantize(q, q_g, q_m, scale, scale_g, scale_m, scale_k, m, k, block_rows, static_cast<T*>(out),
-                               begin, end));
+}  // namespace
+
+void fp8_quantize_rows(const QuantizeCall& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, quantize_rows<T>(call, begin, end));
+}
+
+void fp8_quantize_tiles(const QuantizeCall& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, quantize_tiles<T>(call, begin, end));
+}
+
+void fp8_quantize_dual(const QuantizeCall& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, quantize_dual<T>(call, begin, end));
+}
+
+void fp8_dequantize(const DequantizeCall& call, int64_t begin, int64_t end) {
+  TILEFUSE_BY_DTYPE(call.dtype, T, dequantize<T>(call, begin, end));
 }
 
 }  // namespace TILEFUSE_ISA
@@ -171,89 +188,69 @@ void fp8_dequantize(Dtype dtype, const uint8_t* q, int64_t q_g, int64_t q_m, con
 
 #ifdef TILEFUSE_REGISTER
 
-#include "fp8/host.h"
-
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(fp8_quantize_rows, (Dtype, const void*, int64_t, int64_t, uint8_t*, float*, int64_t, bool, float,
-                                      bool, int64_t, int64_t))
-TILEFUSE_DISPATCH(fp8_quantize_tiles, (Dtype, const void*, int64_t, int64_t, int64_t, int64_t, uint8_t*, float*, bool,
-                                       float, int64_t, int64_t))
-TILEFUSE_DISPATCH(fp8_quantize_dual, (Dtype, const void*, int64_t, int64_t, int64_t, uint8_t*, float*, int64_t,
-                                      uint8_t*, float*, int64_t, bool, float, int64_t, int64_t))
-TILEFUSE_DISPATCH(fp8_dequantize, (Dtype, const uint8_t*, int64_t, int64_t, const float*, int64_t, int64_t, int64_t,
-                                   int64_t, int64_t, int64_t, void*, int64_t, int64_t))
+TILEFUSE_DISPATCH(fp8_quantize_rows)
+TILEFUSE_DISPATCH(fp8_quantize_tiles)
+TILEFUSE_DISPATCH(fp8_quantize_dual)
+TILEFUSE_DISPATCH(fp8_dequantize)
 
 namespace {
 
 using fp8::blocks_of;
 using fp8::empty_codes;
 using fp8::empty_row_scale;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, bool pow2, double eps) {
-  const int64_t m = x.size(0), k = x.size(1), row_stride = stride_or_zero(x, 0);
-  Tensor q = empty_codes(x, {m, k}), scale = empty_row_scale(x, m, blocks_of(k));
-  const Dtype dtype = dtype_of(x);
-  const void* data = x.const_data_ptr();
-  auto* codes = static_cast<uint8_t*>(q.mutable_data_ptr());
-  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
-  const bool stream = fp8::past_caches(m * k);
-  const auto run = fp8_quantize_rows_dispatch();
-  parallel_for(0, m, fp8::grain(k), [&](int64_t begin, int64_t end) {
-    run(dtype, data, row_stride, k, codes, scales, fp8::pitch_of(m), pow2, static_cast<float>(eps), stream, begin, end);
-  });
-  return {q, scale};
+  const int64_t m = x.size(0), k = x.size(1);
+  Tensor codes = empty_codes(x, {m, k}), scales = empty_row_scale(x, m, blocks_of(k));
+  QuantizeCall call = quantize_call(x, k, codes, scales, pow2, eps);
+  call.stream = fp8::past_caches(m * k);
+  run_parallel(fp8_quantize_rows, m, fp8::grain(k), call);
+  return {codes, scales};
 }
 
 std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& x, bool pow2, double eps) {
   const int64_t g = x.size(0), m = x.size(1), k = x.size(2);
-  Tensor q = empty_codes(x, {g, m, k});
-  Tensor scale = torch::stable::new_empty(x, {g, blocks_of(m), blocks_of(k)}, ScalarType::Float);
-  const int64_t g_stride = stride_or_zero(x, 0), row_stride = stride_or_zero(x, 1);
-  const Dtype dtype = dtype_of(x);
-  const void* data = x.const_data_ptr();
-  auto* codes = static_cast<uint8_t*>(q.mutable_data_ptr());
-  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
-  const auto run = fp8_quantize_tiles_dispatch();
-  parallel_for(0, g * blocks_of(m), fp8::grain(k * 128), [&](int64_t begin, int64_t end) {
-    run(dtype, data, g_stride, row_stride, m, k, codes, scales, pow2, static_cast<float>(eps), begin, end);
-  });
-  return {q, scale};
+  Tensor codes = empty_codes(x, {g, m, k});
+  Tensor scales = torch::stable::new_empty(x, {g, blocks_of(m), blocks_of(k)}, ScalarType::Float);
+  QuantizeCall call = quantize_call(x, k, codes, scales, pow2, eps);
+  call.group_stride = stride_or_zero(x, 0);
+  call.row_stride = stride_or_zero(x, 1);
+  call.m = m;
+  run_parallel(fp8_quantize_tiles, g * blocks_of(m), fp8::grain(k * 128), call);
+  return {codes, scales};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_dual(const Tensor& x, bool pow2, double eps) {
-  const int64_t m = x.size(0), k = x.size(1), row_stride = stride_or_zero(x, 0);
-  Tensor q = empty_codes(x, {m, k}), scale = empty_row_scale(x, m, blocks_of(k));
-  Tensor q_t = empty_codes(x, {k, m}), scale_t = empty_row_scale(x, k, blocks_of(m));
-  const Dtype dtype = dtype_of(x);
-  const void* data = x.const_data_ptr();
-  auto* codes = static_cast<uint8_t*>(q.mutable_data_ptr());
-  auto* codes_t = static_cast<uint8_t*>(q_t.mutable_data_ptr());
-  auto* scales = static_cast<float*>(scale.mutable_data_ptr());
-  auto* scales_t = static_cast<float*>(scale_t.mutable_data_ptr());
-  const auto run = fp8_quantize_dual_dispatch();
-  parallel_for(0, blocks_of(k), fp8::grain(m * 128), [&](int64_t begin, int64_t end) {
-    run(dtype, data, row_stride, m, k, codes, scales, fp8::pitch_of(m), codes_t, scales_t, fp8::pitch_of(k), pow2,
-        static_cast<float>(eps), begin, end);
-  });
-  return {q, scale, q_t, scale_t};
+  const int64_t m = x.size(0), k = x.size(1);
+  Tensor codes = empty_codes(x, {m, k}), scales = empty_row_scale(x, m, blocks_of(k));
+  Tensor codes_t = empty_codes(x, {k, m}), scales_t = empty_row_scale(x, k, blocks_of(m));
+  QuantizeCall call = quantize_call(x, k, codes, scales, pow2, eps);
+  call.codes_t = pointer<uint8_t>(codes_t);
+  call.scales_t = pointer<float>(scales_t);
+  call.pitch_t = fp8::pitch_of(k);
+  run_parallel(fp8_quantize_dual, blocks_of(k), fp8::grain(m * 128), call);
+  return {codes, scales, codes_t, scales_t};
 }
 
-Tensor dequantize(const Tensor& q, const Tensor& scale, int64_t block_rows, ScalarType out_dtype) {
-  const int64_t g = q.size(0), m = q.size(1), k = q.size(2);
-  Tensor out = torch::stable::new_empty(q, {g, m, k}, out_dtype);
-  const Dtype dtype = dtype_of(out);
-  const auto* codes = static_cast<const uint8_t*>(q.const_data_ptr());
-  const auto* scales = static_cast<const float*>(scale.const_data_ptr());
-  void* data = out.mutable_data_ptr();
-  const int64_t q_g = stride_or_zero(q, 0), q_m = stride_or_zero(q, 1), scale_g = stride_or_zero(scale, 0),
-                scale_m = stride_or_zero(scale, 1), scale_k = stride_or_zero(scale, 2);
-  const auto run = fp8_dequantize_dispatch();
-  parallel_for(0, g * m, fp8::grain(k), [&](int64_t begin, int64_t end) {
-    run(dtype, codes, q_g, q_m, scales, scale_g, scale_m, scale_k, m, k, block_rows, data, begin, end);
-  });
+Tensor dequantize(const Tensor& codes, const Tensor& scales, int64_t block_rows, ScalarType out_dtype) {
+  const int64_t g = codes.size(0), m = codes.size(1), k = codes.size(2);
+  Tensor out = torch::stable::new_empty(codes, {g, m, k}, out_dtype);
+  DequantizeCall call{};
+  call.dtype = dtype_of(out);
+  call.codes = pointer<const uint8_t>(codes);
+  call.scales = pointer<const float>(scales);
+  call.group_stride = stride_or_zero(codes, 0);
+  call.row_stride = stride_or_zero(codes, 1);
+  call.scale_group = stride_or_zero(scales, 0);
+  call.scale_row = stride_or_zero(scales, 1);
+  call.scale_block = stride_or_zero(scales, 2);
+  call.m = m;
+  call.k = k;
+  call.block_rows = block_rows;
+  call.out = out.mutable_data_ptr();
+  run_parallel(fp8_dequantize, g * m, fp8::grain(k), call);
   return out;
 }
 

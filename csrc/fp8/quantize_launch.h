@@ -7,16 +7,16 @@
 
 namespace tilefuse::fp8 {
 
-using QuantizeKernel = void (*)(QuantizeParams);
+using QuantizeKernel = void (*)(QuantizeCall);
 
 // `parts` rows of k elements lie side by side in each row of x (gate and up); one kernel per dtype, in Dtype's order
-inline std::tuple<Tensor, Tensor> quantize_launch(
-    const char* op, const QuantizeKernel (&kernels)[3], const Tensor& x, int64_t parts, bool pow2, double eps) {
+inline std::tuple<Tensor, Tensor> quantize_launch(const char* op, const QuantizeKernel (&kernels)[3], const Tensor& x,
+                                                  int64_t parts, bool pow2, double eps) {
   const int64_t m = x.size(0), k = x.size(1) / parts;
   Tensor codes = empty_codes(x, {m, k}), scales = empty_row_scale(x, m, blocks_of(k));
   if (m == 0 || k == 0) return {codes, scales};
   const int element = static_cast<int>(x.element_size());
-  QuantizeParams p{};
+  QuantizeCall p{};
   p.x = x.const_data_ptr();
   p.row_stride = stride_or_zero(x, 0);
   p.rows = m;

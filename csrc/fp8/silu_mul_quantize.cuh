@@ -7,7 +7,7 @@ namespace tilefuse::fp8 {
 
 // p.x holds rows [gate | up], each p.k wide
 template <typename T>
-__global__ void __launch_bounds__(kQuantizeThreads) silu_mul_quantize_kernel(QuantizeParams p) {
+__global__ void __launch_bounds__(kQuantizeThreads) silu_mul_quantize_kernel(QuantizeCall p) {
   quantize_blocks(p, [&](float (&x)[kPerLane], int64_t row, int64_t first) {
     const T* gate = static_cast<const T*>(p.x) + row * p.row_stride;
     float up[kPerLane];

@@ -1,6 +1,4 @@
 // Two attention results made into one, on the CPU: weights of a few rows at a time, then the rows themselves.
-#include "rope/rope.h"
-
 #include "common/cpu_math.h"
 #include "common/stream_cpu.h"
 
@@ -16,7 +14,7 @@ struct MergeStatistics {
   int64_t batch, head, token;
 };
 
-struct MergeCall {
+struct MergeAttentionCall {
   Dtype dtype;
   int64_t tokens, heads, dim;
   MergeRows a, b, grad;
@@ -29,23 +27,25 @@ struct MergeCall {
 
 namespace TILEFUSE_ISA {
 
+namespace {
+
 // rows whose weights are found together
 constexpr int64_t kChunk = 64;
 
 template <typename T>
-static inline const T* row_of(const MergeCall& call, const MergeRows& x, int64_t row) {
+inline const T* row_of(const MergeAttentionCall& call, const MergeRows& x, int64_t row) {
   const int64_t place = row / call.heads;
   return static_cast<const T*>(x.data) + place / call.tokens * x.batch + place % call.tokens * x.token +
          row % call.heads * x.head;
 }
 
-static inline int64_t statistic(const MergeCall& call, const MergeStatistics& x, int64_t row) {
+inline int64_t statistic(const MergeAttentionCall& call, const MergeStatistics& x, int64_t row) {
   const int64_t place = row / call.heads;
   return place / call.tokens * x.batch + place % call.tokens * x.token + row % call.heads * x.head;
 }
 
 // where a contiguous [.., H, S] tensor holds a row
-static inline int64_t packed_statistic(const MergeCall& call, int64_t row) {
+inline int64_t packed_statistic(const MergeAttentionCall& call, int64_t row) {
   const int64_t place = row / call.heads;
   return (place / call.tokens * call.heads + row % call.heads) * call.tokens + place % call.tokens;
 }
@@ -54,7 +54,7 @@ struct Weights {
   float a[kChunk], b[kChunk], lse[kChunk];
 };
 
-static inline void find_weights(const MergeCall& call, int64_t begin, int64_t count, Weights& w) {
+inline void find_weights(const MergeAttentionCall& call, int64_t begin, int64_t count, Weights& w) {
   for (int64_t i = 0; i < count; ++i) {
     w.a[i] = call.lse_a.data[statistic(call, call.lse_a, begin + i)];
     w.b[i] = call.lse_b.data[statistic(call, call.lse_b, begin + i)];
@@ -84,17 +84,17 @@ struct Target {
 };
 
 template <typename T>
-static inline void scaled(T* out, float weight, const T* x, int64_t n) {
+inline void scaled(T* out, float weight, const T* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(weight * to_float(x[i]));
 }
 
 template <typename T>
-static inline void zeros(T* out, int64_t n) {
+inline void zeros(T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(0.0f);
 }
 
 template <typename T>
-static void merge(const MergeCall& call, T* buffer, int64_t begin, int64_t end) {
+void merge(const MergeAttentionCall& call, T* buffer, int64_t begin, int64_t end) {
   Weights w;
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = end - first < kChunk ? end - first : kChunk;
@@ -123,14 +123,15 @@ static void merge(const MergeCall& call, T* buffer, int64_t begin, int64_t end) 
 }
 
 template <typename T>
-static void merge_gradient(const MergeCall& call, T* buffer, int64_t begin, int64_t end) {
+void merge_gradient(const MergeAttentionCall& call, T* buffer, int64_t begin, int64_t end) {
   Weights w;
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = end - first < kChunk ? end - first : kChunk;
     find_weights(call, first, count, w);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = first + i;
-      const T *a = row_of<T>(call, call.a, row), *b = row_of<T>(call, call.b, row), *g = row_of<T>(call, call.grad, row);
+      const T *a = row_of<T>(call, call.a, row), *b = row_of<T>(call, call.b, row),
+              *g = row_of<T>(call, call.grad, row);
       const float x = w.a[i], y = w.b[i];
       // d out / d lse_a = w_a (a - out) = w_a w_b (a - b), which is 0 where a side is empty
       float inner = 0.0f;
@@ -160,8 +161,10 @@ static void merge_gradient(const MergeCall& call, T* buffer, int64_t begin, int6
   if (call.stream) stream_done();
 }
 
+}  // namespace
+
 // buffer: D elements
-void merge_attention_rows(const MergeCall& call, bool backward, void* buffer, int64_t begin, int64_t end) {
+void merge_attention_rows(const MergeAttentionCall& call, bool backward, void* buffer, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, {
     if (backward) {
       merge_gradient<T>(call, static_cast<T*>(buffer), begin, end);
@@ -175,23 +178,25 @@ void merge_attention_rows(const MergeCall& call, bool backward, void* buffer, in
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(merge_attention_rows, (const MergeCall&, bool, void*, int64_t, int64_t))
+TILEFUSE_DISPATCH(merge_attention_rows)
 
-static MergeRows merge_rows(const Tensor& t) {
+namespace {
+
+MergeRows merge_rows(const Tensor& t) {
   const int64_t rank = t.dim();
   return {t.const_data_ptr(), rank == 4 ? stride_or_zero(t, 0) : 0, stride_or_zero(t, rank - 3),
           stride_or_zero(t, rank - 2)};
 }
 
-static MergeStatistics merge_statistics(const Tensor& t) {
+MergeStatistics merge_statistics(const Tensor& t) {
   const int64_t rank = t.dim();
   return {static_cast<const float*>(t.const_data_ptr()), rank == 3 ? stride_or_zero(t, 0) : 0,
           stride_or_zero(t, rank - 2), stride_or_zero(t, rank - 1)};
 }
 
-static MergeCall merge_call(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
-                            int64_t outputs) {
-  MergeCall call{};
+MergeAttentionCall merge_call(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b,
+                              int64_t outputs) {
+  MergeAttentionCall call{};
   const int64_t rank = out_a.dim();
   call.dtype = dtype_of(out_a);
   call.tokens = out_a.size(rank - 3);
@@ -206,30 +211,26 @@ static MergeCall merge_call(const Tensor& out_a, const Tensor& lse_a, const Tens
   return call;
 }
 
-static void run(const MergeCall& call, bool backward, int64_t rows) {
-  const auto kernel = merge_attention_rows_dispatch();
-  parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(call.dim);
-    kernel(call, backward, buffer.data(), begin, end);
-  });
+void run(const MergeAttentionCall& call, bool backward, int64_t rows) {
+  run_parallel(merge_attention_rows, rows, 64, call, backward, RangeScratch<float>{call.dim});
 }
 
-static std::tuple<Tensor, Tensor> merge_attention_fwd(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+std::tuple<Tensor, Tensor> merge_attention_fwd(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   Tensor out = empty_contiguous(out_a), lse = empty_contiguous(lse_a);
   if (out_a.numel() == 0 && lse_a.numel() == 0) return {out, lse};
-  MergeCall call = merge_call(out_a, lse_a, out_b, lse_b, 1);
+  MergeAttentionCall call = merge_call(out_a, lse_a, out_b, lse_b, 1);
   call.out = out.mutable_data_ptr();
   call.lse = static_cast<float*>(lse.mutable_data_ptr());
   run(call, false, lse_a.numel());
   return {out, lse};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor out_a,
-                                                                      Tensor lse_a, Tensor out_b, Tensor lse_b) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor out_a,
+                                                               Tensor lse_a, Tensor out_b, Tensor lse_b) {
   Tensor grad_a = empty_contiguous(out_a), grad_lse_a = empty_contiguous(lse_a);
   Tensor grad_b = empty_contiguous(out_b), grad_lse_b = empty_contiguous(lse_b);
   if (out_a.numel() == 0 && lse_a.numel() == 0) return {grad_a, grad_lse_a, grad_b, grad_lse_b};
-  MergeCall call = merge_call(out_a, lse_a, out_b, lse_b, 2);
+  MergeAttentionCall call = merge_call(out_a, lse_a, out_b, lse_b, 2);
   call.grad = merge_rows(grad_out);
   call.grad_lse = merge_statistics(grad_lse);
   call.out = grad_a.mutable_data_ptr();
@@ -239,6 +240,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_bwd(Tensor gra
   run(call, true, lse_a.numel());
   return {grad_a, grad_lse_a, grad_b, grad_lse_b};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("merge_attention_fwd", TORCH_BOX(&merge_attention_fwd));

@@ -1,26 +1,26 @@
 // Queries into the latent space, on the CPU: one head's product and rotation at a time.
 // build-flags: -ffp-contract=fast
-#include "mla/product.h"
+#include "mla/product_cpu.h"
 
 #include "common/stream_cpu.h"
 
 namespace tilefuse {
 
-struct AbsorbCall {
+struct MlaAbsorbQueryCall {
   const void *q, *weight;
   int64_t q_token, q_head, weight_head, weight_row;
   Dtype dtype;
   int64_t tokens, heads, nope, rank, half;
   const float *cos, *sin;
   int64_t cos_stride, sin_stride;
-  // positions, or null: the token's own number
-  const void* positions;
-  bool positions_wide, interleaved, stream;
+  // without data: the token's own number
+  Index positions;
+  bool interleaved, stream;
   void* out;
 };
 
-struct AbsorbGradient {
-  AbsorbCall query;
+struct MlaAbsorbQueryBwdCall {
+  MlaAbsorbQueryCall query;
   const void* grad;
   int64_t grad_token, grad_head;
   void *grad_q, *grad_weight;
@@ -28,14 +28,12 @@ struct AbsorbGradient {
 
 namespace TILEFUSE_ISA {
 
+namespace {
+
 // the rotated part of one row, or its gradient, which turns the other way; scratch: 5 * half floats
 template <typename T>
-static inline void turn_row(const AbsorbCall& call, int64_t token, const T* in, T* out, float* scratch, bool back) {
-  int64_t position = token;
-  if (call.positions != nullptr) {
-    position = call.positions_wide ? static_cast<const int64_t*>(call.positions)[token]
-                                   : static_cast<const int32_t*>(call.positions)[token];
-  }
+inline void turn_row(const MlaAbsorbQueryCall& call, int64_t token, const T* in, T* out, float* scratch, bool back) {
+  const int64_t position = call.positions.data == nullptr ? token : call.positions[token];
   const float* cos = call.cos + position * call.cos_stride;
   const float* sin = call.sin + position * call.sin_stride;
   float *pairs = scratch, *turned = pairs + 2 * call.half, *sine = turned + 2 * call.half;
@@ -50,7 +48,7 @@ static inline void turn_row(const AbsorbCall& call, int64_t token, const T* in, 
 }
 
 template <typename T>
-static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
+void absorb(const MlaAbsorbQueryCall& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const int64_t depth = words(call.nope, Operand<T>::per_word), width = call.rank + 2 * call.half;
   const int64_t blocks = (call.tokens + kItemTokens - 1) / kItemTokens;
@@ -107,7 +105,8 @@ static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
       }
     }
     for (int64_t t = 0; t < tokens && call.half > 0; ++t) {
-      turn_row(call, first + t, q + t * call.q_token + call.nope, out + t * call.heads * width + call.rank, pairs, false);
+      turn_row(call, first + t, q + t * call.q_token + call.nope, out + t * call.heads * width + call.rank, pairs,
+               false);
     }
   }
   if (call.stream) stream_done();
@@ -115,9 +114,9 @@ static void absorb(const AbsorbCall& call, int64_t begin, int64_t end) {
 
 // one head's queries of a block of tokens
 template <typename T>
-static void absorb_query_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+void absorb_query_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
-  const AbsorbCall& query = call.query;
+  const MlaAbsorbQueryCall& query = call.query;
   const int64_t depth = words(query.rank, Operand<T>::per_word), width = query.nope + 2 * query.half;
   const int64_t blocks = (query.tokens + kItemTokens - 1) / kItemTokens;
   Scratch scratch(4 * (depth * (kColumns + kResultRows) + kColumns * kResultRows + 5 * query.half) + 512);
@@ -157,8 +156,8 @@ static void absorb_query_gradient(const AbsorbGradient& call, int64_t begin, int
 
 // one head's gradient of the weight, in kPanels panels of columns
 template <typename T>
-static void absorb_weight_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
-  const AbsorbCall& query = call.query;
+void absorb_weight_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, int64_t end) {
+  const MlaAbsorbQueryCall& query = call.query;
   constexpr int64_t wide = kPanels * kColumns;
   const int64_t groups = (query.rank + wide - 1) / wide;
   Scratch scratch(TokenSums<T>::bytes(query.nope));
@@ -172,15 +171,17 @@ static void absorb_weight_gradient(const AbsorbGradient& call, int64_t begin, in
   }
 }
 
-void mla_absorb_heads(const AbsorbCall& call, int64_t begin, int64_t end) {
+}  // namespace
+
+void mla_absorb_heads(const MlaAbsorbQueryCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { absorb<T>(call, begin, end); })
 }
 
-void mla_absorb_query_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+void mla_absorb_query_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.query.dtype, T, { absorb_query_gradient<T>(call, begin, end); })
 }
 
-void mla_absorb_weight_gradient(const AbsorbGradient& call, int64_t begin, int64_t end) {
+void mla_absorb_weight_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.query.dtype, T, { absorb_weight_gradient<T>(call, begin, end); })
 }
 
@@ -188,14 +189,16 @@ void mla_absorb_weight_gradient(const AbsorbGradient& call, int64_t begin, int64
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(mla_absorb_heads, (const AbsorbCall&, int64_t, int64_t))
-TILEFUSE_DISPATCH(mla_absorb_query_gradient, (const AbsorbGradient&, int64_t, int64_t))
-TILEFUSE_DISPATCH(mla_absorb_weight_gradient, (const AbsorbGradient&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_absorb_heads)
+TILEFUSE_DISPATCH(mla_absorb_query_gradient)
+TILEFUSE_DISPATCH(mla_absorb_weight_gradient)
+
+namespace {
 
 // the call without its output; raises on a position outside of the tables
-static AbsorbCall absorb_call(const Tensor& q, const Tensor& w_uk, const Tensor& cos, const Tensor& sin,
-                              const std::optional<Tensor>& positions, bool interleaved) {
-  AbsorbCall call{};
+MlaAbsorbQueryCall absorb_call(const Tensor& q, const Tensor& w_uk, const Tensor& cos, const Tensor& sin,
+                               const OptionalTensor& positions, bool interleaved) {
+  MlaAbsorbQueryCall call{};
   call.dtype = dtype_of(q);
   call.tokens = q.size(0);
   call.heads = q.size(1);
@@ -208,43 +211,37 @@ static AbsorbCall absorb_call(const Tensor& q, const Tensor& w_uk, const Tensor&
   call.weight = w_uk.const_data_ptr();
   call.weight_head = stride_or_zero(w_uk, 0);
   call.weight_row = stride_or_zero(w_uk, 1);
-  call.cos = static_cast<const float*>(cos.const_data_ptr());
-  call.sin = static_cast<const float*>(sin.const_data_ptr());
+  call.cos = pointer<const float>(cos);
+  call.sin = pointer<const float>(sin);
   call.cos_stride = stride_or_zero(cos, 0);
   call.sin_stride = stride_or_zero(sin, 0);
   call.interleaved = interleaved;
-  if (positions) {
-    const IndexData data = index_data(*positions);
-    call.positions = data.data;
-    call.positions_wide = data.wide;
-    for (int64_t i = 0; call.heads > 0 && call.half > 0 && i < call.tokens; ++i) {
-      if (data[i] < 0 || data[i] >= cos.size(0)) {
-        throw std::runtime_error("tilefuse.mla_absorb_query: positions must be in [0, " + std::to_string(cos.size(0)) +
-                                 "), got " + std::to_string(data[i]));
-      }
+  call.positions = index_of(positions);
+  for (int64_t i = 0; positions && call.heads > 0 && call.half > 0 && i < call.tokens; ++i) {
+    const int64_t position = call.positions[i];
+    if (position < 0 || position >= cos.size(0)) {
+      throw std::runtime_error("tilefuse.mla_absorb_query: positions must be in [0, " + std::to_string(cos.size(0)) +
+                               "), got " + std::to_string(position));
     }
   }
   return call;
 }
 
-static Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, std::optional<Tensor> positions,
-                                   bool interleaved) {
-  AbsorbCall call = absorb_call(q, w_uk, cos, sin, positions, interleaved);
+Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved) {
+  MlaAbsorbQueryCall call = absorb_call(q, w_uk, cos, sin, positions, interleaved);
   Tensor out = torch::stable::new_empty(q, {call.tokens, call.heads, call.rank + 2 * call.half});
   if (call.tokens == 0 || call.heads == 0) return out;
   call.out = out.mutable_data_ptr();
   const int64_t itemsize = static_cast<int64_t>(out.element_size());
   call.stream = out.size(2) * itemsize % 64 == 0 && out.numel() * itemsize >= kStreamBytes;
   const int64_t blocks = (call.tokens + kItemTokens - 1) / kItemTokens;
-  const auto kernel = mla_absorb_heads_dispatch();
-  parallel_for(0, call.heads * blocks, 1, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  run_parallel(mla_absorb_heads, call.heads * blocks, 1, call);
   return out;
 }
 
-static std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor grad, Tensor q, Tensor w_uk, Tensor cos, Tensor sin,
-                                                       std::optional<Tensor> positions, bool interleaved) {
-  using namespace baseline;
-  AbsorbGradient call{};
+std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor grad, Tensor q, Tensor w_uk, Tensor cos, Tensor sin,
+                                                OptionalTensor positions, bool interleaved) {
+  MlaAbsorbQueryBwdCall call{};
   call.query = absorb_call(q, w_uk, cos, sin, positions, interleaved);
   call.grad = grad.const_data_ptr();
   call.grad_token = stride_or_zero(grad, 0);
@@ -253,12 +250,14 @@ static std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor grad, Tensor q, Te
   call.grad_q = grad_q.mutable_data_ptr();
   call.grad_weight = grad_weight.mutable_data_ptr();
   const int64_t blocks = (call.query.tokens + kItemTokens - 1) / kItemTokens;
-  const int64_t groups = (call.query.rank + kPanels * kColumns - 1) / (kPanels * kColumns);
-  const auto of_query = mla_absorb_query_gradient_dispatch(), of_weight = mla_absorb_weight_gradient_dispatch();
-  parallel_for(0, call.query.heads * blocks, 1, [&](int64_t begin, int64_t end) { of_query(call, begin, end); });
-  parallel_for(0, call.query.heads * groups, 1, [&](int64_t begin, int64_t end) { of_weight(call, begin, end); });
+  constexpr int64_t kGroup = baseline::kPanels * baseline::kColumns;
+  const int64_t groups = (call.query.rank + kGroup - 1) / kGroup;
+  run_parallel(mla_absorb_query_gradient, call.query.heads * blocks, 1, call);
+  run_parallel(mla_absorb_weight_gradient, call.query.heads * groups, 1, call);
   return {grad_q, grad_weight};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_absorb_query_fwd", TORCH_BOX(&mla_absorb_query_fwd));

@@ -1,11 +1,11 @@
 // Latent rows from the raw down-projection, and the gradients back, on the CPU.
-#include "mla/latent.h"
+#include "mla/latent_cpu.h"
 
 #include "common/stream_cpu.h"
 
 namespace tilefuse {
 
-struct CompressGradient {
+struct MlaCompressKvBwdCall {
   LatentCall latent;
   const void* grad;
   int64_t grad_stride;
@@ -20,23 +20,10 @@ constexpr int64_t kTokens = 64;
 
 namespace TILEFUSE_ISA {
 
-// scratch: 2 R + 3 r floats
-void mla_compress_rows(const LatentCall& call, void* out, bool stream, float* scratch, int64_t begin, int64_t end) {
-  const int64_t width = call.rank + 2 * call.half;
-  TILEFUSE_BY_DTYPE(call.dtype, T, {
-    T* image = reinterpret_cast<T*>(scratch + width + 2 * call.half);
-    for (int64_t token = begin; token < end; ++token) {
-      T* to = static_cast<T*>(out) + token * width;
-      latent_row<T>(call, token, scratch, scratch + width);
-      store_row<T>(scratch, width, stream ? image : to);
-      if (stream) stream_copy(to, image, width * static_cast<int64_t>(sizeof(T)));
-    }
-  })
-  if (stream) stream_done();
-}
+namespace {
 
 template <typename T>
-static void compress_gradient(const CompressGradient& call, float* scratch, int64_t begin, int64_t end) {
+void compress_gradient(const MlaCompressKvBwdCall& call, float* scratch, int64_t begin, int64_t end) {
   const LatentCall& latent = call.latent;
   const int64_t rank = latent.rank, rope = 2 * latent.half, width = rank + rope;
   float *x = scratch, *g = x + rank, *turned = g + width, *sine = turned + rope;
@@ -75,8 +62,7 @@ static void compress_gradient(const CompressGradient& call, float* scratch, int6
       dot /= static_cast<float>(rank);
       for (i = 0; i < rank; ++i) g[i] = (g[i] - x[i] * dot) * rstd;
       if (rope > 0) {
-        const int64_t position =
-            latent.positions == nullptr ? token : index_at(latent.positions, latent.positions_wide, token);
+        const int64_t position = latent.positions.data == nullptr ? token : latent.positions[token];
         const float* cos = latent.cos + position * latent.cos_stride;
         const float* sin = latent.sin + position * latent.sin_stride;
         // the transpose of a rotation turns the other way
@@ -96,8 +82,25 @@ static void compress_gradient(const CompressGradient& call, float* scratch, int6
   if (call.stream) stream_done();
 }
 
+}  // namespace
+
+// scratch: 2 R + 3 r floats
+void mla_compress_rows(const LatentCall& call, void* out, bool stream, float* scratch, int64_t begin, int64_t end) {
+  const int64_t width = call.rank + 2 * call.half;
+  TILEFUSE_BY_DTYPE(call.dtype, T, {
+    T* image = reinterpret_cast<T*>(scratch + width + 2 * call.half);
+    for (int64_t token = begin; token < end; ++token) {
+      T* to = static_cast<T*>(out) + token * width;
+      latent_row<T>(call, token, scratch, scratch + width);
+      store_row<T>(scratch, width, stream ? image : to);
+      if (stream) stream_copy(to, image, width * static_cast<int64_t>(sizeof(T)));
+    }
+  })
+  if (stream) stream_done();
+}
+
 // blocks [begin, end) of kTokens tokens; scratch: 3 R + 6 r floats
-void mla_compress_gradients(const CompressGradient& call, float* scratch, int64_t begin, int64_t end) {
+void mla_compress_gradients(const MlaCompressKvBwdCall& call, float* scratch, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.latent.dtype, T, { compress_gradient<T>(call, scratch, begin, end); })
 }
 
@@ -105,12 +108,14 @@ void mla_compress_gradients(const CompressGradient& call, float* scratch, int64_
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(mla_compress_rows, (const LatentCall&, void*, bool, float*, int64_t, int64_t))
-TILEFUSE_DISPATCH(mla_compress_gradients, (const CompressGradient&, float*, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_compress_rows)
+TILEFUSE_DISPATCH(mla_compress_gradients)
 
-static void check_positions(const LatentCall& call, const std::optional<Tensor>& positions, int64_t table_rows) {
-  for (int64_t i = 0; call.half > 0 && positions && i < call.tokens; ++i) {
-    const int64_t position = index_data(*positions)[i];
+namespace {
+
+void check_positions(const LatentCall& call, int64_t table_rows) {
+  for (int64_t i = 0; call.half > 0 && call.positions.data != nullptr && i < call.tokens; ++i) {
+    const int64_t position = call.positions[i];
     if (position < 0 || position >= table_rows) {
       throw std::runtime_error("tilefuse.mla_compress_kv: positions must be in [0, " + std::to_string(table_rows) +
                                "), got " + std::to_string(position));
@@ -122,34 +127,29 @@ static void check_positions(const LatentCall& call, const std::optional<Tensor>&
 // kernel reads them and the allocator's next block lies.
 constexpr int64_t kPastCaches = 4 * kStreamBytes;
 
-static bool streams(const Tensor& out) {
+bool streams(const Tensor& out) {
   const int64_t itemsize = static_cast<int64_t>(out.element_size());
   return out.size(1) * itemsize % 64 == 0 && out.numel() * itemsize >= kPastCaches;
 }
 
-static Tensor mla_compress_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, std::optional<Tensor> positions,
-                                  double eps, bool interleaved) {
+Tensor mla_compress_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, OptionalTensor positions, double eps,
+                           bool interleaved) {
   const std::vector<float> weights = float_weight(weight);
   const LatentCall call = latent_call(kv_a, weights, cos, sin, positions, eps, interleaved);
-  check_positions(call, positions, cos.size(0));
+  check_positions(call, cos.size(0));
   Tensor out = empty_contiguous(kv_a);
-  const auto kernel = mla_compress_rows_dispatch();
-  void* to = out.mutable_data_ptr();
-  parallel_for(0, call.tokens, kLatentGrain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * call.rank + 6 * call.half);
-    kernel(call, to, streams(out), scratch.data(), begin, end);
-  });
+  run_parallel(mla_compress_rows, call.tokens, kLatentGrain, call, out.mutable_data_ptr(), streams(out),
+               RangeScratch<float>{2 * call.rank + 6 * call.half});
   return out;
 }
 
-static std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, Tensor weight, Tensor cos, Tensor sin,
-                                                      std::optional<Tensor> positions, double eps, bool interleaved) {
-  using namespace baseline;
+std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, Tensor weight, Tensor cos, Tensor sin,
+                                               OptionalTensor positions, double eps, bool interleaved) {
   const std::vector<float> weights = float_weight(weight);
-  CompressGradient call{};
+  MlaCompressKvBwdCall call{};
   call.latent = latent_call(kv_a, weights, cos, sin, positions, eps, interleaved);
   const int64_t rank = call.latent.rank;
-  check_positions(call.latent, positions, cos.size(0));
+  check_positions(call.latent, cos.size(0));
   Tensor out = empty_contiguous(kv_a), grad_weight = empty_contiguous(weight);
   call.grad = grad.const_data_ptr();
   call.grad_stride = stride_or_zero(grad, 0);
@@ -158,11 +158,7 @@ static std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, 
   const int64_t blocks = (call.latent.tokens + kTokens - 1) / kTokens;
   std::vector<float> partial(blocks * rank);
   call.partial = partial.data();
-  const auto kernel = mla_compress_gradients_dispatch();
-  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(3 * rank + 12 * call.latent.half);
-    kernel(call, scratch.data(), begin, end);
-  });
+  run_parallel(mla_compress_gradients, blocks, 1, call, RangeScratch<float>{3 * rank + 12 * call.latent.half});
   std::vector<double> total(rank);
   for (int64_t block = 0; block < blocks; ++block) {
     for (int64_t i = 0; i < rank; ++i) total[i] += static_cast<double>(partial[block * rank + i]);
@@ -173,6 +169,8 @@ static std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, 
   })
   return {out, grad_weight};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_compress_kv_fwd", TORCH_BOX(&mla_compress_kv_fwd));

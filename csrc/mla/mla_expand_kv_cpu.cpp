@@ -1,26 +1,26 @@
 // Keys and values of all heads from latent rows, on the CPU: the product writes both where they belong.
 // build-flags: -ffp-contract=fast
-#include "mla/product.h"
+#include "mla/product_cpu.h"
 
 #include "common/stream_cpu.h"
 
 namespace tilefuse {
 
-struct ExpandInputs {
+struct MlaExpandKvInputs {
   const void *latent, *weight;
   int64_t latent_stride, weight_stride;
   Dtype dtype;
   int64_t tokens, heads, rank, nope, v_dim, rope;
 };
 
-struct ExpandCall : ExpandInputs {
+struct MlaExpandKvCall : MlaExpandKvInputs {
   bool stream;
   // [blocks of tokens, words of R, tokens of a block], 4 bytes each
   void* packed;
   void *k, *v;
 };
 
-struct ExpandGradient : ExpandInputs {
+struct MlaExpandKvBwdCall : MlaExpandKvInputs {
   const void *grad_k, *grad_v;
   int64_t k_token, k_head, v_token, v_head;
   // tokens of one item of work
@@ -33,8 +33,10 @@ constexpr int64_t kMostTokens = 288;
 
 namespace TILEFUSE_ISA {
 
+namespace {
+
 template <typename T>
-static void pack_tokens(const ExpandCall& call, int64_t begin, int64_t end) {
+void pack_tokens(const MlaExpandKvCall& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const int64_t depth = words(call.rank, Operand<T>::per_word);
   for (int64_t block = begin; block < end; ++block) {
@@ -49,7 +51,7 @@ static void pack_tokens(const ExpandCall& call, int64_t begin, int64_t end) {
 
 // c [count][tokens of the block] -> out [token][count], rows `stride` apart
 template <typename T>
-static inline void store_transposed(const float* c, int64_t count, int64_t tokens, T* out, int64_t stride) {
+inline void store_transposed(const float* c, int64_t count, int64_t tokens, T* out, int64_t stride) {
   int64_t r = 0;
   if constexpr (sizeof(T) == 2) {
     // two columns of the result at a time
@@ -71,7 +73,7 @@ static inline void store_transposed(const float* c, int64_t count, int64_t token
 }
 
 template <typename T>
-static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
+void expand_heads(const MlaExpandKvCall& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const int64_t depth = words(call.rank, Operand<T>::per_word);
   const int64_t blocks = (call.tokens + kColumns - 1) / kColumns;
@@ -118,7 +120,7 @@ static void expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
 // one panel of columns of a block of tokens' gradient, summed over the heads in order, and a share of the part that all
 // heads read
 template <typename T>
-static void expand_latent_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+void expand_latent_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const int64_t panels = (call.rank + kColumns - 1) / kColumns, width = call.rank + call.rope;
   const int64_t widest = words(call.nope > call.v_dim ? call.nope : call.v_dim, Operand<T>::per_word);
@@ -168,7 +170,7 @@ static void expand_latent_gradient(const ExpandGradient& call, int64_t begin, in
 
 // rows of the weight's gradient that belong to one head's keys or values, in kPanels panels of columns
 template <typename T>
-static void expand_weight_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+void expand_weight_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64_t end) {
   const int64_t widest = call.nope > call.v_dim ? call.nope : call.v_dim;
   constexpr int64_t wide = kPanels * kColumns;
   const int64_t groups = (call.rank + wide - 1) / wide;
@@ -185,19 +187,21 @@ static void expand_weight_gradient(const ExpandGradient& call, int64_t begin, in
   }
 }
 
-void mla_expand_pack(const ExpandCall& call, int64_t begin, int64_t end) {
+}  // namespace
+
+void mla_expand_pack(const MlaExpandKvCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { pack_tokens<T>(call, begin, end); })
 }
 
-void mla_expand_heads(const ExpandCall& call, int64_t begin, int64_t end) {
+void mla_expand_heads(const MlaExpandKvCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { expand_heads<T>(call, begin, end); })
 }
 
-void mla_expand_latent_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+void mla_expand_latent_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { expand_latent_gradient<T>(call, begin, end); })
 }
 
-void mla_expand_weight_gradient(const ExpandGradient& call, int64_t begin, int64_t end) {
+void mla_expand_weight_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, { expand_weight_gradient<T>(call, begin, end); })
 }
 
@@ -205,13 +209,15 @@ void mla_expand_weight_gradient(const ExpandGradient& call, int64_t begin, int64
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(mla_expand_pack, (const ExpandCall&, int64_t, int64_t))
-TILEFUSE_DISPATCH(mla_expand_heads, (const ExpandCall&, int64_t, int64_t))
-TILEFUSE_DISPATCH(mla_expand_latent_gradient, (const ExpandGradient&, int64_t, int64_t))
-TILEFUSE_DISPATCH(mla_expand_weight_gradient, (const ExpandGradient&, int64_t, int64_t))
+TILEFUSE_DISPATCH(mla_expand_pack)
+TILEFUSE_DISPATCH(mla_expand_heads)
+TILEFUSE_DISPATCH(mla_expand_latent_gradient)
+TILEFUSE_DISPATCH(mla_expand_weight_gradient)
 
-static void set_inputs(ExpandInputs& call, const Tensor& latent, const Tensor& w_ukv, int64_t kv_lora_rank,
-                       int64_t nope_dim, int64_t v_dim) {
+namespace {
+
+void set_inputs(MlaExpandKvInputs& call, const Tensor& latent, const Tensor& w_ukv, int64_t kv_lora_rank,
+                int64_t nope_dim, int64_t v_dim) {
   call.latent = latent.const_data_ptr();
   call.weight = w_ukv.const_data_ptr();
   call.latent_stride = stride_or_zero(latent, 0);
@@ -225,9 +231,9 @@ static void set_inputs(ExpandInputs& call, const Tensor& latent, const Tensor& w
   call.rope = latent.size(1) - kv_lora_rank;
 }
 
-static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_t kv_lora_rank,
-                                                    int64_t nope_dim, int64_t v_dim) {
-  ExpandCall call{};
+std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_t kv_lora_rank, int64_t nope_dim,
+                                             int64_t v_dim) {
+  MlaExpandKvCall call{};
   set_inputs(call, latent, w_ukv, kv_lora_rank, nope_dim, v_dim);
   Tensor k = torch::stable::new_empty(latent, {call.tokens, call.heads, nope_dim + call.rope});
   Tensor v = torch::stable::new_empty(latent, {call.tokens, call.heads, v_dim});
@@ -240,15 +246,14 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv,
   const int64_t blocks = (call.tokens + baseline::kColumns - 1) / baseline::kColumns;
   std::vector<float> packed(blocks * call.rank * baseline::kColumns);
   call.packed = packed.data();
-  const auto pack = mla_expand_pack_dispatch(), heads = mla_expand_heads_dispatch();
-  parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { pack(call, begin, end); });
-  parallel_for(0, call.heads * blocks, 1, [&](int64_t begin, int64_t end) { heads(call, begin, end); });
+  run_parallel(mla_expand_pack, blocks, 1, call);
+  run_parallel(mla_expand_heads, call.heads * blocks, 1, call);
   return {k, v};
 }
 
-static std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv,
-                                                    int64_t kv_lora_rank, int64_t nope_dim, int64_t v_dim) {
-  ExpandGradient call{};
+std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv,
+                                             int64_t kv_lora_rank, int64_t nope_dim, int64_t v_dim) {
+  MlaExpandKvBwdCall call{};
   set_inputs(call, latent, w_ukv, kv_lora_rank, nope_dim, v_dim);
   call.grad_k = grad_k.const_data_ptr();
   call.grad_v = grad_v.const_data_ptr();
@@ -259,16 +264,17 @@ static std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v
   Tensor grad_latent = empty_contiguous(latent), grad_weight = empty_contiguous(w_ukv);
   call.grad_latent = grad_latent.mutable_data_ptr();
   call.grad_weight = grad_weight.mutable_data_ptr();
-  using namespace baseline;
+  constexpr int64_t kColumns = baseline::kColumns, kGroup = baseline::kPanels * kColumns;
   const int64_t blocks = (call.tokens + kMostTokens - 1) / kMostTokens, panels = (call.rank + kColumns - 1) / kColumns;
   // blocks alike, of whole blocks of the product
   call.block_tokens = blocks == 0 ? 0 : ((call.tokens + blocks - 1) / blocks + 5) / 6 * 6;
-  const int64_t groups = (call.rank + kPanels * kColumns - 1) / (kPanels * kColumns);
-  const auto of_latent = mla_expand_latent_gradient_dispatch(), of_weight = mla_expand_weight_gradient_dispatch();
-  parallel_for(0, blocks * panels, 1, [&](int64_t begin, int64_t end) { of_latent(call, begin, end); });
-  parallel_for(0, call.heads * groups * 2, 1, [&](int64_t begin, int64_t end) { of_weight(call, begin, end); });
+  const int64_t groups = (call.rank + kGroup - 1) / kGroup;
+  run_parallel(mla_expand_latent_gradient, blocks * panels, 1, call);
+  run_parallel(mla_expand_weight_gradient, call.heads * groups * 2, 1, call);
   return {grad_latent, grad_weight};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("mla_expand_kv_fwd", TORCH_BOX(&mla_expand_kv_fwd));

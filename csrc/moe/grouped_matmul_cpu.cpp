@@ -3,8 +3,8 @@
 
 namespace tilefuse {
 
-struct GroupedArgs {
-  Rows a;
+struct GroupedMatmulCall {
+  SourceRows a;
   const void* b;
   int64_t b_expert, b_row;  // strides
   const void* bias;         // [E, N] or nullptr
@@ -15,35 +15,36 @@ struct GroupedArgs {
 
 namespace TILEFUSE_ISA {
 
-void grouped_dot([[maybe_unused]] const GroupedArgs& args, [[maybe_unused]] const Tile* tiles,
+void grouped_dot([[maybe_unused]] const GroupedMatmulCall& call, [[maybe_unused]] const GroupTile* tiles,
                  [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
 #if defined(TILEFUSE_MOE_DOT)
-  PackedRows packed = packed_rows(args.k);
-  alignas(64) float product[TILE_ROWS * PANEL_COLS];
-  DotState states[DOT_STATES];
+  PackedRows packed = packed_rows(call.k);
+  alignas(64) float product[kTileRows * kPanelCols];
+  DotState states[kDotStates];
   for (int64_t t = begin; t < end; ++t) {
-    const Tile& tile = tiles[t];
+    const GroupTile& tile = tiles[t];
     const int64_t count = tile.row_end - tile.row_begin;
-    pack(packed, args.a, tile, args.k);
-    const bf16* w = static_cast<const bf16*>(args.b) + tile.expert * args.b_expert;
-    const bf16* bias = args.bias == nullptr ? nullptr : static_cast<const bf16*>(args.bias) + tile.expert * args.n;
-    for (int64_t first = tile.n_begin; first < tile.n_end; first += PANEL_COLS) {
-      const int64_t width = tile.n_end - first < PANEL_COLS ? tile.n_end - first : PANEL_COLS;
-      if (!args.out_f32) fetch_rows(static_cast<const bf16*>(args.out) + tile.row_begin * args.n + first, args.n, count);
-      for (int64_t n = first; n < first + width; n += DOT_COLS) {
-        const bf16 *columns[DOT_COLS], *next[DOT_COLS];
-        weight_rows(w, args.b_row, n, tile.n_end, columns);
-        weight_rows(w, args.b_row, n + 2 * DOT_COLS <= tile.n_end ? n + DOT_COLS : n, tile.n_end, next);
-        dot_panel(packed.data, count, columns, next, args.k, states, product + (n - first));
+    pack(packed, call.a, tile, call.k);
+    const bf16* w = static_cast<const bf16*>(call.b) + tile.expert * call.b_expert;
+    const bf16* bias = call.bias == nullptr ? nullptr : static_cast<const bf16*>(call.bias) + tile.expert * call.n;
+    for (int64_t first = tile.n_begin; first < tile.n_end; first += kPanelCols) {
+      const int64_t width = tile.n_end - first < kPanelCols ? tile.n_end - first : kPanelCols;
+      if (!call.out_f32)
+        fetch_rows(static_cast<const bf16*>(call.out) + tile.row_begin * call.n + first, call.n, count);
+      for (int64_t n = first; n < first + width; n += kDotCols) {
+        const bf16 *columns[kDotCols], *next[kDotCols];
+        weight_rows(w, call.b_row, n, tile.n_end, columns);
+        weight_rows(w, call.b_row, n + 2 * kDotCols <= tile.n_end ? n + kDotCols : n, tile.n_end, next);
+        dot_panel(packed.data, count, columns, next, call.k, states, product + (n - first));
       }
       if (bias != nullptr) add_bias(product, count, width, bias + first);
       for (int64_t r = 0; r < count; ++r) {
-        const float* row = product + r * PANEL_COLS;
-        const int64_t at = (tile.row_begin + r) * args.n + first;
-        if (args.out_f32) {
-          std::memcpy(static_cast<float*>(args.out) + at, row, static_cast<size_t>(width) * sizeof(float));
+        const float* row = product + r * kPanelCols;
+        const int64_t at = (tile.row_begin + r) * call.n + first;
+        if (call.out_f32) {
+          std::memcpy(static_cast<float*>(call.out) + at, row, static_cast<size_t>(width) * sizeof(float));
         } else {
-          store_panel_row(row, width, static_cast<bf16*>(args.out) + at);
+          store_panel_row(row, width, static_cast<bf16*>(call.out) + at);
         }
       }
     }
@@ -55,28 +56,35 @@ void grouped_dot([[maybe_unused]] const GroupedArgs& args, [[maybe_unused]] cons
 }  // namespace TILEFUSE_ISA
 }  // namespace tilefuse
 
-#include "moe/grouped_host.h"
+#include "moe/grouped_cpu_host.h"
 
 #ifdef TILEFUSE_REGISTER
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(grouped_dot, (const GroupedArgs&, const Tile*, int64_t, int64_t))
+TILEFUSE_DISPATCH(grouped_dot)
 
-static Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, std::optional<Tensor> a_index, std::optional<Tensor> bias,
-                         int64_t index_div, ScalarType out_dtype) {
+namespace {
+
+Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, OptionalTensor a_index, OptionalTensor bias, int64_t index_div,
+                  ScalarType out_dtype) {
   const int64_t rows = a_index ? a_index->numel() : a.size(0), n = b.size(1), k = b.size(2);
   Tensor out = torch::stable::new_empty(a, {rows, n}, out_dtype);
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   zero_outside(out, bounds);
-  const Rows source = rows_of(a, a_index, index_div);
+  const SourceRows source = rows_of(a, a_index, index_div);
   if (dot_applies(a, b)) {
-    const GroupedArgs args{source, b.data_ptr(), b.stride(0), stride_or_zero(b, 1), bias ? bias->data_ptr() : nullptr,
-                           out.data_ptr(), out_dtype == ScalarType::Float, n, k};
-    const std::vector<Tile> tiles = tiles_of(bounds, n);
-    const auto run = grouped_dot_dispatch();
-    parallel_for(0, static_cast<int64_t>(tiles.size()), 1,
-                 [&](int64_t begin, int64_t end) { run(args, tiles.data(), begin, end); });
+    const GroupedMatmulCall call{source,
+                                 b.const_data_ptr(),
+                                 b.stride(0),
+                                 stride_or_zero(b, 1),
+                                 pointer<const void>(bias),
+                                 out.data_ptr(),
+                                 out_dtype == ScalarType::Float,
+                                 n,
+                                 k};
+    const std::vector<GroupTile> tiles = tiles_of(bounds, n);
+    run_parallel(grouped_dot, static_cast<int64_t>(tiles.size()), 1, call, tiles.data());
     return out;
   }
   const size_t row_bytes = static_cast<size_t>(n) * static_cast<size_t>(out.element_size());
@@ -88,10 +96,10 @@ static Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, std::optional<Tenso
 }
 
 // the rows of one group side by side: in place where they already are
-static Tensor group_rows(const Tensor& t, const Rows& rows, int64_t begin, int64_t end, const Tensor& buffer) {
+Tensor group_rows(const Tensor& t, const SourceRows& rows, int64_t begin, int64_t end, const Tensor& buffer) {
   const int64_t width = t.size(1);
   const size_t element = static_cast<size_t>(t.element_size());
-  if (rows.index == nullptr) {
+  if (rows.index.data == nullptr) {
     char* data = static_cast<char*>(t.data_ptr()) + static_cast<size_t>(begin * rows.stride) * element;
     return blob(data, {end - begin, width}, {rows.stride, 1}, t.scalar_type());
   }
@@ -100,8 +108,8 @@ static Tensor group_rows(const Tensor& t, const Rows& rows, int64_t begin, int64
   return blob(to, {end - begin, width}, {width, 1}, t.scalar_type());
 }
 
-static Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, std::optional<Tensor> a_index,
-                           std::optional<Tensor> grad_index, int64_t index_div, ScalarType out_dtype) {
+Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, OptionalTensor a_index, OptionalTensor grad_index,
+                    int64_t index_div, ScalarType out_dtype) {
   const int64_t rows = a_index ? a_index->numel() : a.size(0), experts = offsets.numel() - 1;
   const int64_t n = grad.size(1), k = a.size(1);
   Tensor out = torch::stable::new_empty(a, {experts, n, k}, out_dtype);
@@ -109,7 +117,7 @@ static Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, std::optional<
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   int64_t largest = 0;
   for (int64_t e = 0; e < experts; ++e) largest = std::max(largest, bounds[e + 1] - bounds[e]);
-  const Rows a_rows = rows_of(a, a_index, index_div), grad_rows = rows_of(grad, grad_index, index_div);
+  const SourceRows a_rows = rows_of(a, a_index, index_div), grad_rows = rows_of(grad, grad_index, index_div);
   const Tensor a_buffer = torch::stable::new_empty(a, {a_index ? largest : 0, k});
   const Tensor grad_buffer = torch::stable::new_empty(grad, {grad_index ? largest : 0, n});
   const size_t matrix_bytes = static_cast<size_t>(n * k) * static_cast<size_t>(out.element_size());
@@ -129,6 +137,8 @@ static Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, std::optional<
   }
   return out;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("grouped_matmul_fwd", TORCH_BOX(&matmul_fwd));

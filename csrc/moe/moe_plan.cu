@@ -1,13 +1,13 @@
 // Launch and registration of moe_plan.
 #include "moe/moe_plan.cuh"
 
-#include <tuple>
-
 #include "common/launch.h"
 
 namespace tilefuse {
 
-static std::tuple<Tensor, Tensor, Tensor> moe_plan_fwd(Tensor ids, int64_t num_experts) {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> moe_plan_fwd(Tensor ids, int64_t num_experts) {
   const int64_t slots = ids.numel();
   Tensor order = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
   Tensor inverse = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
@@ -26,6 +26,8 @@ static std::tuple<Tensor, Tensor, Tensor> moe_plan_fwd(Tensor ids, int64_t num_e
   call.check("moe_plan");
   return {order, inverse, offsets};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) { m.impl("moe_plan_fwd", TORCH_BOX(&moe_plan_fwd)); }
 

@@ -1,5 +1,5 @@
-// moe_plan for decode: one block sorts all slots. Each warp owns a run of slots and a histogram, and counts 32 slots at a
-// time by matching lanes, so the order inside an expert is the order of the slots and nothing is added atomically.
+// moe_plan for decode: one block sorts all slots. Each warp owns a run of slots and a histogram, and counts 32 slots at
+// a time by matching lanes, so the order inside an expert is the order of the slots and nothing is added atomically.
 #pragma once
 
 #include "common/cuda.cuh"

@@ -4,23 +4,27 @@
 namespace tilefuse {
 namespace TILEFUSE_ISA {
 
+namespace {
+
 // expert of a slot, `experts` for a dropped one
-static inline int64_t expert_of(const void* ids, bool wide, int64_t slot, int64_t experts) {
-  const int64_t id = wide ? static_cast<const int64_t*>(ids)[slot] : static_cast<const int32_t*>(ids)[slot];
+inline int64_t expert_of(const Index& ids, int64_t slot, int64_t experts) {
+  const int64_t id = ids[slot];
   return static_cast<uint64_t>(id) < static_cast<uint64_t>(experts) ? id : experts;
 }
 
+}  // namespace
+
 // counts [experts + 1] of one chunk
-void moe_plan_count(const void* ids, bool wide, int64_t begin, int64_t end, int64_t experts, int32_t* counts) {
+void moe_plan_count(const Index& ids, int64_t begin, int64_t end, int64_t experts, int32_t* counts) {
   for (int64_t e = 0; e <= experts; ++e) counts[e] = 0;
-  for (int64_t slot = begin; slot < end; ++slot) ++counts[expert_of(ids, wide, slot, experts)];
+  for (int64_t slot = begin; slot < end; ++slot) ++counts[expert_of(ids, slot, experts)];
 }
 
 // next [experts + 1]: where this chunk's first slot of each expert goes
-void moe_plan_scatter(const void* ids, bool wide, int64_t begin, int64_t end, int64_t experts, int32_t* next,
-                      int32_t* order, int32_t* inverse) {
+void moe_plan_scatter(const Index& ids, int64_t begin, int64_t end, int64_t experts, int32_t* next, int32_t* order,
+                      int32_t* inverse) {
   for (int64_t slot = begin; slot < end; ++slot) {
-    const int64_t expert = expert_of(ids, wide, slot, experts);
+    const int64_t expert = expert_of(ids, slot, experts);
     const int32_t at = next[expert]++;
     order[at] = static_cast<int32_t>(slot);
     inverse[slot] = expert == experts ? -1 : at;
@@ -32,31 +36,25 @@ void moe_plan_scatter(const void* ids, bool wide, int64_t begin, int64_t end, in
 
 #ifdef TILEFUSE_REGISTER
 
-#include <tuple>
-#include <vector>
-
 namespace tilefuse {
 
-using torch::stable::Tensor;
-using torch::headeronly::ScalarType;
+TILEFUSE_DISPATCH(moe_plan_count)
+TILEFUSE_DISPATCH(moe_plan_scatter)
 
-TILEFUSE_DISPATCH(moe_plan_count, (const void*, bool, int64_t, int64_t, int64_t, int32_t*))
-TILEFUSE_DISPATCH(moe_plan_scatter, (const void*, bool, int64_t, int64_t, int64_t, int32_t*, int32_t*, int32_t*))
+namespace {
 
-static std::tuple<Tensor, Tensor, Tensor> plan_fwd(Tensor ids, int64_t experts) {
+std::tuple<Tensor, Tensor, Tensor> plan_fwd(Tensor ids, int64_t experts) {
   const int64_t slots = ids.numel();
   Tensor order = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
   Tensor inverse = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
   Tensor offsets = torch::stable::new_empty(ids, {experts + 1}, ScalarType::Int);
-  const bool wide = ids.scalar_type() == ScalarType::Long;
+  const Index index = index_of(ids);
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   // the counters must stay small beside the slots
   const int64_t most = slots / (4 * (experts + 1)) + 1;
   const int64_t chunks = slots <= 16384 ? 1 : (threads < most ? threads : most);
   const int64_t size = (slots + chunks - 1) / chunks;
   std::vector<int32_t> counts(static_cast<size_t>(chunks * (experts + 1)));
-  const auto count = moe_plan_count_dispatch();
-  const auto scatter = moe_plan_scatter_dispatch();
   const auto each = [&](const auto& body) {
     parallel_for(0, chunks, 1, [&](int64_t first, int64_t last) {
       for (int64_t c = first; c < last; ++c) {
@@ -64,7 +62,7 @@ static std::tuple<Tensor, Tensor, Tensor> plan_fwd(Tensor ids, int64_t experts) 
       }
     });
   };
-  each([&](int64_t begin, int64_t end, int32_t* mine) { count(ids.data_ptr(), wide, begin, end, experts, mine); });
+  each([&](int64_t begin, int64_t end, int32_t* mine) { moe_plan_count(index, begin, end, experts, mine); });
   int32_t* starts = static_cast<int32_t*>(offsets.data_ptr());
   int32_t total = 0;
   for (int64_t e = 0; e <= experts; ++e) {
@@ -77,11 +75,13 @@ static std::tuple<Tensor, Tensor, Tensor> plan_fwd(Tensor ids, int64_t experts) 
     }
   }
   each([&](int64_t begin, int64_t end, int32_t* mine) {
-    scatter(ids.data_ptr(), wide, begin, end, experts, mine, static_cast<int32_t*>(order.data_ptr()),
-            static_cast<int32_t*>(inverse.data_ptr()));
+    moe_plan_scatter(index, begin, end, experts, mine, static_cast<int32_t*>(order.data_ptr()),
+                     static_cast<int32_t*>(inverse.data_ptr()));
   });
   return {order, inverse, offsets};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("moe_plan_fwd", TORCH_BOX(&plan_fwd)); }
 

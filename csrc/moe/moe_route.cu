@@ -1,31 +1,22 @@
 // Launch and registration of moe_route and its gradient.
 #include "moe/moe_route.cuh"
 
-#include <optional>
-#include <string>
-#include <tuple>
-
 #include "common/launch.h"
 
 namespace tilefuse {
 
-static RouteScore score_of(const std::string& name) {
-  if (name == "softmax") return RouteScore::softmax;
-  if (name == "sigmoid") return RouteScore::sigmoid;
-  return name == "sqrtsoftplus" ? RouteScore::sqrtsoftplus : RouteScore::none;
-}
+namespace {
 
-static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Tensor> bias, int64_t top_k,
-                                                std::string score, bool renormalize, int64_t n_group,
-                                                int64_t topk_group, std::string group_score, double scale,
-                                                std::string nan_policy) {
+std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, OptionalTensor bias, int64_t top_k, std::string score,
+                                         bool renormalize, int64_t n_group, int64_t topk_group, std::string group_score,
+                                         double scale, std::string nan_policy) {
   Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Float);
   Tensor ids = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Int);
   if (logits.size(0) == 0) return {weights, ids};
-  RouteParams p{};
-  p.logits = logits.data_ptr();
+  MoeRouteCall p{};
+  p.logits = logits.const_data_ptr();
   p.stride = stride_or_zero(logits, 0);
-  p.bias = bias ? pointer<const float>(*bias) : nullptr;
+  p.bias = pointer<const float>(bias);
   p.weights = pointer<float>(weights);
   p.ids = pointer<int>(ids);
   p.tokens = logits.size(0);
@@ -33,7 +24,7 @@ static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Ten
   p.top_k = static_cast<int>(top_k);
   p.groups = static_cast<int>(n_group);
   p.topk_group = static_cast<int>(topk_group);
-  p.score = score_of(score);
+  p.score = route_score_named(score.c_str());
   p.renormalize = renormalize;
   p.top2 = group_score == "top2";
   p.nan_zero = nan_policy == "zero";
@@ -48,20 +39,20 @@ static std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, std::optional<Ten
   return {weights, ids};
 }
 
-static Tensor moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, std::string score, bool renormalize, double scale,
-                            std::string nan_policy) {
+Tensor moe_route_bwd(Tensor dweights, Tensor logits, Tensor ids, std::string score, bool renormalize, double scale,
+                     std::string nan_policy) {
   Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   if (logits.size(0) == 0) return out;
-  RouteBackwardParams p{};
-  p.grad = pointer<const float>(grad);
-  p.logits = logits.data_ptr();
+  MoeRouteBwdCall p{};
+  p.dweights = pointer<const float>(dweights);
+  p.logits = logits.const_data_ptr();
   p.stride = stride_or_zero(logits, 0);
   p.ids = pointer<const int>(ids);
-  p.grad_logits = out.data_ptr();
+  p.dlogits = out.mutable_data_ptr();
   p.tokens = logits.size(0);
   p.experts = static_cast<int>(logits.size(1));
   p.top_k = static_cast<int>(ids.size(1));
-  p.score = score_of(score);
+  p.score = route_score_named(score.c_str());
   p.renormalize = renormalize;
   p.nan_zero = nan_policy == "zero";
   p.scale = static_cast<float>(scale);
@@ -73,6 +64,8 @@ static Tensor moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, std::string 
   call.check("moe_route");
   return out;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cuda, CUDA, m) {
   m.impl("moe_route_fwd", TORCH_BOX(&moe_route_fwd));

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "moe/moe_route.h"
 
 namespace tilefuse {
 
-enum class RouteScore : int { softmax, sigmoid, sqrtsoftplus, none };
-
-struct RouteParams {
+struct MoeRouteCall {
   const void* logits;
   int64_t stride;     // of a row
   const float* bias;  // [E] or nullptr
@@ -20,12 +19,12 @@ struct RouteParams {
   float scale;
 };
 
-struct RouteBackwardParams {
-  const float* grad;  // [T, k]
+struct MoeRouteBwdCall {
+  const float* dweights;  // [T, k]
   const void* logits;
-  int64_t stride;     // of a row
-  const int* ids;     // [T, k], as the forward wrote them: distinct and in range whatever the logits hold
-  void* grad_logits;  // [T, E]
+  int64_t stride;  // of a row
+  const int* ids;  // [T, k], as the forward wrote them: distinct and in range whatever the logits hold
+  void* dlogits;   // [T, E]
   int64_t tokens;
   int experts, top_k;
   RouteScore score;
@@ -62,7 +61,9 @@ __device__ __forceinline__ long long route_packed(int key, int index) {
   return (static_cast<long long>(key) * 4294967296ll) + (0x7fffffff - index);
 }
 
-__device__ __forceinline__ int route_index(long long packed) { return 0x7fffffff - static_cast<int>(packed & 0x7fffffff); }
+__device__ __forceinline__ int route_index(long long packed) {
+  return 0x7fffffff - static_cast<int>(packed & 0x7fffffff);
+}
 
 __device__ __forceinline__ long long warp_best(long long value) {
 #pragma unroll
@@ -79,15 +80,16 @@ __device__ __forceinline__ float route_score(float x, RouteScore score) {
   return x;
 }
 
-template <typename T, int PerLane>
-__device__ __forceinline__ void route_row(const RouteParams& p, int64_t row, int* group_keys, int* kept, float* chosen) {
+template <typename T, int kPerLane>
+__device__ __forceinline__ void route_row(const MoeRouteCall& p, int64_t row, int* group_keys, int* kept,
+                                          float* chosen) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const T* source = static_cast<const T*>(p.logits) + row * p.stride;
   const int per_group = p.experts / p.groups;
-  float x[PerLane], s[PerLane], value[PerLane];
+  float x[kPerLane], s[kPerLane], value[kPerLane];
   float top = kNegInf;
 #pragma unroll
-  for (int i = 0; i < PerLane; ++i) {
+  for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * 32 + lane;
     x[i] = expert < p.experts ? to_float(source[expert]) : kNegInf;
     top = fmaxf(top, x[i]);  // ignores NaN
@@ -96,7 +98,7 @@ __device__ __forceinline__ void route_row(const RouteParams& p, int64_t row, int
     top = warp_max(top);
     float sum = 0.0f, clean_sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
       const bool real = i * 32 + lane < p.experts;
       s[i] = real ? expf(x[i] - top) : 0.0f;
       // NaN is set aside and the largest logit counts 1 even when it is infinite
@@ -107,17 +109,17 @@ __device__ __forceinline__ void route_row(const RouteParams& p, int64_t row, int
     sum = warp_sum(sum);
     clean_sum = warp_sum(clean_sum);
 #pragma unroll
-    for (int i = 0; i < PerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
       s[i] = s[i] / sum;
       value[i] = x[i] != x[i] ? x[i] : value[i] / clean_sum;
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < PerLane; ++i) value[i] = s[i] = route_score(x[i], p.score);
+    for (int i = 0; i < kPerLane; ++i) value[i] = s[i] = route_score(x[i], p.score);
   }
   if (p.bias != nullptr) {
 #pragma unroll
-    for (int i = 0; i < PerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
       if (i * 32 + lane < p.experts) value[i] += p.bias[i * 32 + lane];
     }
   }
@@ -128,7 +130,7 @@ __device__ __forceinline__ void route_row(const RouteParams& p, int64_t row, int
     for (int g = 0; g < p.groups; ++g) {
       float first = kNegInf, second = kNegInf;
 #pragma unroll
-      for (int i = 0; i < PerLane; ++i) {
+      for (int i = 0; i < kPerLane; ++i) {
         const int expert = i * 32 + lane;
         const float v = by_logit && !p.top2 ? x[i] : value[i];
         if (expert < p.experts && expert / per_group == g && v > second) {
@@ -165,24 +167,25 @@ __device__ __forceinline__ void route_row(const RouteParams& p, int64_t row, int
     }
   }
 
-  long long keys[PerLane];
+  long long keys[kPerLane];
 #pragma unroll
-  for (int i = 0; i < PerLane; ++i) {
+  for (int i = 0; i < kPerLane; ++i) {
     const int expert = i * 32 + lane;
     int key = kMaskedKey;
-    if (expert < p.experts && (p.groups == 1 || kept[expert / per_group] != 0)) key = route_key(by_logit ? x[i] : value[i]);
+    if (expert < p.experts && (p.groups == 1 || kept[expert / per_group] != 0))
+      key = route_key(by_logit ? x[i] : value[i]);
     keys[i] = expert < p.experts ? route_packed(key, expert) : kTaken;
   }
   float total = 0.0f;
   for (int j = 0; j < p.top_k; ++j) {
     long long best = kTaken;
 #pragma unroll
-    for (int i = 0; i < PerLane; ++i) best = keys[i] > best ? keys[i] : best;
+    for (int i = 0; i < kPerLane; ++i) best = keys[i] > best ? keys[i] : best;
     best = warp_best(best);
     const int expert = route_index(best);
     float mine = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PerLane; ++i) {
+    for (int i = 0; i < kPerLane; ++i) {
       if (keys[i] == best) {
         mine = s[i];
         keys[i] = kTaken;
@@ -209,23 +212,22 @@ __device__ __forceinline__ void route_row(const RouteParams& p, int64_t row, int
 }
 
 // blocks of 32 * kRouteWarps threads, one row for each warp
-template <typename T, int PerLane>
-__global__ void __launch_bounds__(32 * kRouteWarps) moe_route_kernel(const __grid_constant__ RouteParams p) {
+template <typename T, int kPerLane>
+__global__ void __launch_bounds__(32 * kRouteWarps) moe_route_kernel(const __grid_constant__ MoeRouteCall p) {
   TILEFUSE_DYNAMIC_SHARED(int, shared);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRouteWarps + warp;
   if (row >= p.tokens) return;
   int* mine = shared + warp * (2 * p.groups + p.top_k);
-  route_row<T, PerLane>(p, row, mine, mine + p.groups, reinterpret_cast<float*>(mine + 2 * p.groups));
+  route_row<T, kPerLane>(p, row, mine, mine + p.groups, reinterpret_cast<float*>(mine + 2 * p.groups));
 }
 
 // `value` [E] holds the softmax scores, then the gradient; a lane reads and writes its own experts but for the chosen
 template <typename T>
-__device__ __forceinline__ void route_backward_row(const RouteBackwardParams& p, int64_t row, float* value,
-                                                   float* chosen) {
+__device__ __forceinline__ void route_backward_row(const MoeRouteBwdCall& p, int64_t row, float* value, float* chosen) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const T* source = static_cast<const T*>(p.logits) + row * p.stride;
-  const float* grad = p.grad + row * p.top_k;
+  const float* dweights = p.dweights + row * p.top_k;
   const int* ids = p.ids + row * p.top_k;
   const bool softmax = p.score == RouteScore::softmax;
   if (softmax) {
@@ -248,7 +250,7 @@ __device__ __forceinline__ void route_backward_row(const RouteBackwardParams& p,
   for (int j = lane; j < p.top_k; j += 32) {
     chosen[j] = softmax ? value[ids[j]] : route_score(to_float(source[ids[j]]), p.score);
     total += chosen[j];
-    dot += grad[j] * p.scale * chosen[j];
+    dot += dweights[j] * p.scale * chosen[j];
   }
   total = warp_sum(total) + 1e-20f;
   dot = warp_sum(dot);
@@ -267,7 +269,7 @@ __device__ __forceinline__ void route_backward_row(const RouteBackwardParams& p,
     const float score = chosen[j];
     const float weight = (p.renormalize ? score / total : score) * p.scale;
     bad = bad || weight != weight;
-    float d = grad[j] * p.scale;
+    float d = dweights[j] * p.scale;
     if (p.renormalize) d = (d - dot / total) / total;
     float slope = 1.0f;
     if (softmax) slope = score;
@@ -279,14 +281,13 @@ __device__ __forceinline__ void route_backward_row(const RouteBackwardParams& p,
   }
   bad = __any_sync(kFullWarp, bad) && p.nan_zero;
   __syncwarp();
-  T* target = static_cast<T*>(p.grad_logits) + row * p.experts;
+  T* target = static_cast<T*>(p.dlogits) + row * p.experts;
   for (int expert = lane; expert < p.experts; expert += 32) target[expert] = from_float<T>(bad ? 0.0f : value[expert]);
 }
 
 // any number of experts, launched like moe_route_kernel
 template <typename T>
-__global__ void __launch_bounds__(32 * kRouteWarps)
-    moe_route_bwd_kernel(const __grid_constant__ RouteBackwardParams p) {
+__global__ void __launch_bounds__(32 * kRouteWarps) moe_route_bwd_kernel(const __grid_constant__ MoeRouteBwdCall p) {
   TILEFUSE_DYNAMIC_SHARED(float, shared);
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kRouteWarps + warp;

@@ -11,11 +11,11 @@ namespace tilefuse {
 constexpr int kNormWarps = 4;
 constexpr int kNormThreads = 32 * kNormWarps;
 
-struct NormRopeParams {
-  RopeParams rope;
-  // of q and of k, [dim] in the dtype numbered as in Dtype: 0 float32, 1 bfloat16, 2 float16
+struct QkNormRopeCall {
+  RopeCall rope;
+  // of q and of k, [dim]
   const void* weight[2];
-  int weight_dtype;
+  Dtype weight_dtype;
   float weight_offset, eps;
   // upstream gradients, strides as in RopeTensor (backward only)
   const void* grad[2];
@@ -25,11 +25,11 @@ struct NormRopeParams {
   int64_t rows_per_block;
 };
 
-__device__ __forceinline__ float norm_weight(const NormRopeParams& p, int which, int i) {
+__device__ __forceinline__ float norm_weight(const QkNormRopeCall& p, int which, int i) {
   float w;
-  if (p.weight_dtype == 0) {
+  if (p.weight_dtype == Dtype::f32) {
     w = static_cast<const float*>(p.weight[which])[i];
-  } else if (p.weight_dtype == 1) {
+  } else if (p.weight_dtype == Dtype::bf16) {
     w = to_float(static_cast<const bf16*>(p.weight[which])[i]);
   } else {
     w = to_float(static_cast<const f16*>(p.weight[which])[i]);
@@ -42,7 +42,7 @@ struct NormRow {
   int64_t token, batch, place;
   int which, head;
 
-  __device__ __forceinline__ NormRow(const RopeParams& p, int64_t row) {
+  __device__ __forceinline__ NormRow(const RopeCall& p, int64_t row) {
     const int heads = p.tensors[0].heads + p.tensors[1].heads;
     token = row / heads;
     const int h = static_cast<int>(row - token * heads);
@@ -59,7 +59,7 @@ struct NormRow {
 
 // the units of a row that this lane owns: turned(first pair) in the rotary slice, copied(first element) outside of it
 template <typename T, int kWidth, bool kInterleaved, typename Turned, typename Copied>
-__device__ __forceinline__ void each_unit(const RopeParams& p, const Turned& turned, const Copied& copied) {
+__device__ __forceinline__ void each_unit(const RopeCall& p, const Turned& turned, const Copied& copied) {
   using Unit = RopeUnit<T, kWidth, kInterleaved>;
   const int turning = Unit::rotary_units(p.half);
   const int units = turning + (p.dim - 2 * p.half) / kWidth;
@@ -74,12 +74,12 @@ __device__ __forceinline__ void each_unit(const RopeParams& p, const Turned& tur
 
 // element of a row that a unit's a[i] is; b[i] is `pair_step` behind it
 template <bool kInterleaved>
-__device__ __forceinline__ int unit_element(const RopeParams& p, int pair, int i) {
+__device__ __forceinline__ int unit_element(const RopeCall& p, int pair, int i) {
   return p.offset + (kInterleaved ? 2 * (pair + i) : pair + i);
 }
 
 template <typename T, int kWidth>
-__device__ __forceinline__ float row_rstd(const T* row, const NormRopeParams& p) {
+__device__ __forceinline__ float row_rstd(const T* row, const QkNormRopeCall& p) {
   float sum = 0.0f;
   for (int i = threadIdx.x % 32; i < p.rope.dim / kWidth; i += 32) {
     const Vec<T, kWidth> x = load_vec<kWidth>(row + i * kWidth);
@@ -93,9 +93,9 @@ __device__ __forceinline__ float row_rstd(const T* row, const NormRopeParams& p)
 }
 
 template <typename T, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kNormThreads) qk_norm_rope_kernel(NormRopeParams p) {
+__global__ void __launch_bounds__(kNormThreads) qk_norm_rope_kernel(QkNormRopeCall p) {
   using Unit = RopeUnit<T, kWidth, kInterleaved>;
-  const RopeParams& r = p.rope;
+  const RopeCall& r = p.rope;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kNormWarps + threadIdx.x / 32;
   if (row >= r.tokens * (r.tensors[0].heads + r.tensors[1].heads)) return;
   const NormRow where(r, row);
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kNormThreads) qk_norm_rope_kernel(NormRopePara
 
 // with g the upstream gradient turned back, n = x * rstd: dweight += g * n, dx = rstd * (g w - n * mean(g w n))
 template <typename T, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(NormRopeParams p) {
+__global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNormRopeCall p) {
   using Unit = RopeUnit<T, kWidth, kInterleaved>;
-  const RopeParams& r = p.rope;
+  const RopeCall& r = p.rope;
   const int dim = r.dim, warp = threadIdx.x / 32;
   const int pair_step = kInterleaved ? 1 : r.half;
   // [warps, 2, dim]; every element belongs to one lane of its warp
@@ -219,11 +219,13 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 // rows of one block of the backward: about a thousand blocks, whole rounds of the warps
-inline int64_t norm_rows_per_block(int64_t rows) { return round_up<int64_t>(ceil_div<int64_t>(rows, 1024), kNormWarps); }
+inline int64_t norm_rows_per_block(int64_t rows) {
+  return round_up<int64_t>(ceil_div<int64_t>(rows, 1024), kNormWarps);
+}
 
 template <typename T>
-inline bool norm_vectorizes(const NormRopeParams& p, bool interleaved) {
-  bool ok = rope_vectorizes<T>(p.rope, interleaved) && p.rope.dim % kVec16<T> == 0;
+inline bool norm_vectorizes(const QkNormRopeCall& p) {
+  bool ok = rope_vectorizes<T>(p.rope) && p.rope.dim % kVec16<T> == 0;
   for (int which = 0; which < 2; ++which) {
     for (int i = 0; i < 3 && p.grad[which] != nullptr; ++i) {
       ok = ok && aligned(p.grad[which], p.grad_strides[which][i], sizeof(T), 16);
@@ -234,7 +236,7 @@ inline bool norm_vectorizes(const NormRopeParams& p, bool interleaved) {
 
 // calls launch(kernel, blocks, shared bytes); the backward when p.partial is set
 template <typename T, bool kInterleaved, typename Launch>
-inline void norm_rope_launch_as(const NormRopeParams& p, const Launch& launch) {
+inline void norm_rope_launch_as(const QkNormRopeCall& p, const Launch& launch) {
   const int64_t rows = p.rope.tokens * (p.rope.tensors[0].heads + p.rope.tensors[1].heads);
   const auto go = [&](auto forward, auto backward) {
     if (p.partial == nullptr) {
@@ -244,7 +246,7 @@ inline void norm_rope_launch_as(const NormRopeParams& p, const Launch& launch) {
     }
   };
   constexpr int width = kVec16<T>;
-  if (norm_vectorizes<T>(p, kInterleaved)) {
+  if (norm_vectorizes<T>(p)) {
     go(qk_norm_rope_kernel<T, width, kInterleaved>, qk_norm_rope_bwd_kernel<T, width, kInterleaved>);
   } else {
     go(qk_norm_rope_kernel<T, 1, kInterleaved>, qk_norm_rope_bwd_kernel<T, 1, kInterleaved>);
@@ -252,8 +254,8 @@ inline void norm_rope_launch_as(const NormRopeParams& p, const Launch& launch) {
 }
 
 template <typename T, typename Launch>
-inline void norm_rope_launch(const NormRopeParams& p, bool interleaved, const Launch& launch) {
-  if (interleaved) {
+inline void norm_rope_launch(const QkNormRopeCall& p, const Launch& launch) {
+  if (p.rope.interleaved) {
     norm_rope_launch_as<T, true>(p, launch);
   } else {
     norm_rope_launch_as<T, false>(p, launch);

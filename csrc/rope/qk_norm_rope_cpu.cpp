@@ -1,9 +1,9 @@
 // RMSNorm of each head, then rotary embedding, on the CPU; forward and backward.
-#include "rope/rope.h"
+#include "rope/rope_cpu.h"
 
 namespace tilefuse {
 
-struct NormRopeCall {
+struct QkNormRopeCall {
   RopeCall rope;
   // upstream gradients (backward only), strides as in RopeTensor
   const void* grad[2];
@@ -20,14 +20,16 @@ constexpr int64_t kChunk = 32;
 
 namespace TILEFUSE_ISA {
 
+namespace {
+
 // sixteen running sums: the order is the same with every vector width
-static inline float fold(const float* sums) {
+inline float fold(const float* sums) {
   float folded[8];
   for (int i = 0; i < 8; ++i) folded[i] = sums[i] + sums[i + 8];
   return ((folded[0] + folded[4]) + (folded[2] + folded[6])) + ((folded[1] + folded[5]) + (folded[3] + folded[7]));
 }
 
-static inline float dot(const float* a, const float* b, int64_t n) {
+inline float dot(const float* a, const float* b, int64_t n) {
   float sums[16] = {};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -38,12 +40,12 @@ static inline float dot(const float* a, const float* b, int64_t n) {
 }
 
 template <typename T>
-static inline void widen(const T* in, float* out, int64_t n) {
+inline void widen(const T* in, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
 }
 
 // turns the rotary slice of a float row in place
-static inline void turn(const RopeCall& call, float* row, const float* cos, const float* sin) {
+inline void turn(const RopeCall& call, float* row, const float* cos, const float* sin) {
   float* slice = row + call.offset;
   if (call.interleaved) {
     rotate_interleaved(slice, slice, cos, sin, call.half);
@@ -53,7 +55,7 @@ static inline void turn(const RopeCall& call, float* row, const float* cos, cons
 }
 
 template <typename T>
-static void forward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
+void forward_tokens(const QkNormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
   const RopeCall& call = norm.rope;
   const int64_t dim = call.dim;
   float *row = scratch, *cos_buffer = row + dim, *sin_buffer = cos_buffer + call.half;
@@ -78,7 +80,7 @@ static void forward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end,
 }
 
 template <typename T>
-static void backward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
+void backward_tokens(const QkNormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
   const RopeCall& call = norm.rope;
   const int64_t dim = call.dim;
   float *x_row = scratch, *grad_row = x_row + dim, *cos_buffer = grad_row + dim, *sin_buffer = cos_buffer + call.half;
@@ -96,7 +98,8 @@ static void backward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end
       const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
       const T* grad = static_cast<const T*>(norm.grad[which]) + batch * strides[0] + place * strides[1];
       T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
-      for (int64_t head = 0; head < x.heads; ++head, in += x.in_strides[2], grad += strides[2], out += x.out_strides[2]) {
+      for (int64_t head = 0; head < x.heads;
+           ++head, in += x.in_strides[2], grad += strides[2], out += x.out_strides[2]) {
         widen(in, x_row, dim);
         widen(grad, grad_row, dim);
         turn(call, grad_row, cos, sin);
@@ -113,7 +116,10 @@ static void backward_tokens(const NormRopeCall& norm, int64_t begin, int64_t end
   }
 }
 
-void norm_rope_chunks(const NormRopeCall& norm, bool backward, int64_t begin, int64_t end, float* scratch) {
+}  // namespace
+
+// scratch: two rows and one of the table
+void qk_norm_rope_chunks(const QkNormRopeCall& norm, bool backward, float* scratch, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kChunk, next = first + kChunk;
     const int64_t last = next < norm.rope.tokens ? next : norm.rope.tokens;
@@ -131,23 +137,22 @@ void norm_rope_chunks(const NormRopeCall& norm, bool backward, int64_t begin, in
 
 #ifdef TILEFUSE_REGISTER
 
-using TILEFUSE_ISA::bf16;
-using TILEFUSE_ISA::f16;
+TILEFUSE_DISPATCH(qk_norm_rope_chunks)
 
-TILEFUSE_DISPATCH(norm_rope_chunks, (const NormRopeCall&, bool, int64_t, int64_t, float*))
+namespace {
 
-static std::vector<float> offset_weight(const Tensor& weight, double offset) {
+std::vector<float> offset_weight(const Tensor& weight, double offset) {
   std::vector<float> out(weight.size(0));
   TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
     const T* data = static_cast<const T*>(weight.const_data_ptr());
     for (size_t i = 0; i < out.size(); ++i) {
-      out[i] = TILEFUSE_ISA::to_float(data[i]) + static_cast<float>(offset);
+      out[i] = to_float(data[i]) + static_cast<float>(offset);
     }
   })
   return out;
 }
 
-static Tensor weight_grad(const std::vector<float>& partial, int which, int64_t dim, const Tensor& weight) {
+Tensor weight_grad(const std::vector<float>& partial, int which, int64_t dim, const Tensor& weight) {
   std::vector<double> total(dim, 0.0);
   for (size_t start = which * dim; start < partial.size(); start += 2 * dim) {
     for (int64_t i = 0; i < dim; ++i) total[i] += partial[start + i];
@@ -155,7 +160,7 @@ static Tensor weight_grad(const std::vector<float>& partial, int which, int64_t 
   Tensor out = empty_contiguous(weight);
   TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
     T* data = static_cast<T*>(out.mutable_data_ptr());
-    for (int64_t i = 0; i < dim; ++i) data[i] = TILEFUSE_ISA::from_float<T>(static_cast<float>(total[i]));
+    for (int64_t i = 0; i < dim; ++i) data[i] = from_float<T>(static_cast<float>(total[i]));
   })
   return out;
 }
@@ -165,16 +170,18 @@ struct NormRope {
   std::vector<float> partial;
 };
 
-static NormRope run(const Tensor* q_grad, const Tensor* k_grad, const Tensor& q, const Tensor& k,
-                    const Tensor& q_weight, const Tensor& k_weight, const Tensor& cos, const Tensor& sin,
-                    const std::optional<Tensor>& positions, const std::optional<Tensor>& cu_seqlens, double eps,
-                    double weight_offset, bool interleaved, int64_t rotary_offset) {
+NormRope run(const Tensor* q_grad, const Tensor* k_grad, const Tensor& q, const Tensor& k, const Tensor& q_weight,
+             const Tensor& k_weight, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
+             const OptionalTensor& cu_seqlens, double eps, double weight_offset, bool interleaved,
+             int64_t rotary_offset) {
   const bool backward = q_grad != nullptr;
   NormRope result{empty_contiguous(q), empty_contiguous(k), {}};
-  NormRopeCall call{};
-  const RopeRows rows = rope_call("qk_norm_rope", call.rope, q, &k, result.q_out, &result.k_out, cos, sin, positions,
-                                  cu_seqlens, interleaved, rotary_offset, backward, {}, false);
-  const std::vector<float> weights[2] = {offset_weight(q_weight, weight_offset), offset_weight(k_weight, weight_offset)};
+  QkNormRopeCall call{};
+  call.rope = rope_call(q, &k, result.q_out, &result.k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset,
+                        backward, true, {}, false);
+  const RopeRows rows("qk_norm_rope", call.rope);
+  const std::vector<float> weights[2] = {offset_weight(q_weight, weight_offset),
+                                         offset_weight(k_weight, weight_offset)};
   const int64_t dim = call.rope.dim, chunks = (call.rope.tokens + kChunk - 1) / kChunk;
   for (int which = 0; which < 2; ++which) {
     call.weight[which] = weights[which].data();
@@ -189,33 +196,31 @@ static NormRope run(const Tensor* q_grad, const Tensor* k_grad, const Tensor& q,
     call.partial = result.partial.data();
   }
   call.eps = static_cast<float>(eps);
-  const int64_t heads = call.rope.tensors[0].heads + call.rope.tensors[1].heads;
-  const auto kernel = norm_rope_chunks_dispatch();
-  parallel_for(0, chunks, 1 + 32768 / (kChunk * (1 + heads * dim)), [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(2 * dim + 2 * call.rope.half);
-    kernel(call, backward, begin, end, scratch.data());
-  });
+  run_parallel(qk_norm_rope_chunks, chunks, 1 + 32768 / (kChunk * (1 + heads_of(call.rope) * dim)), call, backward,
+               RangeScratch<float>{2 * dim + 2 * call.rope.half});
   return result;
 }
 
-static std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos,
-                                                   Tensor sin, std::optional<Tensor> positions,
-                                                   std::optional<Tensor> cu_seqlens, double eps, double weight_offset,
-                                                   bool interleaved, int64_t rotary_offset) {
+std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos,
+                                            Tensor sin, OptionalTensor positions, OptionalTensor cu_seqlens, double eps,
+                                            double weight_offset, bool interleaved, int64_t rotary_offset) {
   NormRope out = run(nullptr, nullptr, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset,
                      interleaved, rotary_offset);
   return {out.q_out, out.k_out};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(
-    Tensor q_grad, Tensor k_grad, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
-    std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens, double eps, double weight_offset,
-    bool interleaved, int64_t rotary_offset) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k,
+                                                            Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
+                                                            OptionalTensor positions, OptionalTensor cu_seqlens,
+                                                            double eps, double weight_offset, bool interleaved,
+                                                            int64_t rotary_offset) {
   NormRope out = run(&q_grad, &k_grad, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset,
                      interleaved, rotary_offset);
   const int64_t dim = q.size(q.dim() - 1);
   return {out.q_out, out.k_out, weight_grad(out.partial, 0, dim, q_weight), weight_grad(out.partial, 1, dim, k_weight)};
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("qk_norm_rope_fwd", TORCH_BOX(&qk_norm_rope_fwd));

@@ -5,80 +5,31 @@
 #pragma once
 
 #include "common/cuda.cuh"
+#include "rope/rope.h"
 
 namespace tilefuse {
 
-// one tensor that a call rotates; batch, sequence and head strides in elements
-struct RopeTensor {
-  const void* in;
-  void* out;
-  int64_t in_strides[3];
-  int64_t out_strides[3];
-  int heads;
-};
-
-struct RopeParams {
-  RopeTensor tensors[2];
-  int64_t tokens, seq_len, table_rows;
-  int dim, half, offset;
-  const float* cos;
-  const float* sin;
-  int64_t cos_stride, sin_stride;
-  // int32 or int64; axis, batch and sequence strides
-  const void* positions;
-  int64_t position_strides[3];
-  const void* bounds;
-  int num_bounds;
-  bool wide_index, conjugate, copy, mrope, mrope_interleaved;
-  int section[3];
-  // heads that one thread walks over; q's groups of heads come before k's
-  int heads_per_thread;
-};
-
-__host__ __device__ __forceinline__ int rope_groups(const RopeParams& p, int which) {
+__host__ __device__ __forceinline__ int rope_groups(const RopeCall& p, int which) {
   return ceil_div(p.tensors[which].heads, p.heads_per_thread);
 }
 
-__device__ __forceinline__ int64_t load_index(const void* data, int64_t i, bool wide) {
-  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int*>(data)[i];
-}
-
 // table row of a token, never outside of the table
-__device__ __forceinline__ int64_t table_row(const RopeParams& p, int64_t token, int axis) {
+__device__ __forceinline__ int64_t table_row(const RopeCall& p, int64_t token, int axis) {
   const int64_t batch = token / p.seq_len, place = token - batch * p.seq_len;
   int64_t row = place;
-  if (p.positions != nullptr) {
+  if (p.positions.data != nullptr) {
     const int64_t* strides = p.position_strides;
-    row = load_index(p.positions, axis * strides[0] + batch * strides[1] + place * strides[2], p.wide_index);
-  } else if (p.bounds != nullptr) {
-    // number of boundaries at or before the token
-    int low = 0, high = p.num_bounds;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (load_index(p.bounds, middle, p.wide_index) <= token) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    row = token - (low > 0 ? load_index(p.bounds, low - 1, p.wide_index) : 0);
+    row = p.positions[axis * strides[0] + batch * strides[1] + place * strides[2]];
+  } else if (p.bounds.data != nullptr) {
+    row = packed_place(p, token);
   }
   row = row < p.table_rows ? row : p.table_rows - 1;
   return row > 0 ? row : 0;
 }
 
-__device__ __forceinline__ int mrope_axis(const RopeParams& p, int pair) {
-  if (p.mrope_interleaved) {
-    if (pair % 3 == 1 && pair < 3 * p.section[1]) return 1;
-    if (pair % 3 == 2 && pair < 3 * p.section[2]) return 2;
-    return 0;
-  }
-  return (pair >= p.section[0]) + (pair >= p.section[0] + p.section[1]);
-}
-
 // cos and sin of N pairs of one token; the tables' rows are aligned when N > 1
 template <int N>
-__device__ __forceinline__ void load_table(const RopeParams& p, int64_t token, int pair, float* cos, float* sin) {
+__device__ __forceinline__ void load_table(const RopeCall& p, int64_t token, int pair, float* cos, float* sin) {
   if (p.mrope) {
     for (int i = 0; i < N; ++i) {
       const int64_t row = table_row(p, token, mrope_axis(p, pair + i));
@@ -109,7 +60,7 @@ struct RopeUnit {
 
   static __host__ __device__ int rotary_units(int half) { return half / kPairs; }
 
-  __device__ __forceinline__ void load(const T* row, const RopeParams& p, int pair) {
+  __device__ __forceinline__ void load(const T* row, const RopeCall& p, int pair) {
     if constexpr (kInterleaved) {
       if constexpr (kWidth > 1) {
         const Vec<T, kWidth> x = load_vec<kWidth>(row + p.offset + 2 * pair);
@@ -142,7 +93,7 @@ struct RopeUnit {
     }
   }
 
-  __device__ __forceinline__ void store(T* row, const RopeParams& p, int pair) const {
+  __device__ __forceinline__ void store(T* row, const RopeCall& p, int pair) const {
     if constexpr (kInterleaved) {
       if constexpr (kWidth > 1) {
         Vec<T, kWidth> x;
@@ -170,12 +121,12 @@ struct RopeUnit {
 };
 
 // first element of the i-th access outside of the rotary slice
-__device__ __forceinline__ int copied_element(const RopeParams& p, int i, int width) {
+__device__ __forceinline__ int copied_element(const RopeCall& p, int i, int width) {
   return i * width < p.offset ? i * width : i * width + 2 * p.half;
 }
 
 template <typename T, int kWidth, bool kInterleaved>
-__host__ __device__ inline int rope_units(const RopeParams& p) {
+__host__ __device__ inline int rope_units(const RopeCall& p) {
   const int copied = p.copy ? (p.dim - 2 * p.half) / kWidth : 0;
   return RopeUnit<T, kWidth, kInterleaved>::rotary_units(p.half) + copied;
 }
@@ -183,7 +134,7 @@ __host__ __device__ inline int rope_units(const RopeParams& p) {
 constexpr int kRopeThreads = 256;
 
 template <typename T, int kWidth, bool kInterleaved>
-__global__ void __launch_bounds__(kRopeThreads) rope_kernel(RopeParams p) {
+__global__ void __launch_bounds__(kRopeThreads) rope_kernel(RopeCall p) {
   using Unit = RopeUnit<T, kWidth, kInterleaved>;
   const int units = rope_units<T, kWidth, kInterleaved>(p);
   const int q_groups = rope_groups(p, 0), groups = q_groups + rope_groups(p, 1);
@@ -198,7 +149,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(RopeParams p) {
   const RopeTensor& x = p.tensors[which];
   const int first = (which == 0 ? group : group - q_groups) * p.heads_per_thread;
   const int last = first + p.heads_per_thread < x.heads ? first + p.heads_per_thread : x.heads;
-  const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1] + first * x.in_strides[2];
+  const T* in =
+      static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1] + first * x.in_strides[2];
   T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1] + first * x.out_strides[2];
   const int turning = Unit::rotary_units(p.half);
   if (unit < turning) {
@@ -221,7 +173,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kernel(RopeParams p) {
 
 // whether every access of a call can be 16 bytes wide
 template <typename T>
-inline bool rope_vectorizes(const RopeParams& p, bool interleaved) {
+inline bool rope_vectorizes(const RopeCall& p) {
   constexpr int width = kVec16<T>;
   const auto rows = [](const void* data, const int64_t* strides) {
     bool ok = true;
@@ -229,7 +181,7 @@ inline bool rope_vectorizes(const RopeParams& p, bool interleaved) {
     return ok;
   };
   bool ok = p.offset % width == 0 && (p.dim - 2 * p.half) % width == 0;
-  ok = ok && (interleaved ? 2 * p.half : p.half) % width == 0;
+  ok = ok && (p.interleaved ? 2 * p.half : p.half) % width == 0;
   for (const RopeTensor& x : p.tensors) {
     ok = ok && (x.heads == 0 || (rows(x.in, x.in_strides) && rows(x.out, x.out_strides)));
   }
@@ -237,7 +189,7 @@ inline bool rope_vectorizes(const RopeParams& p, bool interleaved) {
 }
 
 // one head per thread until the device is full, then more of them share a table row
-inline int rope_heads_per_thread(const RopeParams& p, int units) {
+inline int rope_heads_per_thread(const RopeCall& p, int units) {
   const int64_t rows = p.tokens * (p.tensors[0].heads + p.tensors[1].heads);
   constexpr int64_t kFull = 148 * 2048;
   const int64_t wanted = rows * units / kFull;
@@ -246,14 +198,14 @@ inline int rope_heads_per_thread(const RopeParams& p, int units) {
 
 // calls launch(kernel, blocks) with the instance and the grid that fit the call; the caller has work to do
 template <typename T, bool kInterleaved, typename Launch>
-inline void rope_launch_as(RopeParams& p, const Launch& launch) {
+inline void rope_launch_as(RopeCall& p, const Launch& launch) {
   const auto go = [&](auto kernel, int units) {
     p.heads_per_thread = rope_heads_per_thread(p, units);
     const int64_t groups = rope_groups(p, 0) + rope_groups(p, 1);
     launch(kernel, ceil_div<int64_t>(p.tokens * groups * units, kRopeThreads));
   };
   constexpr int width = kVec16<T>;
-  if (rope_vectorizes<T>(p, kInterleaved)) {
+  if (rope_vectorizes<T>(p)) {
     go(rope_kernel<T, width, kInterleaved>, rope_units<T, width, kInterleaved>(p));
   } else {
     go(rope_kernel<T, 1, kInterleaved>, rope_units<T, 1, kInterleaved>(p));
@@ -261,8 +213,8 @@ inline void rope_launch_as(RopeParams& p, const Launch& launch) {
 }
 
 template <typename T, typename Launch>
-inline void rope_launch(RopeParams& p, bool interleaved, const Launch& launch) {
-  if (interleaved) {
+inline void rope_launch(RopeCall& p, const Launch& launch) {
+  if (p.interleaved) {
     rope_launch_as<T, true>(p, launch);
   } else {
     rope_launch_as<T, false>(p, launch);

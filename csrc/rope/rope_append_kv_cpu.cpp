@@ -1,13 +1,13 @@
 // Rotary embedding and the write into a paged cache on the CPU.
 #include "common/fp8.h"
-#include "rope/rope.h"
+#include "rope/rope_cpu.h"
 
 namespace tilefuse {
 
 enum class CacheDtype : int32_t { f32, bf16, f16, e4m3 };
 
-struct AppendCall {
-  RopeCall rope;  // tensors[0] is q
+struct RopeAppendKvCall {
+  RopeCall rope;      // tensors[0] is q
   const void* in[2];  // k, v
   int64_t in_strides[2][3];
   void* cache[2];
@@ -15,19 +15,20 @@ struct AppendCall {
   int64_t heads, dims[2], page_size;
   float scale[2];
   CacheDtype cache_dtype;
-  const void* slots;
-  bool wide_slots;
+  Index slots;
   int64_t slot_strides[2];
 };
 
 namespace TILEFUSE_ISA {
+
+namespace {
 
 struct e4m3 {
   uint8_t bits;
 };
 
 template <typename C>
-static inline C to_cache(float x, float) {
+inline C to_cache(float x, float) {
   return from_float<C>(x);
 }
 
@@ -46,7 +47,7 @@ struct SameType<T, T> {
 };
 
 template <typename T, typename C>
-static inline void convert(const T* in, C* out, int64_t n, float scale) {
+inline void convert(const T* in, C* out, int64_t n, float scale) {
   if (SameType<T, C>::value) {
     std::memcpy(static_cast<void*>(out), in, n * sizeof(T));
     return;
@@ -56,8 +57,8 @@ static inline void convert(const T* in, C* out, int64_t n, float scale) {
 }
 
 template <typename T, typename C>
-static void append_token(const AppendCall& append, int64_t token, int64_t slot, const float* cos, const float* sin,
-                         float* row) {
+void append_token(const RopeAppendKvCall& append, int64_t token, int64_t slot, const float* cos, const float* sin,
+                  float* row) {
   const RopeCall& call = append.rope;
   const int64_t batch = token / call.seq_len, place = token % call.seq_len;
   const int64_t page = slot / append.page_size, offset = slot % append.page_size;
@@ -86,8 +87,8 @@ static void append_token(const AppendCall& append, int64_t token, int64_t slot, 
 }
 
 template <typename T>
-static void append_row(const AppendCall& append, int64_t token, int64_t slot, const float* cos, const float* sin,
-                       float* row) {
+void append_row(const RopeAppendKvCall& append, int64_t token, int64_t slot, const float* cos, const float* sin,
+                float* row) {
   switch (append.cache_dtype) {
     case CacheDtype::f32:
       return append_token<T, float>(append, token, slot, cos, sin, row);
@@ -100,7 +101,10 @@ static void append_row(const AppendCall& append, int64_t token, int64_t slot, co
   }
 }
 
-void append_tokens(const AppendCall& append, int64_t begin, int64_t end, float* row) {
+}  // namespace
+
+// row: as many floats as are rotated
+void rope_append_tokens(const RopeAppendKvCall& append, float* row, int64_t begin, int64_t end) {
   const RopeCall& call = append.rope;
   TILEFUSE_BY_DTYPE(call.dtype, T, {
     if (call.interleaved) {
@@ -110,10 +114,8 @@ void append_tokens(const AppendCall& append, int64_t begin, int64_t end, float* 
     }
   })
   for (int64_t token = begin; token < end; ++token) {
-    const int64_t at =
-        token / call.seq_len * append.slot_strides[0] + token % call.seq_len * append.slot_strides[1];
-    const int64_t slot = append.wide_slots ? static_cast<const int64_t*>(append.slots)[at]
-                                           : static_cast<const int32_t*>(append.slots)[at];
+    const int64_t at = token / call.seq_len * append.slot_strides[0] + token % call.seq_len * append.slot_strides[1];
+    const int64_t slot = append.slots[at];
     if (slot < 0) continue;
     const float *cos, *sin;
     token_table(call, token, 0, call.half, nullptr, nullptr, &cos, &sin);
@@ -125,10 +127,12 @@ void append_tokens(const AppendCall& append, int64_t begin, int64_t end, float* 
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(append_tokens, (const AppendCall&, int64_t, int64_t, float*))
+TILEFUSE_DISPATCH(rope_append_tokens)
 
-static CacheDtype cache_dtype_of(const Tensor& cache) {
-  if (cache.scalar_type() == torch::headeronly::ScalarType::Float8_e4m3fn) return CacheDtype::e4m3;
+namespace {
+
+CacheDtype cache_dtype_of(const Tensor& cache) {
+  if (cache.scalar_type() == ScalarType::Float8_e4m3fn) return CacheDtype::e4m3;
   switch (dtype_of(cache)) {
     case Dtype::bf16:
       return CacheDtype::bf16;
@@ -139,13 +143,14 @@ static CacheDtype cache_dtype_of(const Tensor& cache) {
   }
 }
 
-static Tensor rope_append_kv_fwd(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor k_cache,
-                                 Tensor v_cache, Tensor slot_mapping, bool interleaved, int64_t rotary_offset,
-                                 double k_scale, double v_scale) {
+Tensor rope_append_kv_fwd(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor positions, Tensor k_cache,
+                          Tensor v_cache, Tensor slot_mapping, bool interleaved, int64_t rotary_offset, double k_scale,
+                          double v_scale) {
   Tensor q_out = empty_contiguous(q);
-  AppendCall append{};
-  const RopeRows rows = rope_call("rope_append_kv", append.rope, q, nullptr, q_out, nullptr, cos, sin, positions,
-                                  std::nullopt, interleaved, rotary_offset, false, {}, false);
+  RopeAppendKvCall append{};
+  append.rope = rope_call(q, nullptr, q_out, nullptr, cos, sin, positions, std::nullopt, interleaved, rotary_offset,
+                          false, true, {}, false);
+  const RopeRows rows("rope_append_kv", append.rope);
   const Tensor* in[2] = {&k, &v};
   const Tensor* cache[2] = {&k_cache, &v_cache};
   for (int which = 0; which < 2; ++which) {
@@ -160,28 +165,26 @@ static Tensor rope_append_kv_fwd(Tensor q, Tensor k, Tensor v, Tensor cos, Tenso
   append.scale[0] = static_cast<float>(k_scale);
   append.scale[1] = static_cast<float>(v_scale);
   append.cache_dtype = cache_dtype_of(k_cache);
-  const IndexData slots = index_data(slot_mapping);
-  append.slots = slots.data;
-  append.wide_slots = slots.wide;
+  append.slots = index_of(slot_mapping);
   const bool packed = slot_mapping.dim() == 1;
   append.slot_strides[0] = packed ? 0 : slot_mapping.stride(0);
   append.slot_strides[1] = slot_mapping.stride(packed ? 0 : 1);
   const int64_t limit = k_cache.size(0) * k_cache.size(1), seq_len = append.rope.seq_len;
   for (int64_t token = 0; token < append.rope.tokens; ++token) {
-    const int64_t slot = slots[token / seq_len * append.slot_strides[0] + token % seq_len * append.slot_strides[1]];
+    const int64_t slot =
+        append.slots[token / seq_len * append.slot_strides[0] + token % seq_len * append.slot_strides[1]];
     if (slot >= limit) {
       throw std::runtime_error("tilefuse.rope_append_kv: slot_mapping must be below pages * page_size = " +
                                std::to_string(limit) + ", got " + std::to_string(slot));
     }
   }
   const int64_t work = (append.rope.tensors[0].heads + 2 * append.heads) * append.rope.dim;
-  const auto kernel = append_tokens_dispatch();
-  parallel_for(0, append.rope.tokens, 1 + 32768 / (1 + work), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(2 * append.rope.half);
-    kernel(append, begin, end, row.data());
-  });
+  run_parallel(rope_append_tokens, append.rope.tokens, 1 + 32768 / (1 + work), append,
+               RangeScratch<float>{2 * append.rope.half});
   return q_out;
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) { m.impl("rope_append_kv_fwd", TORCH_BOX(&rope_append_kv_fwd)); }
 

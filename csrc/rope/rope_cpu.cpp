@@ -1,5 +1,5 @@
 // Rotary embedding on the CPU: tokens in parallel, the table row of a token reused over its heads.
-#include "rope/rope.h"
+#include "rope/rope_cpu.h"
 
 namespace tilefuse {
 namespace TILEFUSE_ISA {
@@ -18,56 +18,50 @@ void rope_tokens(const RopeCall& call, int64_t begin, int64_t end) {
 
 #ifdef TILEFUSE_REGISTER
 
-TILEFUSE_DISPATCH(rope_tokens, (const RopeCall&, int64_t, int64_t))
+TILEFUSE_DISPATCH(rope_tokens)
+
+namespace {
 
 // elements that are worth waking another thread for
 constexpr int64_t kGrain = 32768;
 
-static void run(const char* op, const Tensor& q, const Tensor* k, const Tensor& q_out, const Tensor* k_out,
-                const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& positions,
-                const std::optional<Tensor>& cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                const Section& section, bool mrope_interleaved) {
-  RopeCall call{};
-  const RopeRows rows = rope_call(op, call, q, k, q_out, k_out, cos, sin, positions, cu_seqlens, interleaved,
-                                  rotary_offset, conjugate, section, mrope_interleaved);
-  const int64_t heads = call.tensors[0].heads + call.tensors[1].heads;
-  const auto kernel = rope_tokens_dispatch();
-  parallel_for(0, call.tokens, 1 + kGrain / (1 + heads * call.dim),
-               [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+void run(const char* op, RopeCall call) {
+  const RopeRows rows(op, call);
+  run_parallel(rope_tokens, call.tokens, 1 + kGrain / (1 + heads_of(call) * call.dim), call);
 }
 
-static Tensor rope_fwd(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
-                       std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                       Section mrope_section, bool mrope_interleaved) {
+Tensor rope_fwd(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, OptionalTensor cu_seqlens, bool interleaved,
+                int64_t rotary_offset, bool conjugate, Section mrope_section, bool mrope_interleaved) {
   Tensor out = empty_contiguous(x);
-  run("rope", x, nullptr, out, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
-      mrope_section, mrope_interleaved);
+  run("rope", rope_call(x, nullptr, out, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset,
+                        conjugate, true, mrope_section, mrope_interleaved));
   return out;
 }
 
-static std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin,
-                                              std::optional<Tensor> positions, std::optional<Tensor> cu_seqlens,
-                                              bool interleaved, int64_t rotary_offset, bool conjugate,
-                                              Section mrope_section, bool mrope_interleaved) {
+std::tuple<Tensor, Tensor> rope_qk_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, OptionalTensor positions,
+                                       OptionalTensor cu_seqlens, bool interleaved, int64_t rotary_offset,
+                                       bool conjugate, Section mrope_section, bool mrope_interleaved) {
   Tensor q_out = empty_contiguous(q), k_out = empty_contiguous(k);
-  run("rope_qk", q, &k, q_out, &k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
-      mrope_section, mrope_interleaved);
+  run("rope_qk", rope_call(q, &k, q_out, &k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
+                           true, mrope_section, mrope_interleaved));
   return {q_out, k_out};
 }
 
-static void rope_inplace(Tensor x, Tensor cos, Tensor sin, std::optional<Tensor> positions,
-                         std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                         Section mrope_section, bool mrope_interleaved) {
-  run("rope_", x, nullptr, x, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
-      mrope_section, mrope_interleaved);
+void rope_inplace(Tensor x, Tensor cos, Tensor sin, OptionalTensor positions, OptionalTensor cu_seqlens,
+                  bool interleaved, int64_t rotary_offset, bool conjugate, Section mrope_section,
+                  bool mrope_interleaved) {
+  run("rope_", rope_call(x, nullptr, x, nullptr, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate,
+                         false, mrope_section, mrope_interleaved));
 }
 
-static void rope_qk_inplace(Tensor q, Tensor k, Tensor cos, Tensor sin, std::optional<Tensor> positions,
-                            std::optional<Tensor> cu_seqlens, bool interleaved, int64_t rotary_offset, bool conjugate,
-                            Section mrope_section, bool mrope_interleaved) {
-  run("rope_qk_", q, &k, q, &k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, mrope_section,
-      mrope_interleaved);
+void rope_qk_inplace(Tensor q, Tensor k, Tensor cos, Tensor sin, OptionalTensor positions, OptionalTensor cu_seqlens,
+                     bool interleaved, int64_t rotary_offset, bool conjugate, Section mrope_section,
+                     bool mrope_interleaved) {
+  run("rope_qk_", rope_call(q, &k, q, &k, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, false,
+                            mrope_section, mrope_interleaved));
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("rope_fwd", TORCH_BOX(&rope_fwd));

@@ -30,7 +30,7 @@ def index(x):
 
 
 def emulated(kernels, q, k, outs, cos, sin, positions=None, cu_seqlens=None, **options):
-    """What csrc/rope/host.h does, then the launch."""
+    """What csrc/rope/rope_host.h does, then the launch."""
     section = list(options.get("mrope_section", ()))
     tokens = q.shape[:-2].numel()
     if tokens == 0:

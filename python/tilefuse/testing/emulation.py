@@ -1,7 +1,7 @@
 """Runs CUDA C++ kernels on the CPU: no GPU, no nvcc.
 
 ``csrc/emulation/cuda_emulation.h`` lets g++ compile a ``.cuh`` kernel as ordinary C++, with one fibre per thread, and
-says what it checks. A binding ``csrc/emulation/<family>_<op>.cpp`` launches the kernels of one op on raw pointers::
+says what it checks. A binding ``csrc/emulation/<family>/<op>.cpp`` launches the kernels of one op on raw pointers::
 
     #include "emulation/binding.h"  // first
 
@@ -206,12 +206,12 @@ def load_source(source: Path, *, sources: tuple[str, ...] = ()) -> ModuleType:
 
 @functools.cache
 def load(family: str, op: str) -> ModuleType:
-    """The emulated kernels of one op: the functions of ``csrc/emulation/<family>_<op>.cpp``.
+    """The emulated kernels of one op: the functions of ``csrc/emulation/<family>/<op>.cpp``.
 
     Raises:
         RuntimeError: something is missing (see ``missing``) or the compiler failed, with its messages.
     """
-    return load_source(_CSRC / "emulation" / f"{family}_{op}.cpp", sources=(f"{family}/*.cuh", f"{family}/*.h"))
+    return load_source(_CSRC / "emulation" / family / f"{op}.cpp", sources=(f"{family}/*.cuh", f"{family}/*.h"))
 
 
 def load_or_skip(family: str, op: str) -> ModuleType:

@@ -102,7 +102,9 @@ __global__ void groups(const float* x, float* out) {
   out[threadIdx.x] = value;
 }
 
-__global__ void half_shuffle(const bf16* x, bf16* out) { out[threadIdx.x] = __shfl_xor_sync(kFullWarp, x[threadIdx.x], 1); }
+__global__ void half_shuffle(const bf16* x, bf16* out) {
+  out[threadIdx.x] = __shfl_xor_sync(kFullWarp, x[threadIdx.x], 1);
+}
 
 __global__ void reductions(const float* x, float* out) {
   __shared__ float scratch[32];
@@ -301,14 +303,16 @@ TILEFUSE_EMULATION(m) {
     launch(1, n, n * sizeof(double), [&] { reverse_dynamic(pointer<double>(x), pointer<double>(out), past); });
   });
   m.def("unwritten_shared", [](uintptr_t out) { launch(2, 32, 128, [&] { unwritten_shared(pointer<float>(out)); }); });
-  m.def("unwritten_local", [](uintptr_t out, int n) { launch(1, 8, 0, [&] { unwritten_local(pointer<float>(out), n); }); });
+  m.def("unwritten_local",
+        [](uintptr_t out, int n) { launch(1, 8, 0, [&] { unwritten_local(pointer<float>(out), n); }); });
   m.def("shuffle", [](uintptr_t x, uintptr_t out, int threads, int kind, int argument, int width, unsigned mask) {
     launch(1, threads, 0, [&] { shuffle(pointer<int>(x), pointer<int>(out), kind, argument, width, mask); });
   });
   m.def("votes", [](uintptr_t x, uintptr_t out, int threads) {
     launch(1, threads, 0, [&] { votes(pointer<int>(x), pointer<unsigned>(out)); });
   });
-  m.def("groups", [](uintptr_t x, uintptr_t out) { launch(1, 32, 0, [&] { groups(pointer<float>(x), pointer<float>(out)); }); });
+  m.def("groups",
+        [](uintptr_t x, uintptr_t out) { launch(1, 32, 0, [&] { groups(pointer<float>(x), pointer<float>(out)); }); });
   m.def("half_shuffle", [](uintptr_t x, uintptr_t out) {
     launch(1, 32, 0, [&] { half_shuffle(pointer<bf16>(x), pointer<bf16>(out)); });
   });
@@ -326,7 +330,8 @@ TILEFUSE_EMULATION(m) {
   m.def("locked", [](uintptr_t lock, uintptr_t counter, int threads) {
     launch(2, threads, 0, [&] { locked(pointer<int>(lock), pointer<int>(counter)); });
   });
-  m.def("unlocked", [](uintptr_t counter, int threads) { launch(1, threads, 0, [&] { unlocked(pointer<int>(counter)); }); });
+  m.def("unlocked",
+        [](uintptr_t counter, int threads) { launch(1, threads, 0, [&] { unlocked(pointer<int>(counter)); }); });
   m.def("pipeline", [](uintptr_t x, uintptr_t out, int tiles, bool wait) {
     launch(1, 32, 0, [&] {
       if (wait) {

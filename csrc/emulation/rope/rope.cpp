@@ -19,7 +19,7 @@ static void set_rows(const void** data, int64_t* strides, const Rows& rows) {
 static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<int64_t>& sizes, const Rows& cos,
                 const Rows& sin, const Rows& positions, const Rows& bounds, bool interleaved, bool conjugate, bool copy,
                 const std::vector<int>& section, bool mrope_interleaved) {
-  RopeParams p{};
+  RopeCall p{};
   for (size_t i = 0; i < tensors.size(); i += 2) {
     RopeTensor& x = p.tensors[i / 2];
     const void* out;
@@ -39,15 +39,14 @@ static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<i
   p.cos_stride = cos[1];
   p.sin_stride = sin[1];
   if (!positions.empty()) {
-    p.positions = emulation::pointer<const void>(positions[0]);
-    p.wide_index = positions[1] != 0;
+    p.positions = {emulation::pointer<const void>(positions[0]), positions[1] != 0};
     for (int i = 0; i < 3; ++i) p.position_strides[i] = positions[2 + i];
   }
   if (!bounds.empty()) {
-    p.bounds = emulation::pointer<const void>(bounds[0]);
-    p.wide_index = bounds[1] != 0;
+    p.bounds = {emulation::pointer<const void>(bounds[0]), bounds[1] != 0};
     p.num_bounds = static_cast<int>(bounds[2]);
   }
+  p.interleaved = interleaved;
   p.conjugate = conjugate;
   p.copy = copy;
   p.mrope = !section.empty();
@@ -56,9 +55,9 @@ static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<i
   const auto launch = [&](auto kernel, int64_t blocks) {
     emulation::launch(dim3(static_cast<unsigned>(blocks)), dim3(kRopeThreads), 0, [&] { kernel(p); });
   };
-  if (dtype == 0) rope_launch<float>(p, interleaved, launch);
-  if (dtype == 1) rope_launch<bf16>(p, interleaved, launch);
-  if (dtype == 2) rope_launch<f16>(p, interleaved, launch);
+  if (dtype == 0) rope_launch<float>(p, launch);
+  if (dtype == 1) rope_launch<bf16>(p, launch);
+  if (dtype == 2) rope_launch<f16>(p, launch);
 }
 
 TILEFUSE_EMULATION(m) { m.def("run", &run); }

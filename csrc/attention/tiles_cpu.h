@@ -12,15 +12,7 @@
 #pragma once
 
 #include "common/cpu.h"
-
-#if defined(__AVX512BF16__)
-#pragma GCC diagnostic push
-// gcc 12 warns about its own intrinsics' undefined operands
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
+#include "common/immintrin.h"
 
 namespace tilefuse {
 namespace TILEFUSE_ISA {
@@ -87,7 +79,8 @@ static inline int64_t words(int64_t n, int per_word) { return (n + per_word - 1)
 static inline vec multiply_add(float b, const float* a, vec c) { return load(a) * b + c; }
 #if defined(__AVX512BF16__)
 static inline vec multiply_add(uint32_t b, const uint32_t* a, vec c) {
-  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
+  return (vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_loadu_si512(a),
+                               (__m512bh)_mm512_set1_epi32(static_cast<int>(b)));
 }
 #endif
 
@@ -96,7 +89,8 @@ enum class Into { set, extend, add };
 
 // NR rows of C [.][L]: sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
 template <int L, int NR, Into kInto, typename W>
-static inline void block_product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, float* c) {
+static inline void block_product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth,
+                                 float* c) {
   constexpr int kV = L / kWidth < kVectors ? L / kWidth : kVectors;
   for (int lane = 0; lane < L; lane += kV * kWidth) {
     vec acc[NR][kV];
@@ -125,12 +119,12 @@ static inline void block_product(const W* a, const W* b, int64_t row_step, int64
 }
 
 template <int L, Into kInto, typename W>
-static void product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, int64_t rows, float* c) {
+static void product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, int64_t rows,
+                    float* c) {
   int64_t r = 0;
   for (; r + kBlock <= rows; r += kBlock)
     block_product<L, kBlock, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
-  for (; r + 2 <= rows; r += 2)
-    block_product<L, 2, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+  for (; r + 2 <= rows; r += 2) block_product<L, 2, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
   for (; r < rows; ++r) block_product<L, 1, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
 }
 
@@ -356,7 +350,8 @@ class Forward {
     }
   }
 
-  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score, bool mask) {
+  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score,
+            bool mask) {
     pack_rows(k, count, dim_, k_);
     rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
     finish_scores<L>(s_, position, count, queries, score, mask, nullptr);
@@ -412,7 +407,8 @@ class Forward {
 
 // p = exp(logit - lse), ds = p (dp - delta) (1 - tanh^2), over [count][L]; lse and delta per lane or per row
 template <int L, bool kPerLane>
-static void logit_gradient(float* s, float* dp, const float* tanh_in, int64_t count, const float* lse, const float* delta) {
+static void logit_gradient(float* s, float* dp, const float* tanh_in, int64_t count, const float* lse,
+                           const float* delta) {
   for (int64_t r = 0; r < count; ++r) {
     for (int lane = 0; lane < L; lane += kWidth) {
       const int64_t i = r * L + lane;
@@ -457,7 +453,8 @@ class QueryGradient {
     std::memset(dq_, 0, dim_ * L * sizeof(float));
   }
 
-  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score, bool mask) {
+  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score,
+            bool mask) {
     pack_rows(k, count, dim_, k_);
     pack_rows(v, count, dim_v_, v_);
     rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
@@ -523,7 +520,8 @@ class KeyGradient {
     std::memset(dv_, 0, dim_v_ * L * sizeof(float));
   }
 
-  void queries(const T* const* q, const T* const* dout, const QueryRows& rows, int64_t count, const Score& score, bool mask) {
+  void queries(const T* const* q, const T* const* dout, const QueryRows& rows, int64_t count, const Score& score,
+               bool mask) {
     pack_rows(q, count, dim_, q_);
     pack_rows(dout, count, dim_v_, dout_);
     rows_by_lanes<L>(k_, q_, words(dim_, kPer), count, s_);

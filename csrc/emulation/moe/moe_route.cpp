@@ -6,7 +6,7 @@
 using namespace tilefuse;
 
 template <typename T>
-static void run(const RouteParams& p) {
+static void run(const MoeRouteCall& p) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.tokens, kRouteWarps)));
   route_launch<T>(p.experts, [&](auto kernel) {
     emulation::launch(grid, dim3(32 * kRouteWarps), route_shared_bytes(p.groups, p.top_k), [&] { kernel(p); });
@@ -14,7 +14,7 @@ static void run(const RouteParams& p) {
 }
 
 template <typename T>
-static void run_backward(const RouteBackwardParams& p) {
+static void run_backward(const MoeRouteBwdCall& p) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.tokens, kRouteWarps)));
   emulation::launch(grid, dim3(32 * kRouteWarps), route_backward_shared_bytes(p.experts, p.top_k),
                     [&] { moe_route_bwd_kernel<T>(p); });
@@ -24,7 +24,7 @@ TILEFUSE_EMULATION(m) {
   m.def("run", [](int dtype, uintptr_t logits, int64_t stride, uintptr_t bias, uintptr_t weights, uintptr_t ids,
                   int64_t tokens, int experts, int top_k, int score, bool renormalize, int groups, int topk_group,
                   bool top2, float scale, bool nan_zero) {
-    RouteParams p{};
+    MoeRouteCall p{};
     p.logits = emulation::pointer<const void>(logits);
     p.stride = stride;
     p.bias = emulation::pointer<const float>(bias);
@@ -45,24 +45,24 @@ TILEFUSE_EMULATION(m) {
     if (dtype == 2) run<f16>(p);
   });
 
-  m.def("run_backward", [](int dtype, uintptr_t grad, uintptr_t logits, int64_t stride, uintptr_t ids,
-                           uintptr_t grad_logits, int64_t tokens, int experts, int top_k, int score, bool renormalize,
-                           float scale, bool nan_zero) {
-    RouteBackwardParams p{};
-    p.grad = emulation::pointer<const float>(grad);
-    p.logits = emulation::pointer<const void>(logits);
-    p.stride = stride;
-    p.ids = emulation::pointer<const int>(ids);
-    p.grad_logits = emulation::pointer<void>(grad_logits);
-    p.tokens = tokens;
-    p.experts = experts;
-    p.top_k = top_k;
-    p.score = static_cast<RouteScore>(score);
-    p.renormalize = renormalize;
-    p.nan_zero = nan_zero;
-    p.scale = scale;
-    if (dtype == 0) run_backward<float>(p);
-    if (dtype == 1) run_backward<bf16>(p);
-    if (dtype == 2) run_backward<f16>(p);
-  });
+  m.def("run_backward",
+        [](int dtype, uintptr_t grad, uintptr_t logits, int64_t stride, uintptr_t ids, uintptr_t grad_logits,
+           int64_t tokens, int experts, int top_k, int score, bool renormalize, float scale, bool nan_zero) {
+          MoeRouteBwdCall p{};
+          p.dweights = emulation::pointer<const float>(grad);
+          p.logits = emulation::pointer<const void>(logits);
+          p.stride = stride;
+          p.ids = emulation::pointer<const int>(ids);
+          p.dlogits = emulation::pointer<void>(grad_logits);
+          p.tokens = tokens;
+          p.experts = experts;
+          p.top_k = top_k;
+          p.score = static_cast<RouteScore>(score);
+          p.renormalize = renormalize;
+          p.nan_zero = nan_zero;
+          p.scale = scale;
+          if (dtype == 0) run_backward<float>(p);
+          if (dtype == 1) run_backward<bf16>(p);
+          if (dtype == 2) run_backward<f16>(p);
+        });
 }

@@ -19,10 +19,10 @@ static const void* set_rows(int64_t* strides, const Rows& rows) {
 // or the count (bounds), after a 0 for none, 1 for positions or 2 for bounds
 static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& grads,
                 const std::vector<int64_t>& sizes, const Rows& cos, const Rows& sin, const Rows& place,
-                const std::vector<uintptr_t>& weights, int weight_dtype, float eps, float weight_offset, bool interleaved,
-                uintptr_t partial, const std::vector<uintptr_t>& weight_grads) {
-  NormRopeParams p{};
-  RopeParams& r = p.rope;
+                const std::vector<uintptr_t>& weights, int weight_dtype, float eps, float weight_offset,
+                bool interleaved, uintptr_t partial, const std::vector<uintptr_t>& weight_grads) {
+  QkNormRopeCall p{};
+  RopeCall& r = p.rope;
   for (int which = 0; which < 2; ++which) {
     RopeTensor& x = r.tensors[which];
     x.in = set_rows(x.in_strides, tensors[2 * which]);
@@ -42,16 +42,16 @@ static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<R
   r.cos_stride = cos[1];
   r.sin_stride = sin[1];
   if (place[0] == 1) {
-    r.positions = emulation::pointer<const void>(place[1]);
+    r.positions = {emulation::pointer<const void>(place[1]), place[2] != 0};
     for (int i = 0; i < 3; ++i) r.position_strides[i] = place[3 + i];
   } else if (place[0] == 2) {
-    r.bounds = emulation::pointer<const void>(place[1]);
+    r.bounds = {emulation::pointer<const void>(place[1]), place[2] != 0};
     r.num_bounds = static_cast<int>(place[3]);
   }
-  if (place[0] != 0) r.wide_index = place[2] != 0;
+  r.interleaved = interleaved;
   r.conjugate = !grads.empty();
   r.copy = true;
-  p.weight_dtype = weight_dtype;
+  p.weight_dtype = static_cast<Dtype>(weight_dtype);
   p.weight_offset = weight_offset;
   p.eps = eps;
   p.partial = grads.empty() ? nullptr : emulation::pointer<float>(partial);
@@ -61,9 +61,9 @@ static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<R
     emulation::launch(dim3(static_cast<unsigned>(blocks)), dim3(kNormThreads), shared, [&] { kernel(p); });
   };
   if (rows > 0) {
-    if (dtype == 0) norm_rope_launch<float>(p, interleaved, launch);
-    if (dtype == 1) norm_rope_launch<bf16>(p, interleaved, launch);
-    if (dtype == 2) norm_rope_launch<f16>(p, interleaved, launch);
+    if (dtype == 0) norm_rope_launch<float>(p, launch);
+    if (dtype == 1) norm_rope_launch<bf16>(p, launch);
+    if (dtype == 2) norm_rope_launch<f16>(p, launch);
   }
   if (grads.empty()) return;
   const int blocks = rows > 0 ? static_cast<int>(ceil_div(rows, p.rows_per_block)) : 0;

@@ -17,8 +17,8 @@ static void set_strides(int64_t* strides, const Rows& rows) {
 static void run(int dtype, int cache_dtype, const Rows& q, const Rows& out, const Rows& k, const Rows& v,
                 const std::vector<Rows>& caches, const std::vector<int64_t>& sizes, const Rows& cos, const Rows& sin,
                 const Rows& positions, const Rows& slots, bool interleaved, float k_scale, float v_scale) {
-  AppendParams a{};
-  RopeParams& p = a.rope;
+  RopeAppendKvCall a{};
+  RopeCall& p = a.rope;
   p.tensors[0].in = emulation::pointer<const void>(q[0]);
   p.tensors[0].out = emulation::pointer<void>(out[0]);
   set_strides(p.tensors[0].in_strides, q);
@@ -38,17 +38,16 @@ static void run(int dtype, int cache_dtype, const Rows& q, const Rows& out, cons
   a.dim_v = static_cast<int>(sizes[6]);
   a.slot_count = sizes[7];
   a.page_size = sizes[8];
+  p.interleaved = interleaved;
   p.copy = true;
   p.cos = emulation::pointer<const float>(cos[0]);
   p.sin = emulation::pointer<const float>(sin[0]);
   p.cos_stride = cos[1];
   p.sin_stride = sin[1];
-  p.positions = emulation::pointer<const void>(positions[0]);
-  p.wide_index = positions[1] != 0;
+  p.positions = {emulation::pointer<const void>(positions[0]), positions[1] != 0};
   p.position_strides[1] = positions[2];
   p.position_strides[2] = positions[3];
-  a.slots = emulation::pointer<const void>(slots[0]);
-  a.wide_slots = slots[1] != 0;
+  a.slots = {emulation::pointer<const void>(slots[0]), slots[1] != 0};
   a.slot_strides[0] = slots[2];
   a.slot_strides[1] = slots[3];
   for (int which = 0; which < 2; ++which) {
@@ -60,11 +59,11 @@ static void run(int dtype, int cache_dtype, const Rows& q, const Rows& out, cons
   const auto launch = [&](auto kernel, int64_t blocks) {
     emulation::launch(dim3(static_cast<unsigned>(blocks)), dim3(kRopeThreads), 0, [&] { kernel(a); });
   };
-  if (dtype == 0 && cache_dtype == 0) append_launch<float, float>(a, interleaved, launch);
-  if (dtype == 0 && cache_dtype == 3) append_launch<float, cache_e4m3>(a, interleaved, launch);
-  if (dtype == 1 && cache_dtype == 1) append_launch<bf16, bf16>(a, interleaved, launch);
-  if (dtype == 1 && cache_dtype == 2) append_launch<bf16, f16>(a, interleaved, launch);
-  if (dtype == 1 && cache_dtype == 3) append_launch<bf16, cache_e4m3>(a, interleaved, launch);
+  if (dtype == 0 && cache_dtype == 0) append_launch<float, float>(a, launch);
+  if (dtype == 0 && cache_dtype == 3) append_launch<float, cache_e4m3>(a, launch);
+  if (dtype == 1 && cache_dtype == 1) append_launch<bf16, bf16>(a, launch);
+  if (dtype == 1 && cache_dtype == 2) append_launch<bf16, f16>(a, launch);
+  if (dtype == 1 && cache_dtype == 3) append_launch<bf16, cache_e4m3>(a, launch);
 }
 
 TILEFUSE_EMULATION(m) { m.def("run", &run); }

@@ -7,28 +7,21 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
-#include <vector>
 
 namespace tilefuse {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // start of each group, clamped to the rows there are
 inline std::vector<int64_t> bounds_of(const Tensor& offsets, int64_t rows) {
   std::vector<int64_t> bounds(static_cast<size_t>(offsets.numel()));
-  const bool wide = offsets.scalar_type() == ScalarType::Long;
+  const Index index = index_of(offsets);
   for (size_t e = 0; e < bounds.size(); ++e) {
-    const int64_t at = wide ? static_cast<const int64_t*>(offsets.data_ptr())[e] : static_cast<const int32_t*>(offsets.data_ptr())[e];
-    bounds[e] = std::min(std::max<int64_t>(at, 0), rows);
+    bounds[e] = std::min(std::max<int64_t>(index[static_cast<int64_t>(e)], 0), rows);
   }
   return bounds;
 }
 
-inline Rows rows_of(const Tensor& a, const std::optional<Tensor>& index, int64_t div) {
-  return Rows{a.data_ptr(), a.size(0), stride_or_zero(a, 0), index ? index->data_ptr() : nullptr,
-              index && index->scalar_type() == ScalarType::Long, div};
+inline SourceRows rows_of(const Tensor& a, const OptionalTensor& index, int64_t div) {
+  return SourceRows{a.const_data_ptr(), a.size(0), stride_or_zero(a, 0), index_of(index), div};
 }
 
 // bytes of the rows of `t` outside of [bounds.front(), bounds.back()) become zero
@@ -42,13 +35,14 @@ inline void zero_outside(const Tensor& t, const std::vector<int64_t>& bounds) {
 }
 
 // tiles in the order of the weights, so that one thread reads a weight block for all its rows
-inline std::vector<Tile> tiles_of(const std::vector<int64_t>& bounds, int64_t n) {
-  std::vector<Tile> tiles;
+inline std::vector<GroupTile> tiles_of(const std::vector<int64_t>& bounds, int64_t n) {
+  std::vector<GroupTile> tiles;
   for (size_t e = 0; e + 1 < bounds.size(); ++e) {
     if (bounds[e + 1] <= bounds[e]) continue;
-    for (int64_t c = 0; c < n; c += TILE_COLS) {
-      for (int64_t r = bounds[e]; r < bounds[e + 1]; r += TILE_ROWS) {
-        tiles.push_back({static_cast<int64_t>(e), r, std::min(r + TILE_ROWS, bounds[e + 1]), c, std::min(c + TILE_COLS, n)});
+    for (int64_t c = 0; c < n; c += kTileCols) {
+      for (int64_t r = bounds[e]; r < bounds[e + 1]; r += kTileRows) {
+        tiles.push_back(
+            {static_cast<int64_t>(e), r, std::min(r + kTileRows, bounds[e + 1]), c, std::min(c + kTileCols, n)});
       }
     }
   }
@@ -72,7 +66,7 @@ inline Tensor matrix_of(const Tensor& b, int64_t e) {
 }
 
 // out = a @ w^T (+ bias), in PyTorch
-inline void linear_out(const Tensor& a, const Tensor& w, const std::optional<Tensor>& bias, const Tensor& out) {
+inline void linear_out(const Tensor& a, const Tensor& w, const OptionalTensor& bias, const Tensor& out) {
   std::array<StableIValue, 4> stack{torch::stable::detail::from(a), torch::stable::detail::from(w),
                                     torch::stable::detail::from(bias), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
@@ -86,7 +80,8 @@ inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline void copy_rows(const Rows& rows, int64_t begin, int64_t end, size_t row_bytes, size_t stride_bytes, char* to) {
+inline void copy_rows(const SourceRows& rows, int64_t begin, int64_t end, size_t row_bytes, size_t stride_bytes,
+                      char* to) {
   for (int64_t p = begin; p < end; ++p, to += row_bytes) {
     const int64_t at = source_row(rows, p);
     if (at < 0) {
@@ -100,13 +95,13 @@ inline void copy_rows(const Rows& rows, int64_t begin, int64_t end, size_t row_b
 // calls store(first output row, rows, result tile) for every expert's rows in tiles of a fixed number of rows: a plain
 // slice changes float32 bits with its row count. The result tile has dtype `result`, a's or float32.
 template <typename Store>
-inline void matmul_tiles(const Tensor& a, const Rows& rows, const Tensor& b, const std::vector<int64_t>& bounds,
-                         const std::optional<Tensor>& bias, ScalarType result, const Store& store) {
-  constexpr int64_t FIXED_ROWS = 32;
+inline void matmul_tiles(const Tensor& a, const SourceRows& rows, const Tensor& b, const std::vector<int64_t>& bounds,
+                         const OptionalTensor& bias, ScalarType result, const Store& store) {
+  constexpr int64_t kFixedRows = 32;
   const int64_t n = b.size(1), k = b.size(2);
   const bool widen = result != a.scalar_type();
-  Tensor tile = torch::stable::new_empty(a, {FIXED_ROWS, k});
-  Tensor product = torch::stable::new_empty(a, {FIXED_ROWS, n}, result);
+  Tensor tile = torch::stable::new_empty(a, {kFixedRows, k});
+  Tensor product = torch::stable::new_empty(a, {kFixedRows, n}, result);
   const size_t row_bytes = static_cast<size_t>(k) * static_cast<size_t>(a.element_size());
   const size_t stride_bytes = static_cast<size_t>(rows.stride) * static_cast<size_t>(a.element_size());
   char* to = static_cast<char*>(tile.data_ptr());
@@ -114,15 +109,16 @@ inline void matmul_tiles(const Tensor& a, const Rows& rows, const Tensor& b, con
     if (bounds[e + 1] <= bounds[e] || n == 0) continue;
     Tensor matrix = matrix_of(b, static_cast<int64_t>(e));
     if (widen) matrix = torch::stable::to(matrix, result);
-    std::optional<Tensor> row_bias;
+    OptionalTensor row_bias;
     if (bias) {
       row_bias = torch::stable::select(*bias, 0, static_cast<int64_t>(e));
       if (widen) row_bias = torch::stable::to(*row_bias, result);
     }
-    for (int64_t begin = bounds[e]; begin < bounds[e + 1]; begin += FIXED_ROWS) {
-      const int64_t end = std::min(begin + FIXED_ROWS, bounds[e + 1]);
+    for (int64_t begin = bounds[e]; begin < bounds[e + 1]; begin += kFixedRows) {
+      const int64_t end = std::min(begin + kFixedRows, bounds[e + 1]);
       copy_rows(rows, begin, end, row_bytes, stride_bytes, to);
-      std::memset(to + static_cast<size_t>(end - begin) * row_bytes, 0, static_cast<size_t>(FIXED_ROWS - (end - begin)) * row_bytes);
+      std::memset(to + static_cast<size_t>(end - begin) * row_bytes, 0,
+                  static_cast<size_t>(kFixedRows - (end - begin)) * row_bytes);
       linear_out(widen ? torch::stable::to(tile, result) : tile, matrix, row_bias, product);
       store(begin, end - begin, product);
     }

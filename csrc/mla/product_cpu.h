@@ -1,8 +1,8 @@
-// Blocked products of the family's projections on the CPU, on the product of attention/tiles.h.
+// Blocked products of the family's projections on the CPU, on the product of attention/tiles_cpu.h.
 #pragma once
 
-#include "attention/tiles.h"
-#include "rope/rope.h"
+#include "attention/tiles_cpu.h"
+#include "rope/rope_cpu.h"
 
 namespace tilefuse {
 

@@ -14,12 +14,12 @@ static void run(uintptr_t ids, int slots, int experts, uintptr_t order, uintptr_
 }
 
 TILEFUSE_EMULATION(m) {
-  m.def("run", [](bool wide, uintptr_t ids, int slots, int experts, uintptr_t order, uintptr_t inverse,
-                  uintptr_t offsets) {
-    if (wide) {
-      run<int64_t>(ids, slots, experts, order, inverse, offsets);
-    } else {
-      run<int32_t>(ids, slots, experts, order, inverse, offsets);
-    }
-  });
+  m.def("run",
+        [](bool wide, uintptr_t ids, int slots, int experts, uintptr_t order, uintptr_t inverse, uintptr_t offsets) {
+          if (wide) {
+            run<int64_t>(ids, slots, experts, order, inverse, offsets);
+          } else {
+            run<int32_t>(ids, slots, experts, order, inverse, offsets);
+          }
+        });
 }

@@ -1,7 +1,7 @@
 // Latent rows on the CPU: RMSNorm of the first R values, RoPE of the rest, in float32 into a buffer.
 #pragma once
 
-#include "rope/rope.h"
+#include "rope/rope_cpu.h"
 
 namespace tilefuse {
 
@@ -14,18 +14,13 @@ struct LatentCall {
   const float* cos;
   const float* sin;
   int64_t cos_stride, sin_stride;
-  // positions, or null: the token's own number
-  const void* positions;
-  bool positions_wide;
+  // without data: the token's own number
+  Index positions;
   float eps;
   bool interleaved;
 };
 
 namespace TILEFUSE_ISA {
-
-static inline int64_t index_at(const void* data, bool wide, int64_t i) {
-  return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-}
 
 // 1 / sqrt(mean(x^2) + eps); the float64 sum makes the result independent of its order
 static inline float rstd_of(const float* x, int64_t n, float eps) {
@@ -56,8 +51,7 @@ static inline void latent_row(const LatentCall& call, int64_t token, float* row,
   const float rstd = rstd_of(row, call.rank, call.eps);
   for (int64_t i = 0; i < call.rank; ++i) row[i] = row[i] * rstd * call.weight[i];
   if (call.half == 0) return;
-  const int64_t position =
-      call.positions == nullptr ? token : index_at(call.positions, call.positions_wide, token);
+  const int64_t position = call.positions.data == nullptr ? token : call.positions[token];
   const float* cos = call.cos + position * call.cos_stride;
   const float* sin = call.sin + position * call.sin_stride;
   for (int64_t i = 0; i < 2 * call.half; ++i) scratch[i] = to_float(in[call.rank + i]);
@@ -79,8 +73,7 @@ static inline void store_row(const float* row, int64_t n, void* out) {
 #ifdef TILEFUSE_REGISTER
 
 // the norm's weight as float32
-static std::vector<float> float_weight(const Tensor& weight) {
-  using namespace TILEFUSE_ISA;
+inline std::vector<float> float_weight(const Tensor& weight) {
   std::vector<float> values(weight.size(0));
   TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
     const T* data = static_cast<const T*>(weight.const_data_ptr());
@@ -89,9 +82,8 @@ static std::vector<float> float_weight(const Tensor& weight) {
   return values;
 }
 
-static LatentCall latent_call(const Tensor& kv_a, const std::vector<float>& weight, const Tensor& cos,
-                              const Tensor& sin, const std::optional<Tensor>& positions, double eps,
-                              bool interleaved) {
+inline LatentCall latent_call(const Tensor& kv_a, const std::vector<float>& weight, const Tensor& cos,
+                              const Tensor& sin, const OptionalTensor& positions, double eps, bool interleaved) {
   LatentCall call{};
   call.kv_a = kv_a.const_data_ptr();
   call.dtype = dtype_of(kv_a);
@@ -100,15 +92,11 @@ static LatentCall latent_call(const Tensor& kv_a, const std::vector<float>& weig
   call.rank = static_cast<int64_t>(weight.size());
   call.half = (kv_a.size(1) - call.rank) / 2;
   call.weight = weight.data();
-  call.cos = static_cast<const float*>(cos.const_data_ptr());
-  call.sin = static_cast<const float*>(sin.const_data_ptr());
+  call.cos = pointer<const float>(cos);
+  call.sin = pointer<const float>(sin);
   call.cos_stride = stride_or_zero(cos, 0);
   call.sin_stride = stride_or_zero(sin, 0);
-  if (positions) {
-    const IndexData data = index_data(*positions);
-    call.positions = data.data;
-    call.positions_wide = data.wide;
-  }
+  call.positions = index_of(positions);
   call.eps = static_cast<float>(eps);
   call.interleaved = interleaved;
   return call;

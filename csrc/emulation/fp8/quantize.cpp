@@ -7,7 +7,7 @@ using namespace tilefuse;
 
 static void run(bool silu, int dtype, uintptr_t x, int64_t row_stride, int64_t rows, int64_t k, uintptr_t codes,
                 uintptr_t scales, int64_t pitch, float eps, bool pow2) {
-  fp8::QuantizeParams p{};
+  fp8::QuantizeCall p{};
   p.x = emulation::pointer<const void>(x);
   p.row_stride = row_stride;
   p.rows = rows;

@@ -1,51 +1,46 @@
 // A call of banded attention, from tensors: window_attention, and mla_attention, whose window is unbounded.
 #pragma once
 
-#include "attention/window.h"
+#include "attention/window_cpu.h"
 
 #ifdef TILEFUSE_REGISTER
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(window_attention_pass, (const WindowCall&, int, int64_t, int64_t))
-
-using baseline::Pass;
-using OptionalTensor = std::optional<Tensor>;
-
-static void run(const WindowCall& call, Pass pass, int64_t tasks) {
-  const auto kernel = window_attention_pass_dispatch();
-  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { kernel(call, static_cast<int>(pass), begin, end); });
+namespace baseline {
+void window_attention_pass(const WindowAttentionCall& call, Pass pass, int64_t begin, int64_t end);
 }
+TILEFUSE_DISPATCH(window_attention_pass)
 
 // packed tokens that belong to no sequence keep these values
-static Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
+inline Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
   return like.dim() == 3 ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
 }
 
-static Tensor new_statistics(const Tensor& q, float value) {
-  Tensor t = torch::stable::new_empty(q, statistics_shape(q), torch::headeronly::ScalarType::Float);
+inline Tensor new_statistics(const Tensor& q, float value) {
+  Tensor t = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
   if (q.dim() == 3) torch::stable::fill_(t, value);
   return t;
 }
 
-static std::tuple<Tensor, Tensor> window_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor sinks,
+inline std::tuple<Tensor, Tensor> window_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor sinks,
                                                        OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q,
                                                        OptionalTensor cu_seqlens_k, int64_t left, int64_t right,
                                                        int64_t dilation, double scale, double softcap,
                                                        int64_t sink_tokens) {
-  WindowSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale, softcap,
-                    sink_tokens);
+  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale,
+                             softcap, sink_tokens);
   Tensor out = new_rows(q, with_last(q, v.size(v.dim() - 1)));
   Tensor lse = new_statistics(q, -baseline::kInfinity);
-  WindowCall& call = setup.call;
+  WindowAttentionCall& call = setup.call;
   call.out = rows_of(out);
   call.lse = statistics_of(lse);
-  run(call, Pass::forward, call.heads * call.query_tiles);
+  run_parallel(window_attention_pass, call.heads * call.query_tiles, 1, call, Pass::forward);
   return {out, lse};
 }
 
 // -sum exp(sink - lse) * delta
-static void sink_gradient(const WindowCall& call, const Tensor& lse, const Tensor& delta, Tensor& dsinks) {
+inline void sink_gradient(const WindowAttentionCall& call, const Tensor& lse, const Tensor& delta, Tensor& dsinks) {
   std::vector<float> sums(call.heads);
   const Statistics of_lse = statistics_of(lse), of_delta = statistics_of(delta);
   const int64_t batch = lse.dim() == 3 ? lse.size(0) : 1, tokens = lse.size(lse.dim() - 1);
@@ -65,15 +60,15 @@ static void sink_gradient(const WindowCall& call, const Tensor& lse, const Tenso
   write_floats(dsinks, sums);
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
+inline std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor sinks,
     OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t left, int64_t right,
     int64_t dilation, double scale, double softcap, int64_t sink_tokens) {
-  WindowSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale, softcap,
-                    sink_tokens);
+  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale,
+                             softcap, sink_tokens);
   Tensor dq = new_rows(q, shape_of(q)), dk = new_rows(k, shape_of(k)), dv = new_rows(v, shape_of(v));
   Tensor delta = new_statistics(q, 0.0f);
-  WindowCall& call = setup.call;
+  WindowAttentionCall& call = setup.call;
   call.out = rows_of(out);
   call.dout = rows_of(dout);
   call.dq = rows_of(dq);
@@ -82,10 +77,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
   call.lse = statistics_of(lse);
   call.delta = statistics_of(delta);
   if (dlse) call.dlse = statistics_of(*dlse);
-  run(call, Pass::query_gradient, call.heads * call.query_tiles);
-  run(call, Pass::key_gradient, call.kv_heads * call.key_tiles);
+  run_parallel(window_attention_pass, call.heads * call.query_tiles, 1, call, Pass::query_gradient);
+  run_parallel(window_attention_pass, call.kv_heads * call.key_tiles, 1, call, Pass::key_gradient);
   if (call.prefix > 0)
-    run(call, Pass::prefix_gradient, call.sequence_count * call.kv_heads * ((call.prefix + 63) / 64));
+    run_parallel(window_attention_pass, call.sequence_count * call.kv_heads * ((call.prefix + 63) / 64), 1, call,
+                 Pass::prefix_gradient);
   if (!sinks) return {dq, dk, dv, torch::stable::new_empty(q, {0})};
   Tensor dsinks = torch::stable::new_empty(*sinks, {call.heads});
   sink_gradient(call, lse, delta, dsinks);

@@ -5,14 +5,14 @@
 // n is r + d * n.
 #pragma once
 
-#include "attention/tiles.h"
+#include "attention/tiles_cpu.h"
 
 namespace tilefuse {
 
 constexpr int32_t kUnbounded = 1 << 29;
 
 // a [B, S, H, D] or packed [T, H, D] tensor
-struct Rows {
+struct HeadRows {
   void* data = nullptr;
   int64_t batch = 0, token = 0, head = 0;
 };
@@ -22,16 +22,19 @@ struct Statistics {
   int64_t batch = 0, head = 0, token = 0;
 };
 
+// what one run over the tasks of a call computes
+enum class Pass : int { forward, query_gradient, key_gradient, prefix_gradient };
+
 struct WindowSequence {
-  int64_t batch;       // into tensors with a batch dimension
-  int64_t q0, k0;      // first tokens
+  int64_t batch;   // into tensors with a batch dimension
+  int64_t q0, k0;  // first tokens
   int32_t sq, sk;
   int64_t query_tiles, key_tiles;  // tiles of the sequences before this one
 };
 
-struct WindowCall {
+struct WindowAttentionCall {
   Dtype dtype;
-  Rows q, k, v, out, dout, dq, dk, dv;
+  HeadRows q, k, v, out, dout, dq, dk, dv;
   Statistics lse, dlse, delta;
   const float* sinks = nullptr;
   const float* slopes = nullptr;
@@ -58,7 +61,7 @@ namespace TILEFUSE_ISA {
 constexpr int kLanes = 64;
 
 template <typename T>
-static inline T* row(const Rows& x, int64_t batch, int64_t token, int64_t head) {
+static inline T* row(const HeadRows& x, int64_t batch, int64_t token, int64_t head) {
   return static_cast<T*>(x.data) + batch * x.batch + token * x.token + head * x.head;
 }
 
@@ -82,7 +85,7 @@ static inline Class residue_class(const WindowSequence& s, int32_t residue, int3
           (first + delta - residue) / d};
 }
 
-static inline const WindowSequence& sequence_of(const WindowCall& call, int64_t tile, bool of_keys) {
+static inline const WindowSequence& sequence_of(const WindowAttentionCall& call, int64_t tile, bool of_keys) {
   int64_t low = 0, high = call.sequence_count;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
@@ -96,12 +99,12 @@ static inline const WindowSequence& sequence_of(const WindowCall& call, int64_t 
   return call.sequences[low];
 }
 
-static inline bool is_hidden(const WindowCall& call, const WindowSequence& s, int64_t token) {
+static inline bool is_hidden(const WindowAttentionCall& call, const WindowSequence& s, int64_t token) {
   return call.hidden != nullptr && call.hidden[s.batch * call.hidden_stride + token] != 0;
 }
 
 // token of a prefix key, or -1
-static inline int32_t prefix_token(const WindowCall& call, const WindowSequence& s, int32_t p) {
+static inline int32_t prefix_token(const WindowAttentionCall& call, const WindowSequence& s, int32_t p) {
   if (call.listed != nullptr) return call.listed[s.batch * call.prefix + p];
   return p < s.sk ? p : -1;
 }
@@ -114,7 +117,7 @@ struct QueryTile {
   int64_t head;
 };
 
-static inline QueryTile query_tile(const WindowCall& call, int64_t task) {
+static inline QueryTile query_tile(const WindowAttentionCall& call, int64_t task) {
   const int64_t head = task / call.query_tiles, tile = task % call.query_tiles;
   const WindowSequence& s = sequence_of(call, tile, false);
   const int64_t per_class = tiles_per_class(s.sq, call.dilation, kLanes);
@@ -125,7 +128,7 @@ static inline QueryTile query_tile(const WindowCall& call, int64_t task) {
 }
 
 template <typename T, typename Engine>
-static void walk_keys(const WindowCall& call, const QueryTile& t, Engine& engine) {
+static void walk_keys(const WindowAttentionCall& call, const QueryTile& t, Engine& engine) {
   const WindowSequence& s = *t.sequence;
   const Class& c = t.c;
   const int64_t kv = t.head / (call.heads / call.kv_heads);
@@ -183,7 +186,7 @@ static void walk_keys(const WindowCall& call, const QueryTile& t, Engine& engine
 }
 
 template <typename T>
-static void window_forward(const WindowCall& call, int64_t begin, int64_t end) {
+static void window_forward(const WindowAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   Forward<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T* q[kLanes];
@@ -209,7 +212,7 @@ static void window_forward(const WindowCall& call, int64_t begin, int64_t end) {
 
 // dq, and delta = sum(dout * out) - dlse for the second pass
 template <typename T>
-static void window_query_gradient(const WindowCall& call, int64_t begin, int64_t end) {
+static void window_query_gradient(const WindowAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   QueryGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *q[kLanes], *dout[kLanes];
@@ -244,8 +247,9 @@ static void window_query_gradient(const WindowCall& call, int64_t begin, int64_t
 
 // queries [m0, m0 + count) of one class against the lanes; false if none is live
 template <typename T>
-static void load_query_rows(const WindowCall& call, const WindowSequence& s, int64_t head, int32_t first, int32_t step,
-                            int32_t m0, int32_t count, const T** q, const T** dout, QueryRows& rows, bool* live) {
+static void load_query_rows(const WindowAttentionCall& call, const WindowSequence& s, int64_t head, int32_t first,
+                            int32_t step, int32_t m0, int32_t count, const T** q, const T** dout, QueryRows& rows,
+                            bool* live) {
   rows.slope = call.slopes == nullptr ? 0.0f : call.slopes[head];
   for (int32_t r = 0; r < count; ++r) {
     const int64_t local = first + static_cast<int64_t>(m0 + r) * step, token = s.q0 + local;
@@ -259,7 +263,7 @@ static void load_query_rows(const WindowCall& call, const WindowSequence& s, int
 
 // dk and dv of the band: every key tile on its own, the query heads of a group one after the other
 template <typename T, typename O>
-static void window_key_gradient(const WindowCall& call, int64_t begin, int64_t end) {
+static void window_key_gradient(const WindowAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   KeyGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *k[kLanes], *v[kLanes], *q[kRows], *dout[kRows];
@@ -315,7 +319,7 @@ static void window_key_gradient(const WindowCall& call, int64_t begin, int64_t e
 
 // dk and dv of the prefix keys, which every query may see: one task per sequence, kv head and tile of keys
 template <typename T, typename O>
-static void window_prefix_gradient(const WindowCall& call, int64_t begin, int64_t end) {
+static void window_prefix_gradient(const WindowAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
   KeyGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
   const T *k[kLanes], *v[kLanes], *q[kRows], *dout[kRows];
@@ -354,12 +358,10 @@ static void window_prefix_gradient(const WindowCall& call, int64_t begin, int64_
   }
 }
 
-enum class Pass : int { forward, query_gradient, key_gradient, prefix_gradient };
-
 // O: type of dk and dv
 template <typename T, typename O>
-static void run_window_pass(const WindowCall& call, int pass, int64_t begin, int64_t end) {
-  switch (static_cast<Pass>(pass)) {
+static void run_window_pass(const WindowAttentionCall& call, Pass pass, int64_t begin, int64_t end) {
+  switch (pass) {
     case Pass::forward:
       return window_forward<T>(call, begin, end);
     case Pass::query_gradient:
@@ -375,12 +377,7 @@ static void run_window_pass(const WindowCall& call, int pass, int64_t begin, int
 
 #ifdef TILEFUSE_REGISTER
 
-using torch::stable::Tensor;
-// the object that registers is the baseline one
-using baseline::bf16;
-using baseline::f16;
-
-inline Rows rows_of(const Tensor& t) {
+inline HeadRows rows_of(const Tensor& t) {
   const bool packed = t.dim() == 3;
   return {const_cast<void*>(t.const_data_ptr()), packed ? 0 : t.stride(0), t.stride(packed ? 0 : 1),
           t.stride(packed ? 1 : 2)};
@@ -414,41 +411,34 @@ inline std::vector<int64_t> statistics_shape(const Tensor& q) {
 
 // any float dtype to float32; small vectors such as sinks
 inline std::vector<float> read_floats(const Tensor& t) {
-  using torch::headeronly::ScalarType;
   std::vector<float> values(t.size(0));
   const int64_t stride = t.stride(0);
   for (size_t i = 0; i < values.size(); ++i) {
     if (t.scalar_type() == ScalarType::Double) {
       values[i] = static_cast<float>(static_cast<const double*>(t.const_data_ptr())[i * stride]);
     } else {
-      TILEFUSE_BY_DTYPE(dtype_of(t), E, {
-        values[i] = baseline::to_float(static_cast<const E*>(t.const_data_ptr())[i * stride]);
-      })
+      TILEFUSE_BY_DTYPE(dtype_of(t), E,
+                        { values[i] = to_float(static_cast<const E*>(t.const_data_ptr())[i * stride]); })
     }
   }
   return values;
 }
 
 inline void write_floats(Tensor& t, const std::vector<float>& values) {
-  using torch::headeronly::ScalarType;
   for (size_t i = 0; i < values.size(); ++i) {
     if (t.scalar_type() == ScalarType::Double) {
       static_cast<double*>(t.mutable_data_ptr())[i] = values[i];
     } else {
-      TILEFUSE_BY_DTYPE(dtype_of(t), E, {
-        static_cast<E*>(t.mutable_data_ptr())[i] = baseline::from_float<E>(values[i]);
-      })
+      TILEFUSE_BY_DTYPE(dtype_of(t), E, { static_cast<E*>(t.mutable_data_ptr())[i] = from_float<E>(values[i]); })
     }
   }
 }
 
 inline std::vector<int64_t> read_offsets(const Tensor& t, int64_t limit) {
   std::vector<int64_t> values(t.size(0));
-  const bool wide = t.scalar_type() == torch::headeronly::ScalarType::Long;
+  const Index index = index_of(t);
   for (size_t i = 0; i < values.size(); ++i) {
-    const int64_t at = static_cast<int64_t>(i) * t.stride(0);
-    const int64_t x = wide ? static_cast<const int64_t*>(t.const_data_ptr())[at]
-                           : static_cast<const int32_t*>(t.const_data_ptr())[at];
+    const int64_t x = index[static_cast<int64_t>(i) * t.stride(0)];
     values[i] = x < 0 ? 0 : x > limit ? limit : x;
   }
   return values;
@@ -459,15 +449,14 @@ inline int32_t bounded(int64_t window) {
 }
 
 // the call without its outputs; the vectors own what it points to
-struct WindowSetup {
-  WindowCall call;
+struct WindowAttentionSetup {
+  WindowAttentionCall call;
   std::vector<WindowSequence> sequences;
   std::vector<float> sinks, slopes;
 
-  WindowSetup(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks_in,
-              const std::optional<Tensor>& slopes_in, const std::optional<Tensor>& cu_q,
-              const std::optional<Tensor>& cu_k, int64_t left, int64_t right, int64_t dilation, double scale,
-              double softcap, int64_t prefix) {
+  WindowAttentionSetup(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& sinks_in,
+                       const OptionalTensor& slopes_in, const OptionalTensor& cu_q, const OptionalTensor& cu_k,
+                       int64_t left, int64_t right, int64_t dilation, double scale, double softcap, int64_t prefix) {
     const int64_t rank = q.dim();
     call.dtype = dtype_of(q);
     call.q = rows_of(q);
@@ -503,7 +492,8 @@ struct WindowSetup {
   void add(int64_t batch, int64_t q0, int64_t k0, int64_t sq, int64_t sk) {
     sq = sq < 0 ? 0 : sq;
     sk = sk < 0 ? 0 : sk;
-    sequences.push_back({batch, q0, k0, static_cast<int32_t>(sq), static_cast<int32_t>(sk), call.query_tiles, call.key_tiles});
+    sequences.push_back(
+        {batch, q0, k0, static_cast<int32_t>(sq), static_cast<int32_t>(sk), call.query_tiles, call.key_tiles});
     call.query_tiles += call.dilation * tiles_per_class(sq, call.dilation, 64);
     call.key_tiles += call.dilation * tiles_per_class(sk, call.dilation, 64);
   }
