@@ -87,10 +87,9 @@ def seen(compact, q_length, kv_length):
     q = torch.zeros(2, 1, q_length, 8)
     k = torch.zeros(2, 1, kv_length, 8)
     v = torch.eye(kv_length).expand(2, 1, -1, -1)
-    if compact.lengths is not None:
-        return (torch.arange(kv_length) < compact.lengths[:, None])[:, None, None]
     fake = mask.LazyMask.of(compact, pytest.fail, (2, 1, q_length, kv_length), torch.bool, torch.device("cpu"))
-    out, _ = attention.attention(pytest.fail, None, Layer(), q, k, v, fake)
+    with torch.no_grad():
+        out, _ = attention.attention(pytest.fail, None, Layer(), q, k, v, fake)
     return (out > 0).transpose(1, 2)
 
 

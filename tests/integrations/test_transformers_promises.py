@@ -29,9 +29,9 @@ def tokens(seed=0, batch=2, length=18):
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def logits(model, ids, **more):
+def logits(model, *ids, **more):
     with torch.no_grad():
-        return model(ids, **more).logits
+        return model(*ids, **more).logits
 
 
 def close(a, b):
@@ -341,3 +341,48 @@ def test_a_norm_that_someone_wraps_is_called(tiny):
     out = logits(model, tokens())
     unpatch(model)
     close(out, logits(model, tokens()))
+
+
+def test_static_caches_decode_in_one_graph(tiny):
+    """``generate`` makes the mask of each step itself, and a graph must not depend on the number of keys."""
+    model, stock = tiny("llama"), tiny("llama")
+    report = patch(model)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"cache_implementation": "static", "disable_compile": True}
+    ids = tokens()
+    expected = stock.generate(ids, **settings)
+    assert_bit_equal(model.generate(ids, **settings), expected)
+    assert report.calls()["model.layers.0.self_attn"] == {"window_attention": 1, "paged_attention": 4}
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(model, backend=backend, fullgraph=True)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=32)
+    last = logits(model, ids, past_key_values=cache)
+    for _ in range(4):
+        ids = torch.cat((ids, last[:, -1:].argmax(-1)), 1)
+        inputs = model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, attention_mask=torch.ones_like(ids), next_sequence_length=1,
+            position_ids=torch.full((2, 1), ids.shape[1] - 1),
+        )  # fmt: skip
+        last = logits(step, **inputs)
+    torch._dynamo.reset()
+    assert_bit_equal(ids, expected[:, : ids.shape[1]])
+    assert len(graphs) == 1 and any("paged_attention" in name for name in graphs[0])
+
+
+def test_rotary_embedding_outside_of_the_registry():
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=97, alibi=False
+    )
+    model = transformers.FalconForCausalLM(config).eval()
+    stock = logits(model, tokens())
+    report = patch(model)
+    assert report["transformer.h.1.self_attention"].changed == "rope"
+    assert "outside of Hugging Face's registry" in report["transformer.h.1.self_attention"].left
+    close(logits(model, tokens()), stock)

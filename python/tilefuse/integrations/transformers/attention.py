@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
@@ -155,15 +155,20 @@ def part(whole: Any, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left
     """The part for one model: ``whole`` is its config."""
 
     def swap(module: nn.Module, config: Any) -> Swap | Left | None:
-        attends, makes = _methods(type(module))
-        if not attends and not makes:
-            return None
+        cls = type(module)
+        attends, makes = _methods(cls)
         why = "" if unverified else verified.why_not(whole, config)
         if attends:
             return _swap_attention(module, config, _why_left(module, config) or why, attends)
+        if rope.in_forward(cls)[0]:
+            outside = "attention outside of Hugging Face's registry"
+            return Swap(rebuild.method(cls, "forward", ("rope",)), "rope", outside)
         if why:
             return None
-        return Swap(None, "", methods={name: rebuild.method(type(module), name, ("attention",)) for name in makes})
+        methods = {name: rebuild.method(cls, name, ("attention",)) for name in makes}
+        if isinstance(module, GenerationMixin) and not hasattr(cls, "create_masks_for_generate"):
+            methods["create_masks_for_generate"] = mask.for_generate
+        return Swap(None, "", methods=methods) if methods else None
 
     return swap
 

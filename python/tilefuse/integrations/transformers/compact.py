@@ -97,6 +97,10 @@ def _unpadded(
     stop = delta + q_length
     if delta < 0 or stop > kv_length or (rule.right != 0 and stop != kv_length):
         return None
+    if q_length == 1 and stop != kv_length:
+        # the slots of a static cache behind the last key: a graph that decodes must not depend on the number of keys
+        lengths = torch.full((batch,), stop, dtype=torch.int32, device=device)
+        return Compact((rule.left, 0), lengths=lengths) if rule.chunk is None else None
     if rule.chunk is None:
         return Compact((rule.left, rule.right), stop=None if stop == kv_length else stop)
     # positions of the first key that the first and the last query see

@@ -199,20 +199,35 @@ class _Registry:
         return stock.ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
-def _makers() -> dict[Any, Any]:
-    """Hugging Face's functions that a model's forward calls to make a mask -> those that make lazy ones."""
-    names = [name for name in vars(stock) if name.startswith("create_") and name.endswith("_mask")]
-    scope = {**vars(stock), **rules.NAMES, "ALL_MASK_ATTENTION_FUNCTIONS": _Registry()}
-    # torch.compile would look names up in the module that __name__ says
-    del scope["__name__"]
-    made = {}
-    for name in names:
-        function = getattr(stock, name)
-        ours = types.FunctionType(function.__code__, scope, name, function.__defaults__, function.__closure__)
-        ours.__kwdefaults__ = function.__kwdefaults__
-        made[function] = ours
-    scope.update({function.__name__: ours for function, ours in made.items()})
+def _ours(maker: Any) -> Any:
+    """What makes lazy masks in place of a function of Hugging Face's, also behind a partial or in a table."""
+    if isinstance(maker, dict):
+        return {name: _ours(each) for name, each in maker.items()}
+    if isinstance(maker, functools.partial):
+        return functools.partial(_ours(maker.func), *maker.args, **maker.keywords)
+    return MAKERS.get(maker, maker)
+
+
+def _copy(function: types.FunctionType) -> types.FunctionType:
+    made = types.FunctionType(
+        function.__code__, _SCOPE, function.__name__, function.__defaults__, function.__closure__
+    )  # fmt: skip
+    made.__kwdefaults__ = function.__kwdefaults__
     return made
 
 
-MAKERS = _makers()
+# the globals of masking_utils with ours; torch.compile would look names up in the module that __name__ says
+_SCOPE: dict[str, Any] = {**vars(stock), **rules.NAMES, "ALL_MASK_ATTENTION_FUNCTIONS": _Registry()}
+del _SCOPE["__name__"]
+# Hugging Face's functions that a model's forward calls to make a mask -> those that make lazy ones
+MAKERS: dict[Any, Callable[..., Any]] = {
+    value: _copy(value) for name, value in vars(stock).items() if name.startswith("create_") and name.endswith("_mask")
+}
+_SCOPE.update({function.__name__: ours for function, ours in MAKERS.items()})
+_SCOPE["LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING"] = _ours(stock.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING)
+_masks_for_generate = _copy(stock.create_masks_for_generate)
+
+
+def for_generate(model: Any, **arguments: Any) -> Any:
+    """``create_masks_for_generate`` of a model: ``generate`` makes the masks itself for a static cache."""
+    return _masks_for_generate(**arguments)

@@ -142,6 +142,8 @@ def replace(name: str, value: Any, scope: dict[str, Any]) -> Any:
 def in_forward(cls: type[nn.Module]) -> tuple[bool, str]:
     """Whether the forward of an attention class rotates by functions with a tilefuse form, and why not if it does."""
     forward = inspect.unwrap(cls.forward)
+    if not isinstance(forward, types.FunctionType):
+        return False, ""
     names = forward.__code__.co_names
     known = [name for name in _CANDIDATES if name in names]
     if known:
