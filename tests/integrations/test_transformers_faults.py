@@ -1,5 +1,7 @@
 """Models that were once wrong under ``patch``, each with the call that showed it."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ pytest.importorskip("transformers", reason="needs transformers (pip install tile
 import transformers
 from transformers import masking_utils
 
-from tilefuse.integrations.transformers import mask, patch, verified
+from tilefuse.integrations.transformers import mask, patch, rope, verified
 from tilefuse.testing import assert_bit_equal
 
 SMALL = {
@@ -189,3 +191,18 @@ def test_a_static_cache_that_the_mask_is_made_for():
     made = build("DogeForCausalLM", "DogeConfig", keep_window_size=64)
     ids = tokens()
     compare(made, logits(ids), generated(ids, padded(ids), cache_implementation="static", disable_compile=True))
+
+
+@pytest.mark.parametrize(
+    "model, rotary, config, same",
+    [
+        ("hunyuan_vl", "HunYuanVLRotaryEmbedding", "HunYuanVLTextConfig", False),
+        ("qwen3_vl", "Qwen3VLTextRotaryEmbedding", "Qwen3VLTextConfig", True),
+    ],
+)
+def test_tables_whose_halves_differ(model, rotary, config, same):
+    """HunYuan-VL cuts its sections of axes across the halves, and the op takes one half for both."""
+    file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    made = getattr(file, rotary)(getattr(transformers, config)(**SMALL | {"rope_parameters": parameters}))
+    assert rope.files_of_other_tables(torch.nn.Sequential(made)) == (set() if same else {file.__name__})

@@ -117,12 +117,11 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
     if state is None:
         # a part of it may be patched on its own
         undo(model)
-        config = model.__dict__.get("config")
         parts = [
-            longformer.swap, bigbird.swap, fp8_linear.swap, attention.part(config, unverified), router.swap,
+            longformer.swap, bigbird.swap, fp8_linear.swap, attention.part(model, unverified), router.swap,
             experts.swap,
         ]  # fmt: skip
-        if unverified and verified.why_not(config):
+        if unverified and verified.why_not(model.__dict__.get("config")):
             state = check.compared(model, lambda: apply(model, parts))
         else:
             state = apply(model, parts)

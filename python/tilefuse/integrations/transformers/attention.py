@@ -151,16 +151,18 @@ def _makes_masks(value: Any) -> bool:
     return isinstance(value, types.FunctionType) and value in mask.MAKERS
 
 
-def part(whole: Any, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left | None]:
-    """The part for one model: ``whole`` is its config."""
+def part(model: nn.Module, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left | None]:
+    """The part for one model."""
+    whole = model.__dict__.get("config")
+    other_tables = rope.files_of_other_tables(model)
 
     def swap(module: nn.Module, config: Any) -> Swap | Left | None:
         cls = type(module)
         attends, makes = _methods(cls)
         why = "" if unverified else verified.why_not(whole, config)
         if attends:
-            return _swap_attention(module, config, _why_left(module, config) or why, attends)
-        if rope.in_forward(cls)[0]:
+            return _swap_attention(module, config, _why_left(module, config) or why, attends, other_tables)
+        if rope.in_forward(cls)[0] and cls.__module__ not in other_tables:
             outside = "attention outside of Hugging Face's registry"
             return Swap(rebuild.method(cls, "forward", ("rope",)), "rope", outside)
         if why:
@@ -189,13 +191,17 @@ def _why_left(module: nn.Module, config: Any) -> str:
     return ""
 
 
-def _swap_attention(module: nn.Module, config: Any, why: str, attends: tuple[str, ...]) -> Swap | Left:
+def _swap_attention(
+    module: nn.Module, config: Any, why: str, attends: tuple[str, ...], other_tables: set[str]
+) -> Swap | Left:
     """``why``: what keeps its attention from being swapped, "" if nothing."""
     cls = type(module)
     names, parts, what, left = set(attends), ["attention"], ["attention"], []
     if why:
         names, parts, what, left = set(), [], [], [f"attention: {why}"]
     rotary, other = rope.in_forward(cls)
+    if rotary and cls.__module__ in other_tables:
+        rotary, other = False, "its rotary embedding is of another form"
     if rotary:
         names.add("forward")
         parts.append("rope")

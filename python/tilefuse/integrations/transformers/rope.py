@@ -152,3 +152,25 @@ def in_forward(cls: type[nn.Module]) -> tuple[bool, str]:
         return False, "its rotary embedding is of another form"
     rotary = [name for name in names if "rotary" in name or "rope" in name]
     return False, f"its rotary embedding ({rotary[0]}) has no tilefuse form" if rotary else ""
+
+
+def files_of_other_tables(model: nn.Module) -> set[str]:
+    """Files whose tables do not hold every angle twice once tokens have several positions, as those of images do.
+
+    Their sections of dims are cut across both halves (HunYuan-VL), which no function of a model's file tells.
+    """
+    several = [module for module in model.modules() if getattr(module, "mrope_section", None)]
+    return {type(module).__module__ for module in several if not _holds_twice(module)}
+
+
+def _holds_twice(rotary: Any) -> bool:
+    axes = len(rotary.mrope_section)
+    try:
+        with torch.no_grad():
+            device = next(rotary.buffers()).device
+            positions = torch.arange(5 * axes, device=device).view(axes, 1, 5)
+            tables = rotary(torch.zeros(1, 5, 8, device=device, dtype=torch.float32), positions)
+            return all(torch.equal(*table.chunk(2, -1)) for table in tables)
+    except Exception:
+        # on the meta device, or not called like this
+        return False
