@@ -24,6 +24,7 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	find csrc -type f | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/basedpyright
+	$(PY) scripts/check_counts.py
 
 # site/ needs no network to read; search works where it is served: $(PY) -m http.server -d site
 docs: native

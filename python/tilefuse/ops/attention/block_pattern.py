@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,64 @@ def _csr(keys: Tensor, lists: int, rows: int, columns: int) -> tuple[Tensor, Ten
     bounds = torch.searchsorted(keys, torch.arange(lists * rows + 1, device=keys.device) * columns)
     at = torch.arange(lists, device=keys.device)[:, None] * rows + torch.arange(rows + 1, device=keys.device)
     return bounds[at].int(), (keys % columns if columns else keys).int()
+
+
+def _sparse_transformer(
+    kind: str,
+    pairs: Callable[[Tensor, Tensor], Tensor],
+    row: Tensor,
+    own: Tensor,
+    columns: int,
+    stride: int | None,
+    summary: int,
+    causal: bool,
+) -> Tensor:
+    """Keys of the patterns of Sparse Transformer; ``own``: the block of keys that belongs to each row."""
+    name = "block_pattern"
+    if stride is None or stride < 1:
+        errors.value_error(name, "stride", "a number of blocks >= 1", stride)
+    groups = torch.arange(-(-columns // stride), device=row.device)
+    if kind == "strided":
+        near = torch.arange(1 - stride, 1 if causal else stride, device=row.device)
+        far = own[:, None] % stride + groups * stride
+        return torch.cat([pairs(row[:, None], own[:, None] + near), pairs(row[:, None], far)])
+    if not 1 <= summary <= stride:
+        errors.value_error(name, "summary", f"in [1, stride {stride}]", summary)
+    ends = (groups[:, None] * stride + torch.arange(stride - summary, stride, device=row.device)).flatten()
+    inside = torch.arange(stride, device=row.device)
+    group = torch.div(own, stride, rounding_mode="floor")
+    return torch.cat([pairs(row[:, None], group[:, None] * stride + inside), pairs(row[:, None], ends[None, :])])
+
+
+def _bigbird(
+    pairs: Callable[[Tensor, Tensor], Tensor], row: Tensor, heads: int, num_random: int, seed: int | None
+) -> Tensor:
+    """Keys of BigBird: three neighbours, the first and the last block, which see all, and random blocks per head."""
+    rows = row.shape[0]
+    near = pairs(row[1:-1, None], row[1:-1, None] + torch.arange(-1, 2, device=row.device))
+    ends = pairs(row[1:-1, None], torch.tensor([0, rows - 1], device=row.device)[None, :])
+    fixed = torch.cat([near, ends, pairs(row[[0, -1], None], row[None, :])]).unique()
+    keys = (torch.arange(heads, device=row.device)[:, None] * rows * rows + fixed).flatten()
+    if num_random > 0:
+        keys = torch.cat([keys, _random_blocks(rows, rows, heads, num_random, seed, row.device)])
+    return keys
+
+
+def _block_mask(
+    mask: Tensor | None, tokens: tuple[int, int], blocks: tuple[int, int], block_size: int, device: torch.device
+) -> Tensor:
+    """[B, H, rows, columns] of a mask of tokens or of blocks."""
+    name = "block_pattern"
+    if mask is None or mask.dim() < 2 or mask.dim() > 4 or mask.dtype != torch.bool:
+        errors.value_error(name, "mask", "bool [.., Mb, Nb] or [.., Sq, Sk]", mask)
+    mask = mask.to(device)
+    (seq_len_q, seq_len_k), (rows, columns) = tokens, blocks
+    if tuple(mask.shape[-2:]) == tokens and blocks != tokens:
+        padded = torch.nn.functional.pad(mask, (0, -seq_len_k % block_size, 0, -seq_len_q % block_size))
+        mask = padded.unflatten(-1, (columns, block_size)).unflatten(-3, (rows, block_size)).any(-1).any(-2)
+    if tuple(mask.shape[-2:]) != blocks:
+        errors.value_error(name, "mask", f"[.., {rows}, {columns}] or [.., {seq_len_q}, {seq_len_k}] bool", mask)
+    return mask[(None,) * (4 - mask.dim())]
 
 
 def block_pattern(
@@ -186,55 +244,18 @@ def block_pattern(
             parts.append(pairs(chosen[:, None], torch.arange(columns, device=device)[None, :]))
         keys = torch.cat(parts)
     elif kind in ("strided", "fixed"):
-        if stride is None or stride < 1:
-            errors.value_error(name, "stride", "a number of blocks >= 1", stride)
         # the block of keys that a row's last token lies in
         own = torch.div(last, block_size, rounding_mode="floor")
-        groups = torch.arange(-(-columns // stride), device=device)
-        if kind == "strided":
-            near = torch.arange(1 - stride, 1 if causal else stride, device=device)
-            keys = torch.cat(
-                [
-                    pairs(row[:, None], own[:, None] + near),
-                    pairs(row[:, None], own[:, None] % stride + groups * stride),
-                ]
-            )
-        else:
-            if not 1 <= summary <= stride:
-                errors.value_error(name, "summary", f"in [1, stride {stride}]", summary)
-            ends = (groups[:, None] * stride + torch.arange(stride - summary, stride, device=device)).flatten()
-            inside = torch.arange(stride, device=device)
-            group = torch.div(own, stride, rounding_mode="floor")
-            keys = torch.cat(
-                [pairs(row[:, None], group[:, None] * stride + inside), pairs(row[:, None], ends[None, :])]
-            )
+        keys = _sparse_transformer(kind, pairs, row, own, columns, stride, summary, causal)
     elif kind == "bigbird":
         if rows != columns or rows < 5:
-            errors.value_error(
-                name, "seq_len_q", "seq_len_k, and at least five blocks, for bigbird", (seq_len_q, seq_len_k)
-            )
+            got = (seq_len_q, seq_len_k)
+            errors.value_error(name, "seq_len_q", "seq_len_k, and at least five blocks, for bigbird", got)
         heads = num_heads
-        fixed = torch.cat(
-            [
-                pairs(row[1:-1, None], row[1:-1, None] + torch.arange(-1, 2, device=device)),
-                pairs(row[1:-1, None], torch.tensor([0, rows - 1], device=device)[None, :]),
-                pairs(row[[0, -1], None], row[None, :]),
-            ]
-        ).unique()
-        keys = (torch.arange(heads, device=device)[:, None] * rows * columns + fixed).flatten()
-        if num_random > 0:
-            keys = torch.cat([keys, _random_blocks(rows, columns, heads, num_random, seed, device)])
+        keys = _bigbird(pairs, row, heads, num_random, seed)
     else:
-        if mask is None or mask.dim() < 2 or mask.dim() > 4 or mask.dtype != torch.bool:
-            errors.value_error(name, "mask", "bool [.., Mb, Nb] or [.., Sq, Sk]", mask)
-        mask = mask.to(device)
-        if tuple(mask.shape[-2:]) == (seq_len_q, seq_len_k) and (rows, columns) != (seq_len_q, seq_len_k):
-            padded = torch.nn.functional.pad(mask, (0, -seq_len_k % block_size, 0, -seq_len_q % block_size))
-            mask = padded.unflatten(-1, (columns, block_size)).unflatten(-3, (rows, block_size)).any(-1).any(-2)
-        if tuple(mask.shape[-2:]) != (rows, columns):
-            errors.value_error(name, "mask", f"[.., {rows}, {columns}] or [.., {seq_len_q}, {seq_len_k}] bool", mask)
-        lead = (1,) * (4 - mask.dim()) + tuple(mask.shape[:-2])
-        batch, heads = lead
+        mask = _block_mask(mask, (seq_len_q, seq_len_k), (rows, columns), block_size, device)
+        batch, heads = mask.shape[:2]
         keys = mask.reshape(-1).nonzero()[:, 0]
 
     if kind != "bigbird":
