@@ -20,9 +20,17 @@ from tilefuse.nn import MoE
 def build(args, device, parallel=None):
     """The same weights on every rank and alone; a rank draws all experts and keeps its own."""
     moe = MoE(
-        args.width, args.width // 2, args.experts, 2, score="sigmoid", correction_bias=True, num_shared_experts=1,
-        parallel=parallel, initializer_range=0.1, device=device,
-    )  # fmt: skip
+        args.width,
+        args.width // 2,
+        args.experts,
+        2,
+        score="sigmoid",
+        correction_bias=True,
+        num_shared_experts=1,
+        parallel=parallel,
+        initializer_range=0.1,
+        device=device,
+    )
     moe.reset_parameters(torch.Generator().manual_seed(args.seed))
     return moe
 

@@ -16,20 +16,29 @@ CARGO = ["salt", "timber", "oranges", "roof slates", "barrels of oil", "letters 
 WHEN = ["at dawn", "before breakfast", "at noon", "in the early afternoon", "an hour after sunset", "near midnight"]
 BIRDS = ["gulls", "terns", "cormorants", "a grey heron", "two puffins", "a lost pigeon", "starlings"]
 CHORES = [
-    "I trimmed the lamp and filled it with oil.", "I polished the brass of the great lens until I saw my face in it.",
-    "I painted the rail on the windward side.", "I wound the clock and set it by the tide table.",
-    "I carried water up the stairs, all one hundred and twelve of them.", "I mended the net that hangs by the door.",
-    "I swept the sand out of the kitchen, and the wind swept it in again.", "I oiled the hinges of the gallery door.",
-    "I wrote down the height of the water at the stone.", "I counted the stores: flour for six weeks, tea for one.",
-]  # fmt: skip
+    "I trimmed the lamp and filled it with oil.",
+    "I polished the brass of the great lens until I saw my face in it.",
+    "I painted the rail on the windward side.",
+    "I wound the clock and set it by the tide table.",
+    "I carried water up the stairs, all one hundred and twelve of them.",
+    "I mended the net that hangs by the door.",
+    "I swept the sand out of the kitchen, and the wind swept it in again.",
+    "I oiled the hinges of the gallery door.",
+    "I wrote down the height of the water at the stone.",
+    "I counted the stores: flour for six weeks, tea for one.",
+]
 THOUGHTS = [
-    "The light turns, and I turn with it.", "A quiet day is a good day for those who are at sea.",
-    "It is strange how loud the sea is when nobody speaks.", "I thought of my brother, who never learned to swim.",
+    "The light turns, and I turn with it.",
+    "A quiet day is a good day for those who are at sea.",
+    "It is strange how loud the sea is when nobody speaks.",
+    "I thought of my brother, who never learned to swim.",
     "When the fog came I rang the bell, once every minute, and nobody answered.",
-    "There is no hurry here, only the next turn of the lamp.", "I slept in the chair and woke when the rain began.",
-    "The cat caught a mouse and would not show it to me.", "Somebody out there saw the light tonight and knew the way.",
+    "There is no hurry here, only the next turn of the lamp.",
+    "I slept in the chair and woke when the rain began.",
+    "The cat caught a mouse and would not show it to me.",
+    "Somebody out there saw the light tonight and knew the way.",
     "I read the same page three times and then went up to look at the sky.",
-]  # fmt: skip
+]
 FOG = ["Fog until {hour}, so thick that the rocks were gone.", "No fog today, and I could see as far as the islands."]
 HOURS = ["noon", "the evening", "midnight"]
 FOG += ["A bank of fog stood in the west all day and did not come nearer."]
@@ -54,9 +63,13 @@ def entry(day: int, r: random.Random) -> str:
         f"No ship {when}. {r.choice(BIRDS).capitalize()} on the rocks, and nothing else all day.",
     ]
     lines = [
-        f"Wind from the {wind}, {r.choice(MOODS)}.", r.choice(passing), r.choice(CHORES),
-        f"Saw {r.choice(BIRDS)} {when2}.", r.choice(FOG).format(hour=r.choice(HOURS)), r.choice(THOUGHTS),
-    ]  # fmt: skip
+        f"Wind from the {wind}, {r.choice(MOODS)}.",
+        r.choice(passing),
+        r.choice(CHORES),
+        f"Saw {r.choice(BIRDS)} {when2}.",
+        r.choice(FOG).format(hour=r.choice(HOURS)),
+        r.choice(THOUGHTS),
+    ]
     middle = r.sample(lines[1:5], r.choice([2, 3, 4]))
     return f"Day {day}. " + " ".join([lines[0], *middle, lines[5]])
 

@@ -35,11 +35,21 @@ def random_model(kind: str, layers: int) -> torch.nn.Module:
             intermediate_size=256, num_local_experts=8, num_experts_per_tok=2, sliding_window=64, **sizes
         ),
         "deepseek-v3": lambda: transformers.DeepseekV3Config(
-            intermediate_size=512, moe_intermediate_size=128, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
-            topk_group=1, first_k_dense_replace=1, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32,
-            qk_rope_head_dim=16, v_head_dim=32, **{**sizes, "num_key_value_heads": 8, "head_dim": 16},
+            intermediate_size=512,
+            moe_intermediate_size=128,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=64,
+            kv_lora_rank=64,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            **{**sizes, "num_key_value_heads": 8, "head_dim": 16},
         ),
-    }  # fmt: skip
+    }
     if kind not in configs:
         raise SystemExit(f"--kind must be one of {', '.join(configs)}, got {kind!r}")
     return transformers.AutoModelForCausalLM.from_config(configs[kind]())

@@ -25,9 +25,15 @@ class Block(nn.Module):
     def __init__(self, width, layer, rotary):
         super().__init__()
         self.attn = MultiheadLatentAttention(
-            width, width // 32, kv_lora_rank=LATENT, qk_nope_head_dim=32, qk_rope_head_dim=ROPE, v_head_dim=32,
-            rotary_emb=rotary, layer_idx=layer,
-        )  # fmt: skip
+            width,
+            width // 32,
+            kv_lora_rank=LATENT,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=ROPE,
+            v_head_dim=32,
+            rotary_emb=rotary,
+            layer_idx=layer,
+        )
         self.moe = MoE(
             width, width, num_experts=8, top_k=2, score="sigmoid", correction_bias=True, num_shared_experts=1
         )
@@ -64,9 +70,14 @@ class LanguageModel(nn.Module):
 def sample(model, prompt, count, device, dtype, temperature=0.5):
     tokens = torch.tensor([list(prompt.encode())], device=device)
     cache = PagedLatentCache(
-        1, tokens.shape[1] + count, kv_lora_rank=LATENT, qk_rope_head_dim=ROPE, num_layers=len(model.blocks),
-        dtype=dtype, device=device,
-    )  # fmt: skip
+        1,
+        tokens.shape[1] + count,
+        kv_lora_rank=LATENT,
+        qk_rope_head_dim=ROPE,
+        num_layers=len(model.blocks),
+        dtype=dtype,
+        device=device,
+    )
     generator = torch.Generator(device).manual_seed(0)
     out, new = [tokens], tokens
     for _ in range(count):

@@ -397,9 +397,15 @@ def test_peers_that_did_not_run_take_one_line_per_reason():
 def test_whole_models_have_a_table_of_their_own(tmp_path):
     stock = {"tokens_per_second": 80.25, "peak_bytes": 300 * 2**20, "speedup": 2.0}
     model = line_of(
-        "Llama | x", op="Llama", name="x", mode="train", family="models", peers={"stock": stock},
-        tokens_per_second=160.5, peak_bytes=2.5 * 2**20,
-    )  # fmt: skip
+        "Llama | x",
+        op="Llama",
+        name="x",
+        mode="train",
+        family="models",
+        peers={"stock": stock},
+        tokens_per_second=160.5,
+        peak_bytes=2.5 * 2**20,
+    )
     failed = model | {"status": "failed", "reason": "wrong", "case": "other"}
     text = report.markdown([line_of(), model, failed])
     assert "| Llama | x | bfloat16 | train | 80.2 -> 160 | **2.0x** | 300 -> 2.5 MiB |" in text

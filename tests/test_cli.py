@@ -101,17 +101,31 @@ def here(**changes):
     """A machine without fault or GPU, changed."""
     everything = dict.fromkeys(doctor.LIBRARIES, "99.0")
     fine = doctor.Machine(
-        torch="2.13.0+cpu", torch_build="cpu", gpus=(), hardware=None, cpu_missing=None, cuda_missing="not built",
-        unloadable=frozenset(), cuda_archs=(), triton_missing=None, tools=frozenset({"g++", "ninja"}),
-        packages=everything, verified=frozenset(),
-    )  # fmt: skip
+        torch="2.13.0+cpu",
+        torch_build="cpu",
+        gpus=(),
+        hardware=None,
+        cpu_missing=None,
+        cuda_missing="not built",
+        unloadable=frozenset(),
+        cuda_archs=(),
+        triton_missing=None,
+        tools=frozenset({"g++", "ninja"}),
+        packages=everything,
+        verified=frozenset(),
+    )
     return replace(fine, **changes)
 
 
 H100 = {
-    "torch": "2.13.0+cu130", "torch_build": "cuda", "gpus": (("NVIDIA H100, 80 GiB", "sm_90"),),
-    "hardware": "NVIDIA", "cuda_missing": None, "cuda_archs": ("sm_80", "sm_90a"), "verified": frozenset({"sm_90"}),
-}  # fmt: skip
+    "torch": "2.13.0+cu130",
+    "torch_build": "cuda",
+    "gpus": (("NVIDIA H100, 80 GiB", "sm_90"),),
+    "hardware": "NVIDIA",
+    "cuda_missing": None,
+    "cuda_archs": ("sm_80", "sm_90a"),
+    "verified": frozenset({"sm_90"}),
+}
 
 
 def test_doctor_says_full_speed_and_means_it():
@@ -359,9 +373,16 @@ def test_bench_writes_lines_table_and_plots(capsys, monkeypatch, tmp_path):
         return (harness.normal((4, 64), torch.float32, device, generator),)
 
     case = harness.Case(
-        op="toy", name="4 x 64", dtype="float32", inputs=inputs, run=torch.exp, oracle=torch.exp,
-        peers={"eager": torch.exp}, bytes=2048, family="rope",
-    )  # fmt: skip
+        op="toy",
+        name="4 x 64",
+        dtype="float32",
+        inputs=inputs,
+        run=torch.exp,
+        oracle=torch.exp,
+        peers={"eager": torch.exp},
+        bytes=2048,
+        family="rope",
+    )
     monkeypatch.setattr(harness, "discover", lambda *args, **options: [case])
     monkeypatch.setattr(runner, "MAX_SETS", 2)
     code, out, err = run(capsys, "bench", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--json")

@@ -19,18 +19,33 @@ OPS = tilefuse.ops()
 STEP = 1e-5
 # (op, argument) with a forward-mode derivative: linear ops, and ops made of PyTorch operations
 FORWARD = {
-    ("grouped_matmul", "a"), ("grouped_matmul", "b"), ("grouped_matmul", "bias"),
-    ("mla_absorb_query", "q"), ("mla_expand_kv", "latent"),
-    ("moe_apply_capacity", "weights"), ("moe_balance_loss", "logits"), ("moe_z_loss", "logits"),
-    ("moe_combine", "y"), ("moe_combine", "weights"), ("moe_experts_fp8", "weights"),
-    ("moe_experts", "weights"), ("moe_experts", "w_down"), ("moe_experts", "bias_down"),
-    ("rope", "x"), ("rope_qk", "q"), ("rope_qk", "k"),
-}  # fmt: skip
+    ("grouped_matmul", "a"),
+    ("grouped_matmul", "b"),
+    ("grouped_matmul", "bias"),
+    ("mla_absorb_query", "q"),
+    ("mla_expand_kv", "latent"),
+    ("moe_apply_capacity", "weights"),
+    ("moe_balance_loss", "logits"),
+    ("moe_z_loss", "logits"),
+    ("moe_combine", "y"),
+    ("moe_combine", "weights"),
+    ("moe_experts_fp8", "weights"),
+    ("moe_experts", "weights"),
+    ("moe_experts", "w_down"),
+    ("moe_experts", "bias_down"),
+    ("rope", "x"),
+    ("rope_qk", "q"),
+    ("rope_qk", "k"),
+}
 # several kernels make one forward pass: torch.func.grad does not reach through the first ones
 NO_FUNC_GRAD = {
-    ("fp8_linear", "x"), ("fp8_linear", "weight"), ("fp8_linear", "bias"),
-    ("moe_experts", "x"), ("moe_experts", "w_gate_up"), ("moe_experts", "bias_gate_up"),
-}  # fmt: skip
+    ("fp8_linear", "x"),
+    ("fp8_linear", "weight"),
+    ("fp8_linear", "bias"),
+    ("moe_experts", "x"),
+    ("moe_experts", "w_gate_up"),
+    ("moe_experts", "bias_gate_up"),
+}
 REFUSALS = (NotImplementedError, RuntimeError)
 
 DIFFERENTIABLE = [(name, argument) for name in sorted(OPS) for argument in OPS[name].differentiable]

@@ -41,9 +41,16 @@ def small_model(name):
 
     assert name == "Qwen/Qwen3-30B-A3B"
     small = {
-        "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 16,
-        "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **small))
 
 

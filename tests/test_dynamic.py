@@ -95,12 +95,19 @@ CASES = {
     "grouped_matmul": (lambda b, s: (draw(2 * b * s, 16), draw(6, 24, 16), plan(b, s)[3]), {}),
     "merge_attention": (lambda b, s: (draw(b, s, HEADS, DIM), draw(b, HEADS, s)) * 2, {}),
     "mla_absorb_query": (
-        lambda b, s: (draw(b * s, HEADS, 24), draw(HEADS, 16, 32), *tables(8), integers(s, b * s)), {},
+        lambda b, s: (draw(b * s, HEADS, 24), draw(HEADS, 16, 32), *tables(8), integers(s, b * s)),
+        {},
     ),
     "mla_append_kv": (
         lambda b, s: (
-            draw(b * s, 40), draw(32), *tables(8), integers(s, b * s), draw(pages(b, s)[0], 16, 40), slots(b, s)
-        ), {},
+            draw(b * s, 40),
+            draw(32),
+            *tables(8),
+            integers(s, b * s),
+            draw(pages(b, s)[0], 16, 40),
+            slots(b, s),
+        ),
+        {},
     ),
     "mla_attention": (lambda b, s: (draw(b, s, HEADS, 24),) * 2 + (draw(b, s, HEADS, 16),), {"softmax_scale": 0.2}),
     "mla_compress_kv": (lambda b, s: (draw(b * s, 40), draw(32), *tables(8), integers(s, b * s)), {}),
@@ -113,7 +120,8 @@ CASES = {
         {"softmax_scale": 0.2, "kv_lora_rank": 32},
     ),
     "mla_expand_kv": (
-        lambda b, s: (draw(b * s, 40), draw(HEADS * 32, 32)), {"kv_lora_rank": 32, "nope_dim": 16, "v_dim": 16},
+        lambda b, s: (draw(b * s, 40), draw(HEADS * 32, 32)),
+        {"kv_lora_rank": 32, "nope_dim": 16, "v_dim": 16},
     ),
     "mla_gather_kv": (
         lambda b, s: (draw(pages(b, s)[0], 16, 40), pages(b, s)[1], bounds(b, s)),
@@ -129,7 +137,8 @@ CASES = {
     "moe_update_bias": (lambda b, s: (draw(b * s), draw(b * s)), {}),
     "moe_z_loss": (lambda b, s: (draw(b * s, 6),), {}),
     "paged_attention": (
-        lambda b, s: (draw(b, 1, HEADS, DIM), *(draw(pages(b, s)[0], 16, 2, DIM),) * 2, *pages(b, s)[1:]), {},
+        lambda b, s: (draw(b, 1, HEADS, DIM), *(draw(pages(b, s)[0], 16, 2, DIM),) * 2, *pages(b, s)[1:]),
+        {},
     ),
     "qk_norm_rope": (lambda b, s: (*qkv(b, s)[:2], draw(DIM), draw(DIM), *tables()), {}),
     "rms_norm_quantize": (lambda b, s: (draw(b, s, 256), draw(256)), {}),
@@ -137,15 +146,19 @@ CASES = {
     "rope_": (lambda b, s: (draw(b, s, HEADS, DIM), *tables()), {}),
     "rope_append_kv": (
         lambda b, s: (
-            *(draw(b * s, h, DIM) for h in (HEADS, 2, 2)), *tables(), integers(s, b * s),
-            *(draw(pages(b, s)[0], 16, 2, DIM),) * 2, slots(b, s),
-        ), {},
+            *(draw(b * s, h, DIM) for h in (HEADS, 2, 2)),
+            *tables(),
+            integers(s, b * s),
+            *(draw(pages(b, s)[0], 16, 2, DIM),) * 2,
+            slots(b, s),
+        ),
+        {},
     ),
     "rope_qk": (lambda b, s: (*qkv(b, s)[:2], *tables()), {}),
     "rope_qk_": (lambda b, s: (*qkv(b, s)[:2], *tables()), {}),
     "silu_mul_quantize": (lambda b, s: (draw(b, s, 256),), {}),
     "window_attention": (lambda b, s: qkv(b, s), {"window": (9, 0)}),
-}  # fmt: skip
+}
 each_op = pytest.mark.parametrize("name", sorted(CASES))
 
 

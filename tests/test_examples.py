@@ -21,8 +21,11 @@ def run(name, *arguments, launcher=()):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / name), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -55,8 +58,11 @@ def test_training_and_resume(tmp_path):
 def test_text_is_what_its_generator_makes():
     done = subprocess.run(
         [sys.executable, "-c", "import make_text; print(make_text.text(), end='')"],
-        cwd=EXAMPLES, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=EXAMPLES,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     text = (EXAMPLES / "lighthouse.txt").read_text()
     assert done.stdout == text and 50_000 < len(text) < 100_000
 

@@ -47,9 +47,18 @@ def tree(tmp_path_factory):
 
 def build_wheel(source, out, **environment):
     run(
-        sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(out), str(source),
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        str(source),
         env={**os.environ, **environment},
-    )  # fmt: skip
+    )
     (wheel,) = out.glob("*.whl")
     return wheel
 

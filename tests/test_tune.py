@@ -143,9 +143,14 @@ def test_tune_takes_the_fastest_that_is_right(monkeypatch):
 
     real = tuned.choose
     case = Case(
-        "rope", "toy", "float32", lambda device, generator: (normal((4,), torch.float32, device, generator),), launch,
-        {}, bytes=1,
-    )  # fmt: skip
+        "rope",
+        "toy",
+        "float32",
+        lambda device, generator: (normal((4,), torch.float32, device, generator),),
+        launch,
+        {},
+        bytes=1,
+    )
     device = torch.device("cpu")
     found = tune.tune_case(case, device, {"toy": (slow, good, wrong, broken, {"rows": 64})}, {}, measure)
     assert found == {("toy", "n=1"): tune.Winner(good, 0.5, 1.0)}
@@ -165,7 +170,10 @@ def test_tune_keeps_the_heuristic_for_a_gain_that_noise_explains():
     case = Case("rope", "toy", "float32", lambda device, generator: (torch.ones(4),), launch, {}, bytes=1)
     seconds = iter((1.0, 0.98))
     found = tune.tune_case(
-        case, torch.device("cpu"), {"toy": ({"rows": 32},)}, {},
+        case,
+        torch.device("cpu"),
+        {"toy": ({"rows": 32},)},
+        {},
         lambda calls, budget: {name: SimpleNamespace(median=next(seconds)) for name in calls},
-    )  # fmt: skip
+    )
     assert found == {("toy", "n=1"): tune.Winner({}, 1.0, 1.0)}

@@ -69,9 +69,16 @@ def flashinfer_plan(q, k_cache, v_cache, block_table, seq_lens):
     indptr = F.pad(pages.cumsum(0), (1, 0)).int()
     indices = torch.cat([block_table[b, :n] for b, n in enumerate(pages.tolist())]).int()
     wrapper.plan(
-        indptr, indices, ((seq_lens - 1) % PAGE + 1).int(), q.shape[2], k_cache.shape[2], q.shape[3], PAGE,
-        q_data_type=q.dtype, kv_data_type=k_cache.dtype,
-    )  # fmt: skip
+        indptr,
+        indices,
+        ((seq_lens - 1) % PAGE + 1).int(),
+        q.shape[2],
+        k_cache.shape[2],
+        q.shape[3],
+        PAGE,
+        q_data_type=q.dtype,
+        kv_data_type=k_cache.dtype,
+    )
     return wrapper, q[:, 0], (k_cache, v_cache)
 
 

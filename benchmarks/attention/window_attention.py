@@ -239,10 +239,16 @@ def cases() -> Iterator[Case]:
     for length in (8192, 16384, 32768, 65536):
         yield case(
             f"8 heads, {length} tokens, window 512",
-            1, length, 8, 8, 64, 511, 0,
+            1,
+            length,
+            8,
+            8,
+            64,
+            511,
+            0,
             dense=length <= 8192,
             series=growing,
-        )  # fmt: skip
+        )
 
     m = LONGFORMER_BASE
     half = m.window // 2
@@ -253,11 +259,17 @@ def cases() -> Iterator[Case]:
             for mode in ("forward", "backward"):
                 yield case(
                     f"batch 4, 16 heads, 16384 tokens, D {dim}, window {window}",
-                    4, 16384, 16, 16, dim, window - 1, 0,
+                    4,
+                    16384,
+                    16,
+                    16,
+                    dim,
+                    window - 1,
+                    0,
                     mode=mode,
                     dense=False,
                     devices=("cuda",),
-                )  # fmt: skip
+                )
 
     g = GPT_OSS_20B
     for length in (2048, 16384):

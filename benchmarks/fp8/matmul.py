@@ -58,9 +58,16 @@ def scaled_mm():
 
     def run(a, a_scale, b, b_scale):
         return torch_scaled_mm(
-            a, b, a_scale, ScalingType.BlockWise1x128, b_scale, ScalingType.BlockWise128x128,
-            swizzle_a=SwizzleType.NO_SWIZZLE, swizzle_b=SwizzleType.NO_SWIZZLE, output_dtype=torch.bfloat16,
-        )  # fmt: skip
+            a,
+            b,
+            a_scale,
+            ScalingType.BlockWise1x128,
+            b_scale,
+            ScalingType.BlockWise128x128,
+            swizzle_a=SwizzleType.NO_SWIZZLE,
+            swizzle_b=SwizzleType.NO_SWIZZLE,
+            output_dtype=torch.bfloat16,
+        )
 
     return run
 

@@ -297,9 +297,12 @@ def mla_cache_rows() -> Any:
                 ax.plot([edge] * 2, [0, 1], color="white", linewidth=0.8)
             scales = f"{(row.rope_offset - row.scale_offset) // 4} float32 scales"
             ax.annotate(
-                scales, (row.scale_offset + 8, 1), (row.scale_offset - 120, 1.35), fontsize=8,
+                scales,
+                (row.scale_offset + 8, 1),
+                (row.scale_offset - 120, 1.35),
+                fontsize=8,
                 arrowprops={"arrowstyle": "->"},
-            )  # fmt: skip
+            )
         edges = sorted({start for _, start, _, _ in parts} | {total})
         for edge in edges:
             # neighbours closer than their numbers step down

@@ -117,10 +117,16 @@ def test_longformer(padded):
 
     index = torch.tensor([[0, 17, -1], [5, 6, 30]])
     out, _ = tilefuse.global_attention(
-        heads(layer.query), heads(layer.key), heads(layer.value), index, heads(layer.query_global),
+        heads(layer.query),
+        heads(layer.key),
+        heads(layer.value),
+        index,
+        heads(layer.query_global),
         heads(layer.key_global),
-        heads(layer.value_global), ~is_masked, window=tilefuse.window_from("longformer", 8),
-    )  # fmt: skip
+        heads(layer.value_global),
+        ~is_masked,
+        window=tilefuse.window_from("longformer", 8),
+    )
     ours = out.flatten(2)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     weight = normal(*ours.shape, seed=3)
@@ -137,9 +143,13 @@ def test_bigbird(masked):
 
     torch.manual_seed(0)
     config = BigBirdConfig(
-        hidden_size=64, num_attention_heads=4, block_size=16, num_random_blocks=3, attention_type="block_sparse",
+        hidden_size=64,
+        num_attention_heads=4,
+        block_size=16,
+        num_random_blocks=3,
+        attention_type="block_sparse",
         max_position_embeddings=512,
-    )  # fmt: skip
+    )
     layer = BigBirdBlockSparseAttention(config, 0).eval()
     length = 16 * 12
     hidden = normal(2, length, 64)

@@ -74,10 +74,23 @@ def backward_oracle(tensors, others, options, out, lse):
     cu_q = others.get("cu_seqlens_q")
     with tilefuse.backend("reference"):
         grads = torch.ops.tilefuse.window_attention_bwd(
-            dout, dlse, q, k, v, out.double(), lse.double(), wide.get("sinks"), wide.get("alibi_slopes"), cu_q,
-            others.get("cu_seqlens_k", cu_q), *options.get("window", (-1, -1)), options.get("dilation", 1),
-            options.get("scale", q.shape[-1] ** -0.5), options.get("softcap", 0.0), options.get("sink_tokens", 0),
-        )  # fmt: skip
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            out.double(),
+            lse.double(),
+            wide.get("sinks"),
+            wide.get("alibi_slopes"),
+            cu_q,
+            others.get("cu_seqlens_k", cu_q),
+            *options.get("window", (-1, -1)),
+            options.get("dilation", 1),
+            options.get("scale", q.shape[-1] ** -0.5),
+            options.get("softcap", 0.0),
+            options.get("sink_tokens", 0),
+        )
     return dict(zip(GRADS, grads))
 
 
@@ -496,9 +509,7 @@ def test_14_more_than_two_to_the_31_elements():
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)])
 def test_memory_is_linear(backend, check_memory):
-    check_memory(
-        backend, "call = lambda q, k, v: tilefuse.window_attention(q, k, v, window=(127, 0), sink_tokens=4)"
-    )  # fmt: skip
+    check_memory(backend, "call = lambda q, k, v: tilefuse.window_attention(q, k, v, window=(127, 0), sink_tokens=4)")
 
 
 @QUICK
@@ -582,10 +593,17 @@ def _errors():
     yield "cu_k_dtype", "cu_seqlens_k", TypeError, (*p, None, None, cu, cu.float()), {}
     yield "cu_k_device", "cu_seqlens_k", ValueError, (*p, None, None, cu, cu.to("meta")), {}
     for options in (
-        {"window": (-2, 0)}, {"window": (0, -2)}, {"window": (1, 2, 3)}, {"dilation": 0}, {"sink_tokens": -1},
-        {"softcap": -1.0}, {"softcap": float("inf")}, {"scale": float("nan")}, {"max_seqlen_q": -1},
+        {"window": (-2, 0)},
+        {"window": (0, -2)},
+        {"window": (1, 2, 3)},
+        {"dilation": 0},
+        {"sink_tokens": -1},
+        {"softcap": -1.0},
+        {"softcap": float("inf")},
+        {"scale": float("nan")},
+        {"max_seqlen_q": -1},
         {"max_seqlen_k": -1},
-    ):  # fmt: skip
+    ):
         yield str(options), next(iter(options)), ValueError, (q, k, v), options
 
 
@@ -603,13 +621,24 @@ def test_errors(arg, kind, args, options):
 @pytest.mark.parametrize(
     ("source", "size", "expected"),
     [
-        ("flash_attention", (5, 2), (5, 2)), ("flash_attention", (-1, 0), (-1, 0)), ("hf", 4096, (4095, 0)),
-        ("hf", 1, (0, 0)), ("hf", -1, (-1, 0)), ("gpt_oss", 128, (127, 0)), ("mistral", 8, (7, 0)),
-        ("xformers", 8, (7, 0)), ("hf_bidirectional", 8, (8, 8)), ("hf_bidirectional_flash", 8, (7, 7)),
-        ("gemma3_bidirectional", 9, (4, 4)), ("longformer", 512, (256, 256)), ("longformer_one_sided", 256, (256, 256)),
-        ("attention_gym", 8, (8, 0)), ("flashinfer", 8, (8, 0)), ("longformer", -1, (-1, -1)),
+        ("flash_attention", (5, 2), (5, 2)),
+        ("flash_attention", (-1, 0), (-1, 0)),
+        ("hf", 4096, (4095, 0)),
+        ("hf", 1, (0, 0)),
+        ("hf", -1, (-1, 0)),
+        ("gpt_oss", 128, (127, 0)),
+        ("mistral", 8, (7, 0)),
+        ("xformers", 8, (7, 0)),
+        ("hf_bidirectional", 8, (8, 8)),
+        ("hf_bidirectional_flash", 8, (7, 7)),
+        ("gemma3_bidirectional", 9, (4, 4)),
+        ("longformer", 512, (256, 256)),
+        ("longformer_one_sided", 256, (256, 256)),
+        ("attention_gym", 8, (8, 0)),
+        ("flashinfer", 8, (8, 0)),
+        ("longformer", -1, (-1, -1)),
     ],
-)  # fmt: skip
+)
 def test_window_from(source, size, expected):
     assert tilefuse.window_from(source, size) == expected
 
@@ -617,11 +646,17 @@ def test_window_from(source, size, expected):
 @pytest.mark.parametrize(
     ("source", "size", "kind"),
     [
-        ("nobody", 3, ValueError), ("hf", 0, ValueError), ("hf", -2, ValueError), ("hf", 2.0, TypeError),
-        ("flash_attention", 3, ValueError), ("flash_attention", (1, -2), ValueError), ("longformer", -4, ValueError),
-        ("hf_bidirectional_flash", 0, ValueError), ("hf", True, TypeError),
+        ("nobody", 3, ValueError),
+        ("hf", 0, ValueError),
+        ("hf", -2, ValueError),
+        ("hf", 2.0, TypeError),
+        ("flash_attention", 3, ValueError),
+        ("flash_attention", (1, -2), ValueError),
+        ("longformer", -4, ValueError),
+        ("hf_bidirectional_flash", 0, ValueError),
+        ("hf", True, TypeError),
     ],
-)  # fmt: skip
+)
 def test_window_from_errors(source, size, kind):
     with pytest.raises(kind, match=r"tilefuse\.window_from: "):
         tilefuse.window_from(source, size)

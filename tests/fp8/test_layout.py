@@ -51,9 +51,14 @@ def test_scaled_mm(k):
     assert_bit_equal(fp8_layout.from_scaled_mm(left, k=k), a_scale)
     assert_bit_equal(fp8_layout.from_scaled_mm(right, (128, 128), k=k), b_scale)
     out = F.scaled_mm(
-        a.to("meta"), b.to("meta").t(), left.to("meta"), F.ScalingType.BlockWise1x128,
-        right.to("meta"), F.ScalingType.BlockWise128x128, output_dtype=torch.bfloat16,
-    )  # fmt: skip
+        a.to("meta"),
+        b.to("meta").t(),
+        left.to("meta"),
+        F.ScalingType.BlockWise1x128,
+        right.to("meta"),
+        F.ScalingType.BlockWise128x128,
+        output_dtype=torch.bfloat16,
+    )
     assert out.shape == (16, 256)
 
 

@@ -107,9 +107,7 @@ def test_every_code(device):
     """256 codes of a against 1: each product is exact, NaN codes give NaN in their own row."""
     a = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)[:, None].to(device)
     one = torch.ones(1, 1, device=device)
-    out = tilefuse.fp8_matmul(
-        a, one.expand(256, 1), one.to(torch.float8_e4m3fn), one, out_dtype=torch.float32
-    )  # fmt: skip
+    out = tilefuse.fp8_matmul(a, one.expand(256, 1), one.to(torch.float8_e4m3fn), one, out_dtype=torch.float32)
     assert_bit_equal(out.cpu(), a.float().cpu() + 0.0)
 
 
@@ -173,9 +171,7 @@ def test_13_strides(device):
     unaligned = torch.empty(9 * 300 + 1, dtype=torch.uint8, device=device)[1:].view(torch.float8_e4m3fn).view(9, 300)
     assert_bit_equal(tilefuse.fp8_matmul(unaligned.copy_(a), a_scale, b, b_scale), expected)
     one = a_scale[:1].expand(9, -1)
-    assert_bit_equal(
-        tilefuse.fp8_matmul(a, one, b, b_scale), tilefuse.fp8_matmul(a, one.contiguous(), b, b_scale)
-    )  # fmt: skip
+    assert_bit_equal(tilefuse.fp8_matmul(a, one, b, b_scale), tilefuse.fp8_matmul(a, one.contiguous(), b, b_scale))
     for offset in (1, 3):
         part = operands(9, 140, 300 + offset, device)[0][:, offset:]
         assert_bit_equal(
@@ -192,9 +188,7 @@ def test_12_offsets_beyond_int32(device):
     a, a_scale, b, b_scale = operands(3, 3, 256, device)
     far_a = memory.as_strided((3, 256), (stride, 1)).copy_(a)
     far_b = memory[256:].as_strided((3, 256), (stride, 1)).copy_(b)
-    assert_bit_equal(
-        tilefuse.fp8_matmul(far_a, a_scale, far_b, b_scale), tilefuse.fp8_matmul(a, a_scale, b, b_scale)
-    )  # fmt: skip
+    assert_bit_equal(tilefuse.fp8_matmul(far_a, a_scale, far_b, b_scale), tilefuse.fp8_matmul(a, a_scale, b, b_scale))
     expected = tilefuse.fp8_dequantize(a, a_scale)
     assert_bit_equal(tilefuse.fp8_dequantize(far_a, a_scale), expected)
 
@@ -220,9 +214,7 @@ def test_17_batch_invariant_across_sizes_on_the_cpu():
     a, a_scale, b, b_scale = operands(1100, 72, 300)
     whole = tilefuse.fp8_matmul(a, a_scale, b, b_scale, out_dtype=torch.float32)
     for rows in (slice(0, 1), slice(510, 515), slice(1095, 1100)):
-        assert_bit_equal(
-            tilefuse.fp8_matmul(a[rows], a_scale[rows], b, b_scale, out_dtype=torch.float32), whole[rows]
-        )  # fmt: skip
+        assert_bit_equal(tilefuse.fp8_matmul(a[rows], a_scale[rows], b, b_scale, out_dtype=torch.float32), whole[rows])
 
 
 def test_accumulation_is_float32(device):

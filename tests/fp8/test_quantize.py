@@ -250,9 +250,7 @@ def test_12_offsets_beyond_int32(device, reference):
     dense = x.cpu().contiguous()
     same(tilefuse.fp8_quantize(x), reference(tilefuse.fp8_quantize, dense))
     same(tilefuse.fp8_quantize_dual(x), reference(tilefuse.fp8_quantize_dual, dense))
-    same(
-        tilefuse.fp8_quantize(x, block=(128, 128)), reference(tilefuse.fp8_quantize, dense, block=(128, 128))
-    )  # fmt: skip
+    same(tilefuse.fp8_quantize(x, block=(128, 128)), reference(tilefuse.fp8_quantize, dense, block=(128, 128)))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -20,9 +20,18 @@ def emulated(kernels, x, silu, scale_format="fp32", eps=1e-12):
     scales = canary((blocks, pitch), torch.float32)
     stride = 0 if rows == 1 else x.stride(0)
     kernels.run(
-        silu, DTYPES.index(x.dtype), x.data_ptr(), stride, rows, k, codes.tensor.data_ptr(),
-        scales.tensor.data_ptr(), pitch, eps, scale_format == "pow2",
-    )  # fmt: skip
+        silu,
+        DTYPES.index(x.dtype),
+        x.data_ptr(),
+        stride,
+        rows,
+        k,
+        codes.tensor.data_ptr(),
+        scales.tensor.data_ptr(),
+        pitch,
+        eps,
+        scale_format == "pow2",
+    )
     codes.check()
     scales.check()
     return codes.tensor.view(torch.float8_e4m3fn), scales.tensor.t()[:rows]

@@ -111,7 +111,7 @@ def test_12_offsets_beyond_int32(device, reference):
     args = x, torch.rand(256, device=device), residual
     same(
         tilefuse.rms_norm_quantize(*args), reference(tilefuse.rms_norm_quantize, *(t.cpu().contiguous() for t in args))
-    )  # fmt: skip
+    )
 
 
 def test_17_batch_invariant(device):
@@ -148,14 +148,18 @@ def test_long_rows_leave_triton(monkeypatch):
         ((torch.zeros(2, 4).int(), torch.ones(4)), {}, TypeError, "x must be float32"),
         ((torch.tensor(1.0), torch.ones(4)), {}, ValueError, r"x must be \[\.\.\., K\], got \[\] float32"),
         (
-            (torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, device="meta")), {}, ValueError,
+            (torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, device="meta")),
+            {},
+            ValueError,
             "residual must be on the device of x",
         ),
         ((torch.zeros(2, 4), torch.ones(4)), {"norm_eps": math.nan}, ValueError, "norm_eps must be finite and >= 0"),
         ((torch.zeros(2, 4), torch.ones(4)), {"norm_eps": math.inf}, ValueError, "norm_eps must be finite and >= 0"),
         ((torch.zeros(2, 4, requires_grad=True), torch.ones(4)), {}, RuntimeError, ".*x requires grad"),
         (
-            (torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, requires_grad=True)), {}, RuntimeError,
+            (torch.zeros(2, 4), torch.ones(4), torch.zeros(2, 4, requires_grad=True)),
+            {},
+            RuntimeError,
             ".*residual requires grad",
         ),
         ((torch.zeros(2, 4), torch.ones(4)), {"norm_eps": -1.0}, ValueError, "norm_eps must be finite and >= 0"),
@@ -163,7 +167,7 @@ def test_long_rows_leave_triton(monkeypatch):
         ((torch.zeros(2, 4), torch.ones(4)), {"scale_format": ""}, ValueError, "scale_format must be"),
         ((torch.zeros(2, 4), torch.ones(4, requires_grad=True)), {}, RuntimeError, ".*weight requires grad"),
     ],
-)  # fmt: skip
+)
 def test_errors(args, kwargs, error, message):
     with pytest.raises(error, match=f"tilefuse.rms_norm_quantize: {message}"):
         tilefuse.rms_norm_quantize(*args, **kwargs)

@@ -44,16 +44,18 @@ def calls(device):
         "mla_compress_kv": (lambda a: (tilefuse.mla_compress_kv(a, weight, cos, sin),), [x(3, 144)]),
         "mla_absorb_query": (lambda q: (tilefuse.mla_absorb_query(q, w_uk, cos, sin),), [x(3, 2, 48)]),
         "mla_expand_kv": (
-            lambda a: tilefuse.mla_expand_kv(a, w_ukv, kv_lora_rank=128, nope_dim=32, v_dim=32), [x(3, 144)],
+            lambda a: tilefuse.mla_expand_kv(a, w_ukv, kv_lora_rank=128, nope_dim=32, v_dim=32),
+            [x(3, 144)],
         ),
         "mla_attention": (
             lambda q, k, v: tilefuse.mla_attention(q, k, v, bounds, bounds, softmax_scale=0.1),
             [x(3, 2, 48), x(3, 2, 48, seed=1), x(3, 2, 32, seed=2)],
         ),
         "merge_attention": (
-            lambda a, b: tilefuse.merge_attention(a, lse, b, lse * 0.5), [x(3, 2, 32), x(3, 2, 32, seed=1)],
+            lambda a, b: tilefuse.merge_attention(a, lse, b, lse * 0.5),
+            [x(3, 2, 32), x(3, 2, 32, seed=1)],
         ),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("place", WHERE)

@@ -71,8 +71,10 @@ def test_10_one_side_empty_returns_the_other(where):
 
 @pytest.mark.parametrize("name", ["padded", "packed"])
 def test_gradcheck(name):
-    args = [a[:2].clone().requires_grad_() if a.dim() == 4 else a.clone().requires_grad_()
-            for a in case(name, dtype=torch.float64)[0]]  # fmt: skip
+    args = [
+        a[:2].clone().requires_grad_() if a.dim() == 4 else a.clone().requires_grad_()
+        for a in case(name, dtype=torch.float64)[0]
+    ]
     with tilefuse.backend("reference"):
         assert torch.autograd.gradcheck(tilefuse.merge_attention, args, fast_mode=True)
 

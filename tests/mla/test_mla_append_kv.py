@@ -177,15 +177,29 @@ def test_cuda_kernel_under_emulation(name, dtype):
         itemsize = cache.element_size()
         tensors = (kv_a, weight, cos, sin, positions, slots, view)
         sizes = (
-            kv_a.stride(0), cos.stride(0), sin.stride(0), view.stride(0) * itemsize, view.stride(1) * itemsize,
-            view.shape[0], view.shape[1], cos.shape[0], slots.shape[0], weight.shape[0],
+            kv_a.stride(0),
+            cos.stride(0),
+            sin.stride(0),
+            view.stride(0) * itemsize,
+            view.stride(1) * itemsize,
+            view.shape[0],
+            view.shape[1],
+            cos.shape[0],
+            slots.shape[0],
+            weight.shape[0],
             (kv_a.shape[1] - weight.shape[0]) // 2,
-        )  # fmt: skip
+        )
         module.append(
-            str(dtype).removeprefix("torch."), weight.dtype == dtype, is_fp8, [t.data_ptr() for t in tensors],
-            list(sizes), options.get("eps", 1e-6), options.get("interleaved", True),
-            positions.dtype == torch.int64, slots.dtype == torch.int64,
-        )  # fmt: skip
+            str(dtype).removeprefix("torch."),
+            weight.dtype == dtype,
+            is_fp8,
+            [t.data_ptr() for t in tensors],
+            list(sizes),
+            options.get("eps", 1e-6),
+            options.get("interleaved", True),
+            positions.dtype == torch.int64,
+            slots.dtype == torch.int64,
+        )
         return memory.view(torch.uint8)
 
     got = emulation.in_every_order(module, run) if name == "deepseek_fp8" else run()
@@ -209,19 +223,24 @@ ERRORS = {
     "cache_dtype": (change(cache=cache_of(2, 4, 576, dtype=torch.uint8)), TypeError, "cache must be float32 or"),
     "cache_device": (change(cache=cache_of(2, 4, 576).to("meta")), ValueError, "cache must be on the device of kv_a"),
     "cache_strides": (
-        change(cache=cache_of(2, 576, 4).transpose(1, 2)), ValueError, "cache must be contiguous in its last dim",
+        change(cache=cache_of(2, 576, 4).transpose(1, 2)),
+        ValueError,
+        "cache must be contiguous in its last dim",
     ),
     "fp8_dtype": (change(cache=cache_of(2, 4, 656), layout="fp8"), TypeError, "cache must be uint8"),
     "fp8_width": (
-        change(cache=cache_of(2, 4, 655, dtype=torch.uint8), layout="fp8"), ValueError,
+        change(cache=cache_of(2, 4, 655, dtype=torch.uint8), layout="fp8"),
+        ValueError,
         r"cache must be \[pages, page_size, R \+ R / 32 \+ 2 r bytes\] with R = 512",
     ),
     "fp8_rank": (
-        change(weight=torch.ones(500), cache=cache_of(2, 4, 656, dtype=torch.uint8), layout="fp8"), ValueError,
+        change(weight=torch.ones(500), cache=cache_of(2, 4, 656, dtype=torch.uint8), layout="fp8"),
+        ValueError,
         "kv_lora_rank must be a multiple of 128 for layout fp8, got 500",
     ),
     "fp8_alignment": (
-        change(cache=cache_of(2, 4, 658, dtype=torch.uint8)[..., :656], layout="fp8"), ValueError,
+        change(cache=cache_of(2, 4, 658, dtype=torch.uint8)[..., :656], layout="fp8"),
+        ValueError,
         "cache must be made of rows that start at multiples of 4 bytes",
     ),
     "slots_long": (change(slot_mapping=torch.zeros(6).long()), ValueError, r"slot_mapping must be \[5\] int32"),
@@ -229,10 +248,12 @@ ERRORS = {
     "slots_dtype": (change(slot_mapping=torch.zeros(5)), TypeError, r"slot_mapping must be \[5\] int32 or int64"),
     "positions": (change(positions=torch.zeros(4).long()), ValueError, r"positions must be \[5\] int32"),
     "odd_rope": (
-        change(weight=torch.ones(511), cache=cache_of(2, 4, 576)), ValueError, "kv_a must be of an even RoPE width",
+        change(weight=torch.ones(511), cache=cache_of(2, 4, 576)),
+        ValueError,
+        "kv_a must be of an even RoPE width",
     ),
     "eps": (change(eps=-1.0), ValueError, "eps must be positive, got -1.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", ERRORS)
@@ -242,9 +263,14 @@ def test_errors(name, call):
     cos, sin = tables(64, 8)
     index = torch.arange(5)
     arguments = {
-        "kv_a": torch.zeros(5, 576), "weight": torch.ones(512), "cos": cos, "sin": sin, "positions": index,
-        "cache": cache_of(2, 4, 576), "slot_mapping": index,
-    }  # fmt: skip
+        "kv_a": torch.zeros(5, 576),
+        "weight": torch.ones(512),
+        "cos": cos,
+        "sin": sin,
+        "positions": index,
+        "cache": cache_of(2, 4, 576),
+        "slot_mapping": index,
+    }
     edit(arguments)
     with pytest.raises(error, match=f"^tilefuse.mla_append_kv: {message}"):
         call(**arguments)

@@ -152,8 +152,12 @@ def test_11_chunked_prefill_equals_one_shot(chunk, layout, where):
     cache = torch.zeros(24, page_size, width, device=where, dtype=torch.uint8 if layout == "fp8" else torch.float32)
     table = torch.arange(30, device=where, dtype=torch.int32).view(3, 10).clamp(max=23)
     tokens = [c + n for c, n in zip(contexts, new)]
-    slots = torch.cat([table[b, torch.arange(n, device=where) // page_size] * page_size
-                       + torch.arange(n, device=where) % page_size for b, n in enumerate(tokens)])  # fmt: skip
+    slots = torch.cat(
+        [
+            table[b, torch.arange(n, device=where) // page_size] * page_size + torch.arange(n, device=where) % page_size
+            for b, n in enumerate(tokens)
+        ]
+    )
     kv_a = normal(sum(tokens), rank + rope, device=where, dtype=torch.float32)
     weight = torch.ones(rank, device=where)
     tilefuse.mla_append_kv(kv_a, weight, cos, sin, slots * 0, cache, slots, layout=layout)
@@ -165,9 +169,14 @@ def test_11_chunked_prefill_equals_one_shot(chunk, layout, where):
 
     def keys(table, lengths):
         latent = tilefuse.mla_gather_kv(
-            cache, table, bounds(lengths), total_tokens=sum(lengths), kv_lora_rank=rank, layout=layout,
+            cache,
+            table,
+            bounds(lengths),
+            total_tokens=sum(lengths),
+            kv_lora_rank=rank,
+            layout=layout,
             out_dtype=torch.float32,
-        )  # fmt: skip
+        )
         return tilefuse.mla_expand_kv(latent, w_ukv, **dims), latent
 
     (k, v), latent = keys(table, tokens)
@@ -245,8 +254,10 @@ def test_19_compiles_once_for_every_length():
 
     compiled = torch.compile(
         lambda q, k, v: tilefuse.mla_attention(q, k, v, softmax_scale=0.2)[0],
-        fullgraph=True, dynamic=True, backend=count,
-    )  # fmt: skip
+        fullgraph=True,
+        dynamic=True,
+        backend=count,
+    )
     for length in (5, 9, 14):
         q, k = (torch.randn(2, length, 3, 24) for _ in range(2))
         v = torch.randn(2, length, 3, 16)

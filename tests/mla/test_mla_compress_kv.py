@@ -113,10 +113,11 @@ def test_gradcheck(name):
     with tilefuse.backend("reference"):
         assert torch.autograd.gradcheck(
             lambda x, w: tilefuse.mla_compress_kv(x, w, *rest, **options),
-            (kv_a[:3].clone().requires_grad_(), weight.clone().requires_grad_()) if rest[2] is None else
-            (kv_a.clone().requires_grad_(), weight.clone().requires_grad_()),
+            (kv_a[:3].clone().requires_grad_(), weight.clone().requires_grad_())
+            if rest[2] is None
+            else (kv_a.clone().requires_grad_(), weight.clone().requires_grad_()),
             fast_mode=True,
-        )  # fmt: skip
+        )
 
 
 def test_gradients_of_one_argument():

@@ -47,8 +47,21 @@ def one_row(q, rows, sink, scale, rank):
     return (weights / total) @ rows[:, :rank], lse
 
 
-def oracle(q, cache, table, lens, sinks=None, *, softmax_scale, kv_lora_rank=512, causal=True, window=-1,
-           layout="bf16", num_splits=0, dtype=torch.float64):  # fmt: skip
+def oracle(
+    q,
+    cache,
+    table,
+    lens,
+    sinks=None,
+    *,
+    softmax_scale,
+    kv_lora_rank=512,
+    causal=True,
+    window=-1,
+    layout="bf16",
+    num_splits=0,
+    dtype=torch.float64,
+):
     batch, queries, heads, _ = q.shape
     q, table = q.cpu().to(dtype), table.cpu().long()
     out = torch.zeros(batch, queries, heads, kv_lora_rank, dtype=dtype)
@@ -56,22 +69,35 @@ def oracle(q, cache, table, lens, sinks=None, *, softmax_scale, kv_lora_rank=512
     for b in range(batch):
         length = int(lens[b])
         key = torch.arange(length)
-        rows = rows_of(cache, table[b, key // cache.shape[1]] * cache.shape[1] + key % cache.shape[1], kv_lora_rank,
-                       layout, dtype) if length else torch.zeros(0, q.shape[-1], dtype=dtype)  # fmt: skip
+        rows = (
+            rows_of(
+                cache,
+                table[b, key // cache.shape[1]] * cache.shape[1] + key % cache.shape[1],
+                kv_lora_rank,
+                layout,
+                dtype,
+            )
+            if length
+            else torch.zeros(0, q.shape[-1], dtype=dtype)
+        )
         for j in range(queries):
             own = length - queries + j
             last = own + 1 if causal else length
             first = max(own - window, 0) if window >= 0 else 0
             for h in range(heads):
                 out[b, j, h], lse[b, h, j] = one_row(
-                    q[b, j, h], rows[first : max(last, 0)], None if sinks is None else sinks.cpu()[h], softmax_scale,
+                    q[b, j, h],
+                    rows[first : max(last, 0)],
+                    None if sinks is None else sinks.cpu()[h],
+                    softmax_scale,
                     kv_lora_rank,
-                )  # fmt: skip
+                )
     return out, lse
 
 
-def sparse_oracle(q, cache, indices, sinks=None, *, softmax_scale, kv_lora_rank=512, layout="bf16",
-                  dtype=torch.float64):  # fmt: skip
+def sparse_oracle(
+    q, cache, indices, sinks=None, *, softmax_scale, kv_lora_rank=512, layout="bf16", dtype=torch.float64
+):
     batch, queries, heads, _ = q.shape
     q, indices = q.cpu().to(dtype), indices.cpu().long()
     out = torch.zeros(batch, queries, heads, kv_lora_rank, dtype=dtype)
@@ -134,13 +160,12 @@ def test_1_heads_and_queries(heads, queries, where):
 @pytest.mark.parametrize("heads", [1, 3, 9, 16, 63, 64, 126, 128])
 @pytest.mark.parametrize("queries", [1, 2, 4])
 def test_1_grid_on_a_gpu(queries, heads, lengths, causal, dtype):
-    args, options = make(
-        "cuda", dtype, lengths, queries=queries, heads=heads, rank=512, page_size=64, causal=causal
-    )  # fmt: skip
+    args, options = make("cuda", dtype, lengths, queries=queries, heads=heads, rank=512, page_size=64, causal=causal)
     out, lse = tilefuse.mla_decode(*args, **options)
     with tilefuse.backend("reference"):
-        exact = tilefuse.mla_decode(*(t.double() if t is not None and t.is_floating_point() else t for t in args),
-                                    **options)  # fmt: skip
+        exact = tilefuse.mla_decode(
+            *(t.double() if t is not None and t.is_floating_point() else t for t in args), **options
+        )
         naive = tilefuse.mla_decode(*args, **options)
     assert_close(out, exact[0], naive[0])
     torch.testing.assert_close(lse, exact[1].float(), rtol=1e-5, atol=2e-5)
@@ -178,9 +203,14 @@ def absorbed_and_full(where, dtype, heads, nope, v_dim, rank, rope, scale, layou
     )
     absorbed = torch.einsum("bqhr,hvr->bqhv", out, w_uv)
     latent = tilefuse.mla_gather_kv(
-        cache, table, torch.tensor([0, length], device=where), total_tokens=length, kv_lora_rank=rank, layout=layout,
+        cache,
+        table,
+        torch.tensor([0, length], device=where),
+        total_tokens=length,
+        kv_lora_rank=rank,
+        layout=layout,
         out_dtype=dtype,
-    )  # fmt: skip
+    )
     k, v = tilefuse.mla_expand_kv(latent, w_ukv, kv_lora_rank=rank, nope_dim=nope, v_dim=v_dim)
     q_rope = tilefuse.rope(q, cos, sin, last_two, interleaved=True, rotary_offset=nope) if rope else q
     full = tilefuse.mla_attention(q_rope.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), softmax_scale=scale)
@@ -325,7 +355,7 @@ def test_15_splits(where):
 def test_15_a_long_sequence_in_many_splits(layout):
     (q, cache, table, lens, _), options = make(
         "cuda", torch.bfloat16, [131072], heads=16, rank=512, page_size=64, layout=layout
-    )  # fmt: skip
+    )
     one = tilefuse.mla_decode(q, cache, table, lens, **options, num_splits=1)
     for splits in (0, 64):
         got = tilefuse.mla_decode(q, cache, table, lens, **options, num_splits=splits)
@@ -367,9 +397,7 @@ def test_13_many_sparse_queries_on_a_gpu():
     (q, cache, indices, _), options = find(sparse_cases("cuda", torch.bfloat16), "longer_than_keys_bf16")
     many = 70000
     q, indices = q[:1].expand(1, -1, -1, -1), indices[1:2]
-    out, lse = tilefuse.mla_sparse_decode(
-        q.repeat(1, many, 1, 1), cache, indices.repeat(1, many, 1), **options
-    )  # fmt: skip
+    out, lse = tilefuse.mla_sparse_decode(q.repeat(1, many, 1, 1), cache, indices.repeat(1, many, 1), **options)
     one = tilefuse.mla_sparse_decode(q, cache, indices, **options)
     assert_bit_equal(out, one[0].expand_as(out).contiguous())
     assert_bit_equal(lse, one[1].expand_as(lse).contiguous())
@@ -377,8 +405,9 @@ def test_13_many_sparse_queries_on_a_gpu():
 
 @pytest.mark.gpu
 def test_12_cuda_graph_replay_with_other_lengths():
-    (q, cache, table, lens, _), options = make("cuda", torch.bfloat16, [4000, 3000, 2000], heads=16, rank=512,
-                                               page_size=64, queries=2)  # fmt: skip
+    (q, cache, table, lens, _), options = make(
+        "cuda", torch.bfloat16, [4000, 3000, 2000], heads=16, rank=512, page_size=64, queries=2
+    )
     tilefuse.mla_decode(q, cache, table, lens, **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -421,9 +450,13 @@ ERRORS = {
 def test_errors(name, call):
     edit, error, message = ERRORS[name]
     arguments = {
-        "q": Q, "cache": torch.zeros(4, 16, 192), "block_table": torch.zeros(2, 4).int(),
-        "seq_lens": torch.ones(2).int(), "softmax_scale": 1.0, "kv_lora_rank": 128,
-    }  # fmt: skip
+        "q": Q,
+        "cache": torch.zeros(4, 16, 192),
+        "block_table": torch.zeros(2, 4).int(),
+        "seq_lens": torch.ones(2).int(),
+        "softmax_scale": 1.0,
+        "kv_lora_rank": 128,
+    }
     edit(arguments)
     with pytest.raises(error, match=f"^tilefuse.mla_decode: {message}"):
         call(**arguments)
@@ -462,11 +495,12 @@ def test_19_opcheck_and_compile():
     sparse, more = find(sparse_cases("cpu", torch.float32), "sparse_bf16")
     torch.library.opcheck(
         torch.ops.tilefuse.mla_sparse_decode_fwd.default, (*sparse, more["softmax_scale"], 128, "bf16")
-    )  # fmt: skip
+    )
     torch.library.opcheck(torch.ops.tilefuse.mla_sparse_decode.default, sparse, more)
     for function, inputs, keywords in (
-        (tilefuse.mla_decode, args, options), (tilefuse.mla_sparse_decode, sparse, more),
-    ):  # fmt: skip
+        (tilefuse.mla_decode, args, options),
+        (tilefuse.mla_sparse_decode, sparse, more),
+    ):
         step = torch.compile(lambda *a, f=function, k=keywords: f(*a, **k), fullgraph=True, backend="aot_eager")
         for a, b in zip(step(*inputs), function(*inputs, **keywords)):
             assert_bit_equal(a, b)

@@ -100,9 +100,11 @@ ERRORS = {
 def test_errors(name, call):
     edit, error, message = ERRORS[name]
     arguments = {
-        "cache": torch.zeros(2, 4, 576), "block_table": torch.zeros(2, 4).int(), "cu_seqlens": torch.zeros(3).int(),
+        "cache": torch.zeros(2, 4, 576),
+        "block_table": torch.zeros(2, 4).int(),
+        "cu_seqlens": torch.zeros(3).int(),
         "total_tokens": 3,
-    }  # fmt: skip
+    }
     with pytest.raises(error, match=f"^tilefuse.mla_gather_kv: {message}"):
         call(**arguments | edit)
 

@@ -25,26 +25,50 @@ def plan():
 
 
 def emulated_route(
-    module, logits, bias=None, *, top_k, score="softmax", renormalize=True, n_group=1, topk_group=1,
-    group_score="top2", scale=1.0, nan_policy="propagate",
-):  # fmt: skip
+    module,
+    logits,
+    bias=None,
+    *,
+    top_k,
+    score="softmax",
+    renormalize=True,
+    n_group=1,
+    topk_group=1,
+    group_score="top2",
+    scale=1.0,
+    nan_policy="propagate",
+):
     tokens, experts = logits.shape
 
     def run():
         with poisoned():
             weights, ids = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int32)
         module.run(
-            CODES[logits.dtype], logits.data_ptr(), logits.stride(0), 0 if bias is None else bias.data_ptr(),
-            weights.data_ptr(), ids.data_ptr(), tokens, experts, top_k, SCORES.index(score), renormalize, n_group,
-            topk_group, group_score == "top2", scale, nan_policy == "zero",
-        )  # fmt: skip
+            CODES[logits.dtype],
+            logits.data_ptr(),
+            logits.stride(0),
+            0 if bias is None else bias.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            tokens,
+            experts,
+            top_k,
+            SCORES.index(score),
+            renormalize,
+            n_group,
+            topk_group,
+            group_score == "top2",
+            scale,
+            nan_policy == "zero",
+        )
         return weights, ids
 
     return emulation.in_every_order(module, run)
 
 
-def check_route_backward(module, logits, bias=None, *, score="softmax", renormalize=True, scale=1.0,
-                         nan_policy="propagate", **selection):  # fmt: skip
+def check_route_backward(
+    module, logits, bias=None, *, score="softmax", renormalize=True, scale=1.0, nan_policy="propagate", **selection
+):
     """The gradient against the reference's, for a choice that the reference made."""
     options = dict(score=score, renormalize=renormalize, scale=scale, nan_policy=nan_policy)
     with tilefuse.backend("reference"):
@@ -57,9 +81,19 @@ def check_route_backward(module, logits, bias=None, *, score="softmax", renormal
         with poisoned():
             out = torch.empty(logits.shape, dtype=logits.dtype)
         module.run_backward(
-            CODES[logits.dtype], grad.data_ptr(), logits.data_ptr(), logits.stride(0), ids.data_ptr(), out.data_ptr(),
-            *logits.shape, ids.shape[1], SCORES.index(score), renormalize, scale, nan_policy == "zero",
-        )  # fmt: skip
+            CODES[logits.dtype],
+            grad.data_ptr(),
+            logits.data_ptr(),
+            logits.stride(0),
+            ids.data_ptr(),
+            out.data_ptr(),
+            *logits.shape,
+            ids.shape[1],
+            SCORES.index(score),
+            renormalize,
+            scale,
+            nan_policy == "zero",
+        )
         return out
 
     actual = emulation.in_every_order(module, run)
@@ -166,9 +200,14 @@ def test_plan(plan, tokens, top_k, experts, dtype):
             order, inverse = (torch.empty(slots, dtype=torch.int32) for _ in range(2))
             offsets = torch.empty(experts + 1, dtype=torch.int32)
         plan.run(
-            dtype == torch.int64, ids.data_ptr(), slots, experts, order.data_ptr(), inverse.data_ptr(),
+            dtype == torch.int64,
+            ids.data_ptr(),
+            slots,
+            experts,
+            order.data_ptr(),
+            inverse.data_ptr(),
             offsets.data_ptr(),
-        )  # fmt: skip
+        )
         return order, inverse, offsets
 
     with tilefuse.backend("reference"):

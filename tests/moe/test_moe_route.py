@@ -55,9 +55,14 @@ def test_reference_is_the_formula(score, group_score, biased):
     logits, bias = logits_of(6, 24, dtype=torch.float64), bias_of(24) if biased else None
     for renormalize, n_group in ((True, 4), (False, 1)):
         options = dict(
-            top_k=5, score=score, renormalize=renormalize, n_group=n_group, topk_group=min(2, n_group),
-            group_score=group_score, scale=1.5,
-        )  # fmt: skip
+            top_k=5,
+            score=score,
+            renormalize=renormalize,
+            n_group=n_group,
+            topk_group=min(2, n_group),
+            group_score=group_score,
+            scale=1.5,
+        )
         with tilefuse.backend("reference"):
             weights, ids = tilefuse.moe_route(logits, bias, **options)
         for t in range(len(logits)):
@@ -340,18 +345,29 @@ def hugging_face(model):
         from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter as Router
 
         config = Config(
-            hidden_size=32, n_routed_experts=64, num_experts_per_tok=6, n_group=8, topk_group=3,
-            topk_method="group_limited_greedy", routed_scaling_factor=16.0, norm_topk_prob=False,
-        )  # fmt: skip
+            hidden_size=32,
+            n_routed_experts=64,
+            num_experts_per_tok=6,
+            n_group=8,
+            topk_group=3,
+            topk_method="group_limited_greedy",
+            routed_scaling_factor=16.0,
+            norm_topk_prob=False,
+        )
         options = dict(top_k=6, n_group=8, topk_group=3, group_score="max", renormalize=False, scale=16.0)
     else:
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Config as Config
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter as Router
 
         config = Config(
-            hidden_size=32, n_routed_experts=64, num_experts_per_tok=8, n_group=8, topk_group=4,
-            routed_scaling_factor=2.5, norm_topk_prob=True,
-        )  # fmt: skip
+            hidden_size=32,
+            n_routed_experts=64,
+            num_experts_per_tok=8,
+            n_group=8,
+            topk_group=4,
+            routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        )
         options = dict(top_k=8, score="sigmoid", n_group=8, topk_group=4, scale=2.5)
     router = Router(config)
     for parameter in router.parameters():
@@ -364,8 +380,14 @@ def hugging_face(model):
 
 
 HUGGING_FACE = [
-    "mixtral", "qwen3", "qwen3_norm", "gpt_oss", "deepseek_v2", "deepseek_v3", "deepseek_v3_negative",
-]  # fmt: skip
+    "mixtral",
+    "qwen3",
+    "qwen3_norm",
+    "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v3_negative",
+]
 
 
 @pytest.mark.parametrize("model", HUGGING_FACE)

@@ -21,9 +21,14 @@ def test_against_bigbird(hf, dtype):
     from transformers.models.big_bird import modeling_big_bird as big_bird
 
     config = transformers.BigBirdConfig(
-        hidden_size=32, num_attention_heads=2, block_size=8, num_random_blocks=2, attention_type="block_sparse",
-        max_position_embeddings=128, use_bias=True,
-    )  # fmt: skip
+        hidden_size=32,
+        num_attention_heads=2,
+        block_size=8,
+        num_random_blocks=2,
+        attention_type="block_sparse",
+        max_position_embeddings=128,
+        use_bias=True,
+    )
     theirs = big_bird.BigBirdBlockSparseAttention(config)
     ours = BlockSparseAttention.from_config(config, seed=None)
     assert ours.pattern(64).density < 0.9

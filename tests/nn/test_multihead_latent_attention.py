@@ -27,10 +27,16 @@ def hf_attention(version, q_lora_rank, scaling, bias=False):
     import transformers
 
     config = getattr(transformers, f"DeepseekV{version}Config")(
-        hidden_size=48, num_attention_heads=3, num_key_value_heads=3, q_lora_rank=q_lora_rank, attention_bias=bias,
-        rope_parameters=scaling or {"rope_type": "default", "rope_theta": 10000.0}, max_position_embeddings=128,
-        attn_implementation="eager", **SIZES,
-    )  # fmt: skip
+        hidden_size=48,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        q_lora_rank=q_lora_rank,
+        attention_bias=bias,
+        rope_parameters=scaling or {"rope_type": "default", "rope_theta": 10000.0},
+        max_position_embeddings=128,
+        attn_implementation="eager",
+        **SIZES,
+    )
     if version == 3:
         from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention as Attention
     else:

@@ -27,16 +27,24 @@ def hf_attention(kind):
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
     name, attention = {
-        "llama": ("Llama", LlamaAttention), "mistral": ("Mistral", MistralAttention),
-        "qwen2": ("Qwen2", Qwen2Attention), "qwen3": ("Qwen3", Qwen3Attention),
-    }[kind]  # fmt: skip
+        "llama": ("Llama", LlamaAttention),
+        "mistral": ("Mistral", MistralAttention),
+        "qwen2": ("Qwen2", Qwen2Attention),
+        "qwen3": ("Qwen3", Qwen3Attention),
+    }[kind]
     extra = {"sliding_window": 10} if kind != "llama" else {"attention_bias": True}
     if kind.startswith("qwen"):
         extra |= {"use_sliding_window": True, "layer_types": ["sliding_attention"], "num_hidden_layers": 1}
     config = getattr(transformers, f"{name}Config")(
-        hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
-        attn_implementation="eager", rope_parameters={"rope_type": "default", "rope_theta": 5000.0}, **extra,
-    )  # fmt: skip
+        hidden_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        attn_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        **extra,
+    )
     return config, attention(config, 0)
 
 
@@ -66,10 +74,17 @@ def test_sinks_against_gpt_oss(hf):
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
     config = transformers.GptOssConfig(
-        hidden_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=10,
-        num_hidden_layers=1, layer_types=["sliding_attention"], attn_implementation="eager", attention_bias=True,
+        hidden_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=10,
+        num_hidden_layers=1,
+        layer_types=["sliding_attention"],
+        attn_implementation="eager",
+        attention_bias=True,
         attention_dropout=0.0,
-    )  # fmt: skip
+    )
     ours = make(sinks=True, qkv_bias=True, o_bias=True)
 
     def run(module, x):

@@ -67,9 +67,13 @@ def arguments(tensors, rest, options, cast=lambda t: t):
     """Of the reference kernels, in their order."""
     rest = (*rest, None, None)[:4]
     return (
-        *(cast(t) for t in tensors), *rest, options.get("eps", 1e-6), options.get("weight_offset", 0.0),
-        options.get("interleaved", False), options.get("rotary_offset", 0),
-    )  # fmt: skip
+        *(cast(t) for t in tensors),
+        *rest,
+        options.get("eps", 1e-6),
+        options.get("weight_offset", 0.0),
+        options.get("interleaved", False),
+        options.get("rotary_offset", 0),
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -109,8 +109,10 @@ def test_16_fused_rounding_is_within_one_code_of_two_roundings(device):
             assert ((codes[slot // 16, slot % 16] - two).abs() <= 1).all()
 
 
-@pytest.mark.parametrize("slot, position, message", [(64, 0, r"slot_mapping must be below .* = 64, got 64"),
-                                                     (0, 64, r"positions must be in \[0, 64\), got 64")])  # fmt: skip
+@pytest.mark.parametrize(
+    "slot, position, message",
+    [(64, 0, r"slot_mapping must be below .* = 64, got 64"), (0, 64, r"positions must be in \[0, 64\), got 64")],
+)
 def test_8_hostile_indices(slot, position, message, device):
     args, options = case("plain", device)
     args[8][0], args[5][0] = slot, position

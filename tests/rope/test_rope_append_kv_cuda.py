@@ -48,8 +48,15 @@ def emulated(kernels, out, q, k, v, cos, sin, positions, k_cache, v_cache, slots
         rows(v),
         [rows(k_cache), rows(v_cache)],
         [
-            q.shape[:-2].numel(), q.shape[-3], cos.shape[0], q.shape[-1], cos.shape[1],
-            options.get("rotary_offset", 0), v.shape[-1], k_cache.shape[:2].numel(), k_cache.shape[1],
+            q.shape[:-2].numel(),
+            q.shape[-3],
+            cos.shape[0],
+            q.shape[-1],
+            cos.shape[1],
+            options.get("rotary_offset", 0),
+            v.shape[-1],
+            k_cache.shape[:2].numel(),
+            k_cache.shape[1],
         ],
         [cos.data_ptr(), cos.stride(0)],
         [sin.data_ptr(), sin.stride(0)],
@@ -57,7 +64,7 @@ def emulated(kernels, out, q, k, v, cos, sin, positions, k_cache, v_cache, slots
         options.get("interleaved", False),
         options.get("k_scale", 1.0),
         options.get("v_scale", 1.0),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "_".join(str(t).removeprefix("torch.") for t in d))

@@ -421,9 +421,19 @@ def check_op(
         reason = problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
     took = round(time.perf_counter() - began, 2)
     return Check(
-        op_name, op.family, backend, str(device), status, count, gradients, round(worst, 3), tuple(sorted(ran)),
-        reason or ("" if count else "no sample inputs"), took, complete,
-    )  # fmt: skip
+        op_name,
+        op.family,
+        backend,
+        str(device),
+        status,
+        count,
+        gradients,
+        round(worst, 3),
+        tuple(sorted(ran)),
+        reason or ("" if count else "no sample inputs"),
+        took,
+        complete,
+    )
 
 
 def _short(error: BaseException) -> str:

@@ -27,9 +27,19 @@ def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 
 def _bwd_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, global_index: Tensor,
-    q_global: Tensor | None, k_global: Tensor | None, v_global: Tensor | None, *_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    global_index: Tensor,
+    q_global: Tensor | None,
+    k_global: Tensor | None,
+    v_global: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     of_globals = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q_global, k_global, v_global))
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *of_globals
 

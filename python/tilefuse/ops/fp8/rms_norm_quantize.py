@@ -105,7 +105,5 @@ def rms_norm_quantize(
     if weight.dtype.itemsize == 8:
         # float64 weights belong to float64 activations; elsewhere the arithmetic is float32
         weight = weight if x.dtype.itemsize == 8 else weight.float()
-    q, scale, h = rms_norm_quantize_fwd(
-        as_rows(x), weight.contiguous(), rows, norm_eps, scale_format == "pow2", eps
-    )  # fmt: skip
+    q, scale, h = rms_norm_quantize_fwd(as_rows(x), weight.contiguous(), rows, norm_eps, scale_format == "pow2", eps)
     return q.view(x.shape), split_rows(scale, x.shape[:-1]), h.view(x.shape)

@@ -38,9 +38,15 @@ def _check_logits(name: str, logits: Tensor, valid: Tensor | None) -> None:
 
 
 def _check_balance(
-    logits: Tensor, ids: Tensor, valid: Tensor | None, kind: str, score: str, normalization: str, n_devices: int,
+    logits: Tensor,
+    ids: Tensor,
+    valid: Tensor | None,
+    kind: str,
+    score: str,
+    normalization: str,
+    n_devices: int,
     sequence_length: int,
-) -> None:  # fmt: skip
+) -> None:
     name = "moe_balance_loss"
     _check_logits(name, logits, valid)
     tokens, experts = logits.shape

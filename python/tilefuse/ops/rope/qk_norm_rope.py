@@ -126,9 +126,12 @@ def qk_norm_rope(
     """
     _check(q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, rotary_offset)
     args = (
-        contiguous_rows(q), contiguous_rows(k), contiguous_rows(q_weight), contiguous_rows(k_weight),
+        contiguous_rows(q),
+        contiguous_rows(k),
+        contiguous_rows(q_weight),
+        contiguous_rows(k_weight),
         *rest_of(cos, sin, positions, cu_seqlens, eps, weight_offset, interleaved, rotary_offset),
-    )  # fmt: skip
+    )
     if errors.needs_grad(q, k, q_weight, k_weight):
         return _QKNormRope.apply(*args)
     return qk_norm_rope_fwd(*args)

@@ -131,9 +131,15 @@ def global_attention_bwd(
         if positions.numel():
             visible = _global_visible(positions, shown, causal)
             dq, dk, dv = attend_bwd(
-                dout[b, positions], delta[b][:, :, positions], others[0][b, positions], others[1][b], others[2][b],
-                lse[b][:, :, positions], visible, scale=scale,
-            )  # fmt: skip
+                dout[b, positions],
+                delta[b][:, :, positions],
+                others[0][b, positions],
+                others[1][b],
+                others[2][b],
+                lse[b][:, :, positions],
+                visible,
+                scale=scale,
+            )
             of_globals[0][b, positions] += dq
             of_globals[1][b] += dk
             of_globals[2][b] += dv

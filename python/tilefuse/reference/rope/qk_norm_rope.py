@@ -33,9 +33,21 @@ def qk_norm_rope_fwd(
 
 
 def qk_norm_rope_bwd(
-    q_grad, k_grad, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset, interleaved,
+    q_grad,
+    k_grad,
+    q,
+    k,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    positions,
+    cu_seqlens,
+    eps,
+    weight_offset,
+    interleaved,
     rotary_offset,
-):  # fmt: skip
+):
     cos, sin = compute_tables("qk_norm_rope", q, cos, sin, positions, cu_seqlens, True, (), False)
 
     def one(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

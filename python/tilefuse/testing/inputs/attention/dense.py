@@ -162,10 +162,12 @@ def dense_blocks(
                     visible = visible & key_mask[b, keys]
                 take = slice(h, h + 1), slice(h // group, h // group + 1)
                 out, lse = dense_attention(
-                    q[b : b + 1, rows, take[0]], k[b : b + 1, keys][:, :, take[1]], v[b : b + 1, keys][:, :,
-                    take[1]], visible,
+                    q[b : b + 1, rows, take[0]],
+                    k[b : b + 1, keys][:, :, take[1]],
+                    v[b : b + 1, keys][:, :, take[1]],
+                    visible,
                     scale=scale,
-                )  # fmt: skip
+                )
                 outs.append(out[0, :, 0])
                 lses.append(lse[0, 0])
     dim_v = v.shape[-1]

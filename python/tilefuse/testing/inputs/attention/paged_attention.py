@@ -15,9 +15,18 @@ FP8 = torch.float8_e4m3fn
 
 
 def paged(
-    lengths: Sequence[int], sq: int, heads: int, kv_heads: int, dim: int, dim_v: int, page_size: int, *,
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, cache_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    lengths: Sequence[int],
+    sq: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dim_v: int,
+    page_size: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """q, k_cache, v_cache, block_table, seq_lens. Unused slots hold NaN, unused table entries point nowhere."""
     batch = len(lengths)
     columns = max([1, *(-(-n // page_size) for n in lengths)]) + 1

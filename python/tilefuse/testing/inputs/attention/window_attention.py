@@ -19,9 +19,18 @@ def normal(
 
 
 def qkv(
-    batch: int, sq: int, sk: int, heads: int, kv_heads: int, dim: int, dim_v: int | None = None, *,
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    batch: int,
+    sq: int,
+    sk: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    dim_v: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """[B, S, H, D] tensors; a batch of 0 gives packed ones [S, H, D]."""
     lead = (batch,) if batch else ()
     shapes = (*lead, sq, heads, dim), (*lead, sk, kv_heads, dim), (*lead, sk, kv_heads, dim_v or dim)
@@ -61,16 +70,23 @@ def cases(
     yield "dilated", make(1, 101, 101, 2, 1, 16), {}, {"window": (5, 3), "dilation": 3}
     yield "dilated_long", make(1, 30, 43, 2, 1, 16), {}, {"window": (50, 0), "dilation": 4}
     yield (
-        "everything", make(1, 75, 90, 4, 2, 40, 24), {"sinks": heads(4), "alibi_slopes": slopes},
+        "everything",
+        make(1, 75, 90, 4, 2, 40, 24),
+        {"sinks": heads(4), "alibi_slopes": slopes},
         {"window": (6, 2), "dilation": 2, "softcap": 5.0, "sink_tokens": 3, "scale": 0.3},
-    )  # fmt: skip
+    )
     yield "packed", make(0, 60, 60, 2, 1, 16), {"cu_seqlens_q": offsets(0, 7, 7, 40, 60)}, {"window": (9, 4)}
     yield (
-        "packed_all", make(0, 70, 64, 4, 2, 16),
-        {"sinks": heads(4), "alibi_slopes": slopes, "cu_seqlens_q": offsets(2, 7, 7, 45, 66, dtype=torch.int64),
-         "cu_seqlens_k": offsets(0, 9, 12, 30, 60, dtype=torch.int64)},
+        "packed_all",
+        make(0, 70, 64, 4, 2, 16),
+        {
+            "sinks": heads(4),
+            "alibi_slopes": slopes,
+            "cu_seqlens_q": offsets(2, 7, 7, 45, 66, dtype=torch.int64),
+            "cu_seqlens_k": offsets(0, 9, 12, 30, 60, dtype=torch.int64),
+        },
         {"window": (4, 1), "dilation": 2, "sink_tokens": 2},
-    )  # fmt: skip
+    )
     yield "empty_batch", tuple(x[:0] for x in make(1, 5, 5, 2, 1, 16)), {}, {"window": (3, 0)}
     q, k, v = make(1, 9, 9, 2, 1, 16)
     yield "no_queries", (q[:, :0], k, v), {"sinks": heads(2)}, {"window": (3, 0)}
@@ -78,9 +94,11 @@ def cases(
     fused = normal(1, 45, 8, 16, device=device, dtype=dtype)
     yield "fused_qkv", (fused[:, :, :4], fused[:, :, 4:6], fused[:, :, 6:]), {}, {"window": (12, 0)}
     yield (
-        "sequence_major", tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in make(3, 40, 40, 2, 1, 16)), {},
+        "sequence_major",
+        tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in make(3, 40, 40, 2, 1, 16)),
+        {},
         {"window": (12, 0)},
-    )  # fmt: skip
+    )
     q, k, v = make(2, 33, 33, 2, 1, 16)
     yield "expanded", (q, k[:1].expand(2, -1, -1, -1), v[:1].expand(2, -1, -1, -1)), {}, {"window": (10, 0)}
 

@@ -21,9 +21,7 @@ def operands(
 def _matmul(device: torch.device) -> Iterator[Sample]:
     yield Sample(operands(7, 130, 300, device), name="tiles")
     bias = torch.linspace(-1, 1, 64, device=device)
-    yield Sample(
-        (*operands(70, 64, 128, device, b_rows=1), bias), {"out_dtype": torch.float32}, name="rows_bias"
-    )  # fmt: skip
+    yield Sample((*operands(70, 64, 128, device, b_rows=1), bias), {"out_dtype": torch.float32}, name="rows_bias")
 
 
 SAMPLES = {"fp8_matmul": _matmul}

@@ -17,9 +17,7 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Te
     """Every bit pattern is as likely as any other: all exponents, NaN payloads, infinities, subnormals, -0."""
     integer = torch.iinfo(INTEGERS[dtype])
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        integer.min, integer.max + 1, shape, generator=generator, dtype=INTEGERS[dtype]
-    ).view(dtype)  # fmt: skip
+    return torch.randint(integer.min, integer.max + 1, shape, generator=generator, dtype=INTEGERS[dtype]).view(dtype)
 
 
 def magnitudes(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -57,9 +55,7 @@ def _dual(device: torch.device) -> Iterator[Sample]:
 
 def _dequantize(device: torch.device) -> Iterator[Sample]:
     yield Sample(quantized((5, 300), 1, device), name="rows")
-    yield Sample(
-        quantized((2, 130, 200), 128, device), {"block": (128, 128), "out_dtype": torch.float32}, name="tiles"
-    )  # fmt: skip
+    yield Sample(quantized((2, 130, 200), 128, device), {"block": (128, 128), "out_dtype": torch.float32}, name="tiles")
 
 
 SAMPLES = {"fp8_quantize": _quantize, "fp8_quantize_dual": _dual, "fp8_dequantize": _dequantize}

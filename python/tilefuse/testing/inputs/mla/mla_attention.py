@@ -24,9 +24,14 @@ def cases(device: torch.device | str, dtype: torch.dtype) -> Iterator[tuple[str,
     yield "padded", (x(2, 70, 2, 192), x(2, 70, 2, 192, seed=1), x(2, 70, 2, 128), None, None), scale
     yield "longer_keys", (x(1, 20, 2, 192), x(1, 150, 2, 192, seed=1), x(1, 150, 2, 128), None, None), scale
     yield "fewer_keys", (x(1, 40, 2, 96), x(1, 20, 2, 96, seed=1), x(1, 20, 2, 64), None, None), scale
-    yield "not_causal", (x(1, 40, 3, 72), x(1, 33, 3, 72, seed=1), x(1, 33, 3, 40), None, None), {
-        **scale, "causal": False,
-    }  # fmt: skip
+    yield (
+        "not_causal",
+        (x(1, 40, 3, 72), x(1, 33, 3, 72, seed=1), x(1, 33, 3, 40), None, None),
+        {
+            **scale,
+            "causal": False,
+        },
+    )
     yield "no_rope", (x(1, 17, 1, 64), x(1, 17, 1, 64, seed=1), x(1, 17, 1, 64), None, None), scale
     # empty on either side, on both, and rows past the last sequence
     packed = (x(60, 2, 192), x(90, 2, 192, seed=1), x(90, 2, 128), bounds(17, 0, 9, 0, 30), bounds(17, 8, 0, 0, 65))

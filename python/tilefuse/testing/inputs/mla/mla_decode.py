@@ -72,9 +72,15 @@ def sparse_cases(
             ("none", 8, 0, 1, 3, 64),
         ):
             (q, cache, table, _, sinks), options = case(
-                device, dtype, [length, length], queries=queries, heads=heads, page_size=page_size, layout=layout,
+                device,
+                dtype,
+                [length, length],
+                queries=queries,
+                heads=heads,
+                page_size=page_size,
+                layout=layout,
                 sinks=name == "sparse",
-            )  # fmt: skip
+            )
             generator = torch.Generator().manual_seed(topk)
             key = torch.randint(0, length, (2, queries, topk), generator=generator).to(device)
             page = table.long()[torch.arange(2, device=device)[:, None, None], key // page_size]

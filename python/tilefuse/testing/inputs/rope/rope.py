@@ -54,14 +54,20 @@ def cases(
             options = {"interleaved": interleaved, "rotary_offset": offset}
             yield (
                 f"dim{dim}_{rotary}_{offset}{'_interleaved' * interleaved}",
-                x(6, 3, dim), x(6, 1, dim), tables(rotary, 8, device), options,
-            )  # fmt: skip
+                x(6, 3, dim),
+                x(6, 1, dim),
+                tables(rotary, 8, device),
+                options,
+            )
     # an odd head dim: no row but the first starts at an even element
     for interleaved in (False, True):
         yield (
-            f"dim41_20_13{'_interleaved' * interleaved}", x(5, 3, 41), x(5, 2, 41), tables(20, 8, device),
+            f"dim41_20_13{'_interleaved' * interleaved}",
+            x(5, 3, 41),
+            x(5, 2, 41),
+            tables(20, 8, device),
             {"interleaved": interleaved, "rotary_offset": 13},
-        )  # fmt: skip
+        )
     yield "dim2", x(6, 3, 2), x(6, 1, 2), tables(2, 8, device), {}
     yield "dim512", x(2, 3, 512), x(2, 1, 512), tables(512, 8, device), {}
     # positions: both widths, not monotonic, repeated, strided (known bug 8)
@@ -78,9 +84,17 @@ def cases(
     three = torch.stack((order, order.flip(0), order.roll(2)))
     section = {"mrope_section": (8, 12, 12)}
     yield "mrope", x(7, 4, 64), x(7, 2, 64), (*t64, three), section
-    yield "mrope_interleaved", x(7, 4, 64), x(7, 2, 64), (*t64, three.int()), {
-        "mrope_section": (12, 10, 10), "mrope_interleaved": True, "interleaved": True,
-    }  # fmt: skip
+    yield (
+        "mrope_interleaved",
+        x(7, 4, 64),
+        x(7, 2, 64),
+        (*t64, three.int()),
+        {
+            "mrope_section": (12, 10, 10),
+            "mrope_interleaved": True,
+            "interleaved": True,
+        },
+    )
     yield "mrope_batched", x(2, 7, 4, 64), x(2, 7, 2, 64), (*t64, torch.stack((three, three.flip(1)), 1)), section
     # views (known bug 7)
     yield "packed_qkv", *packed_qkv(9, 4, 2, 64, device, dtype), t64, {}
