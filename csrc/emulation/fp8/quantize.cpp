@@ -5,8 +5,10 @@
 
 using namespace tilefuse;
 
-static void run(bool silu, int dtype, uintptr_t x, int64_t row_stride, int64_t rows, int64_t k, uintptr_t codes,
-                uintptr_t scales, int64_t pitch, float eps, bool pow2) {
+namespace {
+
+void run(bool silu, int dtype, uintptr_t x, int64_t row_stride, int64_t rows, int64_t k, uintptr_t codes,
+         uintptr_t scales, int64_t pitch, float eps, bool pow2) {
   fp8::QuantizeCall p{};
   p.x = emulation::pointer<const void>(x);
   p.row_stride = row_stride;
@@ -26,5 +28,7 @@ static void run(bool silu, int dtype, uintptr_t x, int64_t row_stride, int64_t r
   if (dtype == 1) launch(silu ? fp8::silu_mul_quantize_kernel<bf16> : fp8::quantize_rows_kernel<bf16>);
   if (dtype == 2) launch(silu ? fp8::silu_mul_quantize_kernel<f16> : fp8::quantize_rows_kernel<f16>);
 }
+
+}  // namespace
 
 TILEFUSE_EMULATION(m) { m.def("run", &run); }

@@ -5,8 +5,10 @@
 
 using namespace tilefuse;
 
+namespace {
+
 template <typename T>
-static void run(const MoeRouteCall& p) {
+void run(const MoeRouteCall& p) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.tokens, kRouteWarps)));
   route_launch<T>(p.experts, [&](auto kernel) {
     emulation::launch(grid, dim3(32 * kRouteWarps), route_shared_bytes(p.groups, p.top_k), [&] { kernel(p); });
@@ -14,11 +16,13 @@ static void run(const MoeRouteCall& p) {
 }
 
 template <typename T>
-static void run_backward(const MoeRouteBwdCall& p) {
+void run_backward(const MoeRouteBwdCall& p) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.tokens, kRouteWarps)));
   emulation::launch(grid, dim3(32 * kRouteWarps), route_backward_shared_bytes(p.experts, p.top_k),
                     [&] { moe_route_bwd_kernel<T>(p); });
 }
+
+}  // namespace
 
 TILEFUSE_EMULATION(m) {
   m.def("run", [](int dtype, uintptr_t logits, int64_t stride, uintptr_t bias, uintptr_t weights, uintptr_t ids,

@@ -7,20 +7,22 @@
 
 using namespace tilefuse;
 
+namespace {
+
 // address, batch, sequence and head stride, heads
 using Rows = std::vector<int64_t>;
 
-static const void* set_rows(int64_t* strides, const Rows& rows) {
+const void* set_rows(int64_t* strides, const Rows& rows) {
   for (int i = 0; i < 3; ++i) strides[i] = rows[1 + i];
   return reinterpret_cast<const void*>(rows[0]);
 }
 
 // tensors: q, its output, k, its output; grads: of q and k, or empty; place: address, wide?, three strides (positions)
 // or the count (bounds), after a 0 for none, 1 for positions or 2 for bounds
-static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& grads,
-                const std::vector<int64_t>& sizes, const Rows& cos, const Rows& sin, const Rows& place,
-                const std::vector<uintptr_t>& weights, int weight_dtype, float eps, float weight_offset,
-                bool interleaved, uintptr_t partial, const std::vector<uintptr_t>& weight_grads) {
+void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& grads, const std::vector<int64_t>& sizes,
+         const Rows& cos, const Rows& sin, const Rows& place, const std::vector<uintptr_t>& weights, int weight_dtype,
+         float eps, float weight_offset, bool interleaved, uintptr_t partial,
+         const std::vector<uintptr_t>& weight_grads) {
   QkNormRopeCall p{};
   RopeCall& r = p.rope;
   for (int which = 0; which < 2; ++which) {
@@ -78,6 +80,8 @@ static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<R
   if (weight_dtype == 1) sum(bf16{});
   if (weight_dtype == 2) sum(f16{});
 }
+
+}  // namespace
 
 TILEFUSE_EMULATION(m) {
   m.def("run", &run);

@@ -7,18 +7,20 @@
 
 using namespace tilefuse;
 
+namespace {
+
 // address, batch, sequence and head stride, heads
 using Rows = std::vector<int64_t>;
 
-static void set_rows(const void** data, int64_t* strides, const Rows& rows) {
+void set_rows(const void** data, int64_t* strides, const Rows& rows) {
   *data = reinterpret_cast<const void*>(rows[0]);
   for (int i = 0; i < 3; ++i) strides[i] = rows[1 + i];
 }
 
 // tensors: in and out of q, then of k; index: address, wide?, three strides (positions) or the count (bounds)
-static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<int64_t>& sizes, const Rows& cos,
-                const Rows& sin, const Rows& positions, const Rows& bounds, bool interleaved, bool conjugate, bool copy,
-                const std::vector<int>& section, bool mrope_interleaved) {
+void run(int dtype, const std::vector<Rows>& tensors, const std::vector<int64_t>& sizes, const Rows& cos,
+         const Rows& sin, const Rows& positions, const Rows& bounds, bool interleaved, bool conjugate, bool copy,
+         const std::vector<int>& section, bool mrope_interleaved) {
   RopeCall p{};
   for (size_t i = 0; i < tensors.size(); i += 2) {
     RopeTensor& x = p.tensors[i / 2];
@@ -59,5 +61,7 @@ static void run(int dtype, const std::vector<Rows>& tensors, const std::vector<i
   if (dtype == 1) rope_launch<bf16>(p, launch);
   if (dtype == 2) rope_launch<f16>(p, launch);
 }
+
+}  // namespace
 
 TILEFUSE_EMULATION(m) { m.def("run", &run); }

@@ -7,16 +7,18 @@
 
 using namespace tilefuse;
 
+namespace {
+
 // address, then the strides of the first three dims, then the heads
 using Rows = std::vector<int64_t>;
 
-static void set_strides(int64_t* strides, const Rows& rows) {
+void set_strides(int64_t* strides, const Rows& rows) {
   for (int i = 0; i < 3; ++i) strides[i] = rows[1 + i];
 }
 
-static void run(int dtype, int cache_dtype, const Rows& q, const Rows& out, const Rows& k, const Rows& v,
-                const std::vector<Rows>& caches, const std::vector<int64_t>& sizes, const Rows& cos, const Rows& sin,
-                const Rows& positions, const Rows& slots, bool interleaved, float k_scale, float v_scale) {
+void run(int dtype, int cache_dtype, const Rows& q, const Rows& out, const Rows& k, const Rows& v,
+         const std::vector<Rows>& caches, const std::vector<int64_t>& sizes, const Rows& cos, const Rows& sin,
+         const Rows& positions, const Rows& slots, bool interleaved, float k_scale, float v_scale) {
   RopeAppendKvCall a{};
   RopeCall& p = a.rope;
   p.tensors[0].in = emulation::pointer<const void>(q[0]);
@@ -65,5 +67,7 @@ static void run(int dtype, int cache_dtype, const Rows& q, const Rows& out, cons
   if (dtype == 1 && cache_dtype == 2) append_launch<bf16, f16>(a, launch);
   if (dtype == 1 && cache_dtype == 3) append_launch<bf16, cache_e4m3>(a, launch);
 }
+
+}  // namespace
 
 TILEFUSE_EMULATION(m) { m.def("run", &run); }
