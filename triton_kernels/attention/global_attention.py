@@ -7,7 +7,10 @@ all keys, split over the keys; their results replace the rows' own.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,238 +22,294 @@ from tilefuse import arch
 from ...reference.attention.global_attention import global_positions
 from ..common.flash import (
     LOG2E,
-    load_rows,
-    logit_gradient,
+    Head,
+    Results,
+    Width,
+    added,
+    dkdv_step,
+    dots,
+    dq_step,
+    head_of,
+    load_head,
     logits,
-    probabilities,
+    padded,
+    row_gradients,
+    scaled,
     softmax_end,
     softmax_start,
     softmax_step,
-    store_rows,
+    store_head,
+    values_of,
+    width,
+    zeros,
 )
-from ..common.launch import on_device
-from .paged_attention import _merge_kernel
-from .window_attention import UNBOUNDED, Prefix, Problem, backward, forward, padded, statistics_strides, strides
+from ..common.launch import launch_options, on_device
+from ..common.rows import Rows
+from .chunks import merge_chunks, store_row
+from .window_attention import Prefix, Problem, backward, forward
+from .window_tiles import UNBOUNDED
 
 # keys of one program of a global row
-CHUNK = 1024
+CHUNK = tl.constexpr(1024)
+COUNTS = ("sk", "count", "heads", "kv_heads", "group", "chunks")
+
+
+class Constants(NamedTuple):
+    """Constants of one compiled kernel."""
+
+    QK: Width
+    V: Width
+    BLOCK_M: Any
+    BLOCK_N: Any
+    MASKED: Any
+    CAUSAL: Any
+    DLSE: Any
+    ADD_K: Any
+    ADD_V: Any
+
+
+class Places(NamedTuple):
+    """Tokens of the global rows, and which keys exist."""
+
+    positions: Any  # int32 [B, count], -1 = none
+    key_mask: Any  # bool [B, S]
 
 
 @triton.jit
-def _visible(at, n, sk, KEY_MASK, stride_ms, MASKED: tl.constexpr):
+def _own_rows(places, count, heads, BLOCK_M: tl.constexpr):
+    """(batch, head, numbers of the global rows, their tokens) of this program; heads run fastest."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(count, BLOCK_M)
+    g = pid // heads % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    b = (pid // heads // tiles).to(tl.int64)
+    return b, pid % heads, g, _tokens(places, b, g, count)
+
+
+@triton.jit
+def _tokens(places, b, g, count):
+    """Tokens of the global rows g, -1 where there is none."""
+    return tl.load(places.positions + b * count + g, mask=g < count, other=-1).to(tl.int32)
+
+
+@triton.jit
+def _shown(places, b, n, sk, MASKED: tl.constexpr):
     """Which keys n exist and are not padding."""
     shown = n < sk
     if MASKED:
-        shown = shown & (tl.load(KEY_MASK + n.to(tl.int64) * stride_ms, mask=shown, other=0) != 0)
+        shown &= tl.load(places.key_mask + b * sk + n, mask=shown, other=0) != 0
     return shown
 
 
 @triton.jit
-def _rows_fwd_kernel(
-    Q, K, V, POSITIONS, KEY_MASK, PARTS, PART_LSE,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_px, stride_pb, stride_ps, stride_ph, stride_lx, stride_lb, stride_lh, stride_mb, stride_ms,
-    sk, globals_, heads, group, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Global rows against one chunk of keys: normalised output and lse, float32."""
-    chunk = tl.program_id(0)
-    pid = tl.program_id(1)
-    h = pid % heads
-    tiles = tl.cdiv(globals_, BM)
-    g = pid // heads % tiles * BM + tl.arange(0, BM)
-    b = (pid // heads // tiles).to(tl.int64)
-    at = tl.load(POSITIONS + b * globals_ + g, mask=g < globals_, other=-1).to(tl.int32)
+def _scores(products, at, n, visible, scale, CAUSAL: tl.constexpr):
+    """Base-2 logits of raw dot products; the tokens at and n, and visible, are broadcast already."""
+    s, _ = logits(products, scale, 0.0, False)
+    s = tl.where(visible, s, float("-inf"))
+    if CAUSAL:
+        s = tl.where(n <= at, s, float("-inf"))
+    return s
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def global_attention_fwd_kernel(
+    q_rows, k_rows, v_rows, parts_ptr, part_lse_ptr, places, sk, count, heads, group, scale, C
+):
+    """A tile of global rows against one chunk of keys: normalised output and lse."""
+    b, h, g, at = _own_rows(places, count, heads, C.BLOCK_M)
     head, kv = h.to(tl.int64), (h // group).to(tl.int64)
-    K += b * stride_kb + kv * stride_kh
-    V += b * stride_vb + kv * stride_vh
-    KEY_MASK += b * stride_mb
-    q = load_rows(Q + b * stride_qb + head * stride_qh, at, stride_qs, at >= 0, D, BD, True)  # [BM, BD]
-    top, total = softmax_start(0.0, BM, False)
-    acc = tl.zeros([BM, BDV], tl.float32)
-    start = chunk * CHUNK
-    for n0 in tl.range(start, tl.minimum(start + CHUNK, sk), BN):
-        n = n0 + tl.arange(0, BN)
-        shown = _visible(at, n, sk, KEY_MASK, stride_ms, MASKED)
-        k = load_rows(K, n, stride_ks, shown, D, BD, True)  # [BN, BD]
-        s, _ = logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, 0.0, False)
-        s = tl.where(shown[None, :] & (at >= 0)[:, None], s, float("-inf"))
-        if CAUSAL:
-            s = tl.where(n[None, :] <= at[:, None], s, float("-inf"))
-        v = load_rows(V, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
+    k_head = head_of(k_rows, b, 0, kv)
+    v_head = head_of(v_rows, b, 0, kv)
+    q = load_head(head_of(q_rows, b, 0, head), at, at >= 0, C.QK, True)  # [BLOCK_M, D]
+    top, total = softmax_start(0.0, C.BLOCK_M, False)
+    acc = zeros(C.BLOCK_M, C.V)
+    start = tl.program_id(1) * CHUNK
+    for n0 in tl.range(start, tl.minimum(start + CHUNK, sk), C.BLOCK_N):
+        n = n0 + tl.arange(0, C.BLOCK_N)
+        shown = _shown(places, b, n, sk, C.MASKED)
+        k = load_head(k_head, n, shown, C.QK, True)  # [BLOCK_N, D]
+        visible = shown[None, :] & (at >= 0)[:, None]
+        s = _scores(dots(q, k), at[:, None], n[None, :], visible, scale, C.CAUSAL)
+        v = load_head(v_head, n, shown, C.V, True)  # [BLOCK_N, DV]
         acc, top, total = softmax_step(acc, top, total, s, v)
     out, lse = softmax_end(acc, top, total)
-    part = chunk.to(tl.int64)
-    store_rows(PARTS + part * stride_px + b * stride_pb + head * stride_ph, g, stride_ps, g < globals_, out, DV, BDV)
-    tl.store(PART_LSE + part * stride_lx + b * stride_lb + head * stride_lh + g, lse, mask=g < globals_)
+    # [B, count, Hq, chunks, DV] and [B, Hq, count, chunks]
+    row = (b * count + g) * heads + h
+    parts = Head(parts_ptr + tl.program_id(1) * C.V.D, tl.num_programs(1) * C.V.D)
+    store_head(parts, row, g < count, out, C.V)
+    row = (b * heads + h) * count + g
+    tl.store(part_lse_ptr + row * tl.num_programs(1) + tl.program_id(1), lse, mask=g < count)
 
 
-@triton.jit
-def _row_statistics(OUT, DOUT, LSE, DLSE, at, stride_os, stride_gs, stride_ns, DV, BDV, DLSE_GIVEN: tl.constexpr):
-    """dout rows, delta and base-2 lse of the rows `at`."""
-    live = at >= 0
-    do = load_rows(DOUT, at, stride_gs, live, DV, BDV, True)
-    out = load_rows(OUT, at, stride_os, live, DV, BDV, True)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
-    if DLSE_GIVEN:
-        delta -= tl.load(DLSE + at.to(tl.int64) * stride_ns, mask=live, other=0.0).to(tl.float32)
-    lse2 = tl.load(LSE + at, mask=live, other=float("-inf")) * LOG2E
-    return do, delta, lse2
+@triton.jit(do_not_specialize=COUNTS)
+def global_attention_merge_kernel(parts_ptr, part_lse_ptr, out_rows, lse_ptr, places, sk, count, heads, chunks, C):
+    """One global row, merged and written to its token; a row that does not exist is written nowhere."""
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    g = tl.program_id(0) // heads % count
+    b = (tl.program_id(0) // heads // count).to(tl.int64)
+    at = tl.load(places.positions + b * count + g).to(tl.int64)
+    row, row_lse = (b * count + g) * heads + h, (b * heads + h) * count + g
+    out, lse = merge_chunks(parts_ptr, part_lse_ptr, row, row_lse, chunks, chunks, 0.0, C.V, False)
+    out_head = head_of(out_rows, b, at, h)
+    store_row(out_head.ptr, out, at >= 0, C.V)
+    tl.store(values_of(lse_ptr, b, at, h, heads, sk), lse, mask=at >= 0)
 
 
-@triton.jit
-def _rows_dq_kernel(
-    Q, K, V, OUT, DOUT, LSE, DLSE, POSITIONS, KEY_MASK, PARTS, DELTA,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_ob, stride_os, stride_oh, stride_gb, stride_gs, stride_gh, stride_lb, stride_lh,
-    stride_nb, stride_nh, stride_ns, stride_px, stride_pb, stride_ps, stride_ph, stride_mb, stride_ms,
-    sk, globals_, heads, group, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DLSE_GIVEN: tl.constexpr,
-):  # fmt: skip
-    """Partial dq of the global rows from one chunk of keys; the first chunk also keeps delta for the key pass."""
-    chunk = tl.program_id(0)
-    pid = tl.program_id(1)
-    h = pid % heads
-    tiles = tl.cdiv(globals_, BM)
-    g = pid // heads % tiles * BM + tl.arange(0, BM)
-    b = (pid // heads // tiles).to(tl.int64)
-    at = tl.load(POSITIONS + b * globals_ + g, mask=g < globals_, other=-1).to(tl.int32)
+@triton.jit(do_not_specialize=COUNTS)
+def global_attention_bwd_q_kernel(
+    q_rows, k_rows, v_rows, results, parts_ptr, places, sk, count, heads, group, scale, C
+):
+    """Partial dq of a tile of global rows from one chunk of keys; the first chunk also keeps delta for the key pass."""
+    b, h, g, at = _own_rows(places, count, heads, C.BLOCK_M)
     head, kv = h.to(tl.int64), (h // group).to(tl.int64)
-    K += b * stride_kb + kv * stride_kh
-    V += b * stride_vb + kv * stride_vh
-    KEY_MASK += b * stride_mb
-    q = load_rows(Q + b * stride_qb + head * stride_qh, at, stride_qs, at >= 0, D, BD, True)  # [BM, BD]
-    if DLSE_GIVEN:
-        DLSE += b * stride_nb + head * stride_nh
-    do, delta, lse2 = _row_statistics(
-        OUT + b * stride_ob + head * stride_oh, DOUT + b * stride_gb + head * stride_gh,
-        LSE + b * stride_lb + head * stride_lh, DLSE, at, stride_os, stride_gs, stride_ns, DV, BDV, DLSE_GIVEN,
-    )  # fmt: skip
-    if chunk == 0:
-        tl.store(DELTA + (b * heads + h) * globals_ + g, delta, mask=g < globals_)
-    dq = tl.zeros([BM, BD], tl.float32)
-    start = chunk * CHUNK
-    for n0 in tl.range(start, tl.minimum(start + CHUNK, sk), BN):
-        n = n0 + tl.arange(0, BN)
-        shown = _visible(at, n, sk, KEY_MASK, stride_ms, MASKED)
-        k = load_rows(K, n, stride_ks, shown, D, BD, True)  # [BN, BD]
-        s, _ = logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, 0.0, False)
-        s = tl.where(shown[None, :] & (at >= 0)[:, None], s, float("-inf"))
-        if CAUSAL:
-            s = tl.where(n[None, :] <= at[:, None], s, float("-inf"))
-        v = load_rows(V, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
-        p = probabilities(s, lse2[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = logit_gradient(p, dp, delta[:, None], p, False)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    part = PARTS + chunk.to(tl.int64) * stride_px + b * stride_pb + head * stride_ph
-    store_rows(part, g, stride_ps, g < globals_, dq * scale, D, BD)
+    k_head = head_of(k_rows, b, 0, kv)
+    v_head = head_of(v_rows, b, 0, kv)
+    q = load_head(head_of(q_rows, b, 0, head), at, at >= 0, C.QK, True)  # [BLOCK_M, D]
+    do, delta, lse2 = row_gradients(results, b, 0, head, heads, sk, at, at >= 0, C.V, C.DLSE)
+    if tl.program_id(1) == 0:
+        tl.store(values_of(results.delta, b, 0, head, heads, count) + g, delta, mask=g < count)
+    dq = zeros(C.BLOCK_M, C.QK)
+    start = tl.program_id(1) * CHUNK
+    for n0 in tl.range(start, tl.minimum(start + CHUNK, sk), C.BLOCK_N):
+        n = n0 + tl.arange(0, C.BLOCK_N)
+        shown = _shown(places, b, n, sk, C.MASKED)
+        k = load_head(k_head, n, shown, C.QK, True)  # [BLOCK_N, D]
+        visible = shown[None, :] & (at >= 0)[:, None]
+        s = _scores(dots(q, k), at[:, None], n[None, :], visible, scale, C.CAUSAL)
+        v = load_head(v_head, n, shown, C.V, True)  # [BLOCK_N, DV]
+        dq = dq_step(dq, k, v, do, s, s, lse2, delta, False)
+    # [B, count, Hq, chunks, D]
+    row = (b * count + g) * heads + h
+    parts = Head(parts_ptr + tl.program_id(1) * C.QK.D, tl.num_programs(1) * C.QK.D)
+    store_head(parts, row, g < count, scaled(dq, scale), C.QK)
 
 
-@triton.jit
-def _rows_sum_kernel(
-    PARTS, DQ, POSITIONS, stride_px, stride_pb, stride_ps, stride_ph, stride_db, stride_ds, stride_dh, chunks, globals_,
-    heads, D: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """dq of one global row: its parts summed in order, written to the row's place."""
-    pid = tl.program_id(0)
-    h = (pid % heads).to(tl.int64)
-    g = pid // heads % globals_
-    b = (pid // heads // globals_).to(tl.int64)
-    at = tl.load(POSITIONS + b * globals_ + g).to(tl.int64)
-    columns = tl.arange(0, BD)
-    dq = tl.zeros([BD], tl.float32)
+@triton.jit(do_not_specialize=COUNTS)
+def global_attention_bwd_q_sum_kernel(parts_ptr, dq_rows, places, count, heads, chunks, C):
+    """dq of one global row: its parts summed in order, written to its token."""
+    h = (tl.program_id(0) % heads).to(tl.int64)
+    g = tl.program_id(0) // heads % count
+    b = (tl.program_id(0) // heads // count).to(tl.int64)
+    at = tl.load(places.positions + b * count + g).to(tl.int64)
+    columns = tl.arange(0, C.QK.PAD)
+    dq = tl.zeros([C.QK.PAD], tl.float32)
+    parts_ptr += ((b * count + g) * heads + h) * chunks * C.QK.D
     for chunk in range(chunks):
-        part = tl.cast(chunk, tl.int64) * stride_px + b * stride_pb + g.to(tl.int64) * stride_ps + h * stride_ph
-        dq += tl.load(PARTS + part + columns, mask=columns < D, other=0.0)
-    pointers = DQ + b * stride_db + at * stride_ds + h * stride_dh + columns
-    tl.store(pointers, dq.to(DQ.dtype.element_ty), mask=(columns < D) & (at >= 0))
+        dq += tl.load(parts_ptr + chunk * C.QK.D + columns, mask=columns < C.QK.D, other=0.0)
+    dq_head = head_of(dq_rows, b, at, h)
+    store_row(dq_head.ptr, dq, at >= 0, C.QK)
 
 
-@triton.jit
-def _rows_dkdv_kernel(
-    Q, K, V, DOUT, LSE, DELTA, POSITIONS, KEY_MASK, DK, DV_OUT,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    stride_gb, stride_gs, stride_gh, stride_lb, stride_lh, stride_dkb, stride_dks, stride_dkh,
-    stride_dvb, stride_dvs, stride_dvh, stride_mb, stride_ms,
-    sk, globals_, kv_heads, group, scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, ADD_K: tl.constexpr, ADD_V: tl.constexpr,
-):  # fmt: skip
-    """Gradients of one tile of keys from all global rows, added to float32 ones where k and v are shared."""
+@triton.jit(do_not_specialize=COUNTS)
+def global_attention_bwd_kv_kernel(
+    q_rows,
+    k_rows,
+    v_rows,
+    results,
+    dk_rows,
+    dv_rows,
+    places,
+    sk,
+    count,
+    kv_heads,
+    group,
+    scale,
+    C,
+):
+    """dk and dv of one tile of keys from all global rows, added to float32 ones where k and v are shared."""
     pid = tl.program_id(0)
     kv = pid % kv_heads
-    tiles = tl.cdiv(sk, BN)
-    n = pid // kv_heads % tiles * BN + tl.arange(0, BN)
+    tiles = tl.cdiv(sk, C.BLOCK_N)
+    n = pid // kv_heads % tiles * C.BLOCK_N + tl.arange(0, C.BLOCK_N)
     b = (pid // kv_heads // tiles).to(tl.int64)
     kv_head = kv.to(tl.int64)
-    shown = _visible(n, n, sk, KEY_MASK + b * stride_mb, stride_ms, MASKED)
-    k = load_rows(K + b * stride_kb + kv_head * stride_kh, n, stride_ks, shown, D, BD, True)  # [BN, BD]
-    v = load_rows(V + b * stride_vb + kv_head * stride_vh, n, stride_vs, shown, DV, BDV, True)  # [BN, BDV]
-    dk = tl.zeros([BN, BD], tl.float32)
-    dv = tl.zeros([BN, BDV], tl.float32)
+    shown = _shown(places, b, n, sk, C.MASKED)
+    k = load_head(head_of(k_rows, b, 0, kv_head), n, shown, C.QK, True)  # [BLOCK_N, D]
+    v = load_head(head_of(v_rows, b, 0, kv_head), n, shown, C.V, True)  # [BLOCK_N, DV]
+    dk = zeros(C.BLOCK_N, C.QK)
+    dv = zeros(C.BLOCK_N, C.V)
+    heads = kv_heads * group
     for member in range(group):
         head = (kv * group + member).to(tl.int64)
-        QH = Q + b * stride_qb + head * stride_qh
-        GH = DOUT + b * stride_gb + head * stride_gh
-        for g0 in tl.range(0, globals_, BM):
-            g = g0 + tl.arange(0, BM)
-            at = tl.load(POSITIONS + b * globals_ + g, mask=g < globals_, other=-1).to(tl.int32)
+        q_head = head_of(q_rows, b, 0, head)
+        do_head = head_of(results.dout, b, 0, head)
+        lse_ptr = values_of(results.lse, b, 0, head, heads, sk)
+        delta_ptr = values_of(results.delta, b, 0, head, heads, count)
+        for g0 in tl.range(0, count, C.BLOCK_M):
+            g = g0 + tl.arange(0, C.BLOCK_M)
+            at = _tokens(places, b, g, count)
             live = at >= 0
-            q = load_rows(QH, at, stride_qs, live, D, BD, True)  # [BM, BD]
-            lse2 = tl.load(LSE + b * stride_lb + head * stride_lh + at, mask=live, other=float("-inf")) * LOG2E
-            delta = tl.load(DELTA + (b * kv_heads * group + head) * globals_ + g, mask=g < globals_, other=0.0)
-            s, _ = logits(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, 0.0, False)  # [BN, BM]
-            s = tl.where(shown[:, None] & live[None, :], s, float("-inf"))
-            if CAUSAL:
-                s = tl.where(n[:, None] <= at[None, :], s, float("-inf"))
-            p = probabilities(s, lse2[None, :])
-            do = load_rows(GH, at, stride_gs, live, DV, BDV, True)  # [BM, BDV]
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = logit_gradient(p, dp, delta[None, :], p, False)
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    dk *= scale
-    DK += b * stride_dkb + kv_head * stride_dkh
-    DV_OUT += b * stride_dvb + kv_head * stride_dvh
-    if ADD_K:
-        dk += load_rows(DK, n, stride_dks, n < sk, D, BD, True)
-    if ADD_V:
-        dv += load_rows(DV_OUT, n, stride_dvs, n < sk, DV, BDV, True)
-    store_rows(DK, n, stride_dks, n < sk, dk, D, BD)
-    store_rows(DV_OUT, n, stride_dvs, n < sk, dv, DV, BDV)
+            q = load_head(q_head, at, live, C.QK, True)  # [BLOCK_M, D]
+            lse2 = tl.load(lse_ptr + at, mask=live, other=float("-inf")) * LOG2E
+            delta = tl.load(delta_ptr + g, mask=g < count, other=0.0)
+            visible = shown[:, None] & live[None, :]
+            s = _scores(dots(k, q), at[None, :], n[:, None], visible, scale, C.CAUSAL)  # [BLOCK_N, BLOCK_M]
+            do = load_head(do_head, at, live, C.V, True)  # [BLOCK_M, DV]
+            dk, dv = dkdv_step(dk, dv, q, v, do, s, s, lse2, delta, False)
+    dk = scaled(dk, scale)
+    dk_head = head_of(dk_rows, b, 0, kv_head)
+    dv_head = head_of(dv_rows, b, 0, kv_head)
+    if C.ADD_K:
+        dk = added(dk, load_head(dk_head, n, n < sk, C.QK, True))
+    if C.ADD_V:
+        dv = added(dv, load_head(dv_head, n, n < sk, C.V, True))
+    store_head(dk_head, n, n < sk, dk, C.QK)
+    store_head(dv_head, n, n < sk, dv, C.V)
 
 
 @dataclass(frozen=True)
 class Config:
     block_m: int
     block_n: int
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
 
 
-def config(kernel: str, head_dim: int, element_size: int, globals_: int, target: str) -> Config:
-    """Tiles of ``fwd``, ``dq`` or ``dkdv`` of the global rows; few rows take a small tile."""
-    rows = max(16, triton.next_power_of_2(globals_))
-    # these need registers that the others do not
-    amd, sm_120 = target.startswith("gfx"), arch.capability(target) == 120
+def _rows(count: int, most: int) -> int:
+    """Rows of a tile: there may be few global ones."""
+    return min(max(16, triton.next_power_of_2(count)), most)
+
+
+def fwd_config(head_dim: int, element_size: int, count: int, target: str) -> Config:
     if element_size > 2:
-        return Config(32, 16, 8 if kernel == "dkdv" else 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
-    if kernel == "fwd":
-        wide = head_dim <= 128 and not (sm_120 and head_dim <= 64)
-        return Config(min(rows, 64), 64 if wide else 32, 4 if head_dim <= 64 else 8, 2)
-    if kernel == "dq":
-        wide = head_dim <= 64 or (head_dim <= 128 and not amd)
-        return Config(min(rows, 64 if head_dim <= 64 and not sm_120 else 32), 64 if wide else 32, 8, 1)
-    return Config(min(rows, 32), 64 if head_dim <= 128 else 32, 8, 1)
+        return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
+    # sm_120 needs registers that the others do not
+    wide = head_dim <= 128 and not (arch.capability(target) == 120 and head_dim <= 64)
+    return Config(_rows(count, 64), 64 if wide else 32, 4 if head_dim <= 64 else 8, 2)
+
+
+def dq_config(head_dim: int, element_size: int, count: int, target: str) -> Config:
+    if element_size > 2:
+        return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
+    wide = head_dim <= 64 or (head_dim <= 128 and not target.startswith("gfx"))
+    block_m = 64 if head_dim <= 64 and arch.capability(target) != 120 else 32
+    rows = _rows(count, block_m)
+    return Config(rows, 64 if wide else 32, 4 if rows == 16 and head_dim <= 64 else 8, 1)
+
+
+def dkdv_config(head_dim: int, element_size: int, count: int, target: str) -> Config:
+    if element_size > 2:
+        return Config(32, 16, 8, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
+    rows = _rows(count, 32)
+    return Config(rows, 64 if head_dim <= 128 else 32, 4 if rows == 16 and head_dim <= 64 else 8, 1)
+
+
+@functools.lru_cache
+def constants(d: int, dv: int, block_m: int, block_n: int, *flags: bool) -> Constants:
+    return Constants(width(d), width(dv), *map(tl.constexpr, (block_m, block_n, *flags)))
 
 
 def _problem(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, key_mask: Tensor | None, left: int, right: int, dilation: int,
-    causal: bool, scale: float,
-) -> Problem:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    key_mask: Tensor | None,
+    left: int,
+    right: int,
+    dilation: int,
+    causal: bool,
+    scale: float,
+) -> Problem:
     batch, length = q.shape[:2]
     count = positions.shape[1]
     spare = torch.where(positions >= 0, positions, length)
@@ -260,60 +319,125 @@ def _problem(
     rows = positions.clamp(min=0)[:, :, None, None]
     keys, values = (x.gather(1, rows.expand(-1, -1, *x.shape[2:])) for x in (k, v))
     prefix = Prefix(count, 0 if causal else UNBOUNDED.value, keys, values, positions.int().contiguous())
-    return Problem(
-        q, k, v, None, None, None, None, left, right, dilation, scale, 0.0, prefix if count else Prefix(0, 0),
-        hidden.to(torch.uint8).contiguous(),
-    )  # fmt: skip
+    prefix = prefix if count else Prefix(0, 0)
+    return Problem(q, k, v, left, right, dilation, scale, 0.0, prefix, hidden=hidden.to(torch.uint8).contiguous())
 
 
-def _call(kernel: str, q: Tensor, v: Tensor, globals_: int) -> tuple[Config, dict[str, int]]:
-    d, dv = q.shape[-1], v.shape[-1]
-    tile = config(kernel, max(padded(d), padded(dv)), q.element_size(), globals_, arch.of(q.device))
-    constants = {"D": d, "DV": dv, "BD": padded(d), "BDV": padded(dv), "BM": tile.block_m, "BN": tile.block_n}
-    return tile, constants | {"num_warps": tile.warps, "num_stages": tile.stages}
+@dataclass(frozen=True)
+class RowsProblem:
+    """The dense attention of the global rows: tensors and options shared by its kernels."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    positions: Tensor  # int32 [B, count], -1 = none
+    key_mask: Tensor | None
+    causal: bool
+    scale: float
+
+    @property
+    def rows(self) -> tuple[Rows, Rows, Rows]:
+        return Rows.of(self.q), Rows.of(self.k), Rows.of(self.v)
+
+    @property
+    def places(self) -> Places:
+        return Places(self.positions, self.key_mask)
+
+    @property
+    def chunks(self) -> int:
+        return triton.cdiv(self.q.shape[1], CHUNK.value)
+
+    def counts(self, heads: int) -> tuple[int, ...]:
+        """Tokens, global rows, heads that programs run over (of q or of k), heads of q per head of k."""
+        return self.q.shape[1], self.positions.shape[1], heads, self.q.shape[2] // self.k.shape[2]
+
+    def config(
+        self,
+        choose: Callable[[int, int, int, str], Config],
+        *,
+        dlse: bool = False,
+        add: tuple[bool, bool] = (False,) * 2,
+    ) -> tuple[Config, Constants]:
+        d, dv = self.q.shape[-1], self.v.shape[-1]
+        sizes = max(padded(d), padded(dv)), self.q.element_size(), self.positions.shape[1]
+        tile = choose(*sizes, arch.of(self.q.device))
+        flags = (self.key_mask is not None, self.causal, dlse, *add)
+        return tile, constants(d, dv, tile.block_m, tile.block_n, *flags)
+
+
+def _rows_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own: tuple[Tensor | None, ...],
+    positions: Tensor,
+    key_mask: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> RowsProblem:
+    tensors = (a if a is not None else b for a, b in zip(own, (q, k, v)))
+    key_mask = key_mask if key_mask is None else key_mask.contiguous()
+    return RowsProblem(*tensors, positions.int().contiguous(), key_mask, causal, scale)
 
 
 def global_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, global_index: Tensor, q_global: Tensor | None, k_global: Tensor | None,
-    v_global: Tensor | None, key_mask: Tensor | None, left: int, right: int, dilation: int, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    global_index: Tensor,
+    q_global: Tensor | None,
+    k_global: Tensor | None,
+    v_global: Tensor | None,
+    key_mask: Tensor | None,
+    left: int,
+    right: int,
+    dilation: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
     positions = global_positions(global_index, key_mask, q.shape[1])
     out, lse = forward(_problem(q, k, v, positions, key_mask, left, right, dilation, causal, scale))
+    batch, length, heads, _ = q.shape
     count = positions.shape[1]
     if count == 0 or out.numel() == 0:
         return out, lse
-    q_global, k_global, v_global = (
-        a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v))
-    )
-    batch, length, heads, _ = q.shape
-    positions = positions.int().contiguous()
-    chunks = triton.cdiv(length, CHUNK)
-    parts = torch.empty((chunks, batch, count, heads, v.shape[-1]), dtype=torch.float32, device=q.device)
-    part_lse = torch.empty((chunks, batch, heads, count), dtype=torch.float32, device=q.device)
-    tile, constants = _call("fwd", q, v, count)
+    problem = _rows_problem(q, k, v, (q_global, k_global, v_global), positions, key_mask, causal, scale)
+    chunks = problem.chunks
+    shapes = ((batch, count, heads, chunks, v.shape[-1]), (batch, heads, count, chunks))
+    parts = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+    tile, constants = problem.config(fwd_config)
     with on_device(q):
-        _rows_fwd_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
-            q_global, k_global, v_global, positions, key_mask if key_mask is not None else positions, parts, part_lse,
-            *strides(q_global), *strides(k_global), *strides(v_global), *parts.stride()[:4], *part_lse.stride()[:3],
-            *((0, 0) if key_mask is None else key_mask.stride()), length, count, heads, heads // k.shape[2], scale,
-            CHUNK=CHUNK, MASKED=key_mask is not None, CAUSAL=causal, **constants,
-        )  # fmt: skip
-        _merge_kernel[(batch * count * heads,)](
-            parts, part_lse, out, lse, None, positions, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
-            *lse.stride()[:2], chunks, count, heads, DV=v.shape[-1], BDV=padded(v.shape[-1]), SINK=False, SCATTER=True,
-            num_warps=1,
-        )  # fmt: skip
+        global_attention_fwd_kernel[(batch * heads * triton.cdiv(count, tile.block_m), chunks)](
+            *problem.rows, *parts, problem.places, *problem.counts(heads), scale, constants, **launch_options(tile)
+        )
+        global_attention_merge_kernel[(batch * count * heads,)](
+            *parts, Rows.of(out), lse, problem.places, length, count, heads, chunks, constants, num_warps=1
+        )
     return out, lse
 
 
 def global_attention_bwd(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, global_index: Tensor,
-    q_global: Tensor | None, k_global: Tensor | None, v_global: Tensor | None, key_mask: Tensor | None, left: int,
-    right: int, dilation: int, causal: bool, scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    global_index: Tensor,
+    q_global: Tensor | None,
+    k_global: Tensor | None,
+    v_global: Tensor | None,
+    key_mask: Tensor | None,
+    left: int,
+    right: int,
+    dilation: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
     positions = global_positions(global_index, key_mask, q.shape[1])
-    problem = _problem(q, k, v, positions, key_mask, left, right, dilation, causal, scale)
-    dq, dk, dv, _, dpk, dpv = backward(problem, dout, dlse, out, lse, torch.float32)
+    local = _problem(q, k, v, positions, key_mask, left, right, dilation, causal, scale)
+    dq, dk, dv, _, dpk, dpv = backward(local, dout, dlse, out, lse, torch.float32)
     batch, length, heads, _ = q.shape
     kv_heads, count = k.shape[2], positions.shape[1]
     own = (q_global is not None, k_global is not None, v_global is not None)
@@ -330,35 +454,25 @@ def global_attention_bwd(
     if own[2]:
         dvg = new(v.shape, dtype=v.dtype, device=v.device)
     if count and q.numel():
-        qg, kg, vg = (a if a is not None else b for a, b in zip((q_global, k_global, v_global), (q, k, v)))
-        positions = positions.int().contiguous()
-        chunks = triton.cdiv(length, CHUNK)
-        parts = torch.empty((chunks, batch, count, heads, q.shape[-1]), dtype=torch.float32, device=q.device)
+        problem = _rows_problem(q, k, v, (q_global, k_global, v_global), positions, key_mask, causal, scale)
+        chunks = problem.chunks
+        parts = torch.empty((batch, count, heads, chunks, q.shape[-1]), dtype=torch.float32, device=q.device)
         delta = torch.empty((batch, heads, count), dtype=torch.float32, device=q.device)
-        mask = key_mask if key_mask is not None else positions
-        mask_strides = (0, 0) if key_mask is None else key_mask.stride()
-        flags = {"MASKED": key_mask is not None, "CAUSAL": causal}
-        tile, constants = _call("dq", q, v, count)
+        rows = (*problem.rows, Results.of(out, dout, lse, dlse, delta))
+        outs = (Rows.of(dkg), Rows.of(dvg))
+        tile, constants = problem.config(dq_config, dlse=dlse is not None)
         with on_device(q):
-            _rows_dq_kernel[(chunks, batch * heads * triton.cdiv(count, tile.block_m))](
-                qg, kg, vg, out, dout, lse, dlse, positions, mask, parts, delta, *strides(qg), *strides(kg),
-                *strides(vg),
-                *strides(out), *strides(dout), *statistics_strides(lse), *((0, 0,
-                0) if dlse is None else dlse.stride()),
-                *parts.stride()[:4], *mask_strides, length, count, heads, heads // kv_heads, scale, CHUNK=CHUNK,
-                DLSE_GIVEN=dlse is not None, **flags, **constants,
-            )  # fmt: skip
-            _rows_sum_kernel[(batch * count * heads,)](
-                parts, dqg, positions, *parts.stride()[:4], *strides(dqg), chunks, count, heads, D=q.shape[-1],
-                BD=padded(q.shape[-1]), num_warps=1,
-            )  # fmt: skip
-        tile, constants = _call("dkdv", q, v, count)
+            global_attention_bwd_q_kernel[(batch * heads * triton.cdiv(count, tile.block_m), chunks)](
+                *rows, parts, problem.places, *problem.counts(heads), scale, constants, **launch_options(tile)
+            )
+            global_attention_bwd_q_sum_kernel[(batch * count * heads,)](
+                parts, Rows.of(dqg), problem.places, count, heads, chunks, constants, num_warps=1
+            )
+        tile, constants = problem.config(dkdv_config, add=(not own[1], not own[2]))
         with on_device(q):
-            _rows_dkdv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
-                qg, kg, vg, dout, lse, delta, positions, mask, dkg, dvg, *strides(qg), *strides(kg), *strides(vg),
-                *strides(dout), *statistics_strides(lse), *strides(dkg), *strides(dvg), *mask_strides, length, count,
-                kv_heads, heads // kv_heads, scale, ADD_K=not own[1], ADD_V=not own[2], **flags, **constants,
-            )  # fmt: skip
+            global_attention_bwd_kv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
+                *rows, *outs, problem.places, *problem.counts(kv_heads), scale, constants, **launch_options(tile)
+            )
     results = [dq, dk.to(k.dtype), dv.to(v.dtype)]
     results += [g if there else q.new_empty(0) for g, there in zip((dqg, dkg, dvg), own)]
     return tuple(results)
@@ -373,7 +487,14 @@ def _with_rows(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
 def aot_cases():
     from ...testing.aot import AotCase, tensor, train
 
-    plain = dict.fromkeys(("_rows_sum_kernel", "_merge_kernel", "_prefix_reduce_kernel"), ())
+    plain = dict.fromkeys(
+        (
+            "global_attention_merge_kernel",
+            "global_attention_bwd_q_sum_kernel",
+            "window_attention_bwd_prefix_sum_kernel",
+        ),
+        (),
+    )
     shapes = (("bf16", 64, 16), ("bf16", 64, 256), ("bf16", 128, 64), ("bf16", 256, 16), ("fp32", 64, 16))
     for dtype, d, count in shapes:
         x = [tensor(dtype, 2, 4096, 12, d) for _ in range(6)]

@@ -1,12 +1,14 @@
 """Attention over a paged cache: chunks of the visible span in parallel, then one merge per row.
 
 Rows of a kv head's group and of the Sq queries share a tile, so that a decode step fills the matrix unit and reads
-each key once.
+each key once. Tiles of many queries fill a GPU by themselves: they take longer chunks, in the end the whole span.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,18 +19,65 @@ from tilefuse import arch
 
 from ..common import tuned
 from ..common.flash import (
-    LN2,
     LOG2E,
+    Head,
+    Width,
+    dots,
     logits,
+    padded,
+    scaled,
     softmax_end,
     softmax_start,
     softmax_step,
+    store_head,
+    width,
+    zeros,
 )
-from ..common.launch import on_device
-from .window_attention import UNBOUNDED, padded, strides
+from ..common.launch import launch_options, on_device
+from ..common.rows import Rows
+from .chunks import merge_chunks, store_row
+from .window_tiles import UNBOUNDED
 
-# keys of one program; fixed, so that a row's result depends on its own sequence alone
+# keys of one program for each tile of rows; from shapes alone, so that a row's result depends on its own sequence only
 CHUNK = 512
+# programs of one sequence from which on its keys are not split
+ENOUGH = 128
+COUNTS = (
+    "sq",
+    "kv_heads",
+    "group",
+    "pages",
+    "page_size",
+    "table_width",
+    "table_stride",
+    "left",
+    "right",
+    "chunk",
+    "chunks",
+)
+
+
+class Constants(NamedTuple):
+    """Constants of one compiled kernel."""
+
+    QK: Width
+    V: Width
+    BLOCK_M: Any
+    BLOCK_N: Any
+    FP8: Any
+    SINK: Any
+    ALIBI: Any
+    SOFTCAP: Any
+
+
+class Scores(NamedTuple):
+    """What happens to a dot product on its way to a score, and to the values."""
+
+    scale: float
+    softcap: float
+    v_scale: float
+    sinks: Any  # [Hq]
+    slopes: Any  # [Hq]
 
 
 @triton.jit
@@ -41,11 +90,9 @@ def _e4m3(bits, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_cache(base, offsets, valid, D: tl.constexpr, BD: tl.constexpr, FP8: tl.constexpr, dtype: tl.constexpr):
-    """[BN, BD] rows at element offsets; 0 where invalid."""
-    columns = tl.arange(0, BD)
-    pointers = base + offsets[:, None] + columns[None, :]
-    tile = tl.load(pointers, mask=valid[:, None] & (columns < D)[None, :], other=0)
+def _load_tile(base, offsets, valid, D: tl.constexpr, PAD: tl.constexpr, FP8: tl.constexpr, dtype: tl.constexpr):
+    columns = tl.arange(0, PAD)
+    tile = tl.load(base + offsets[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0)
     if FP8:
         return _e4m3(tile, dtype)
     else:
@@ -53,123 +100,145 @@ def _load_cache(base, offsets, valid, D: tl.constexpr, BD: tl.constexpr, FP8: tl
 
 
 @triton.jit
-def _chunk_kernel(
-    Q, K, V, OUT, LSE, TABLE, LENGTHS, SINKS, SLOPES,
-    stride_qb, stride_qs, stride_qh, stride_kp, stride_ks, stride_kh, stride_vp, stride_vs, stride_vh,
-    stride_ox, stride_ob, stride_os, stride_oh, stride_lx, stride_lb, stride_lh, stride_tb, stride_tp, stride_n,
-    sq, heads, kv_heads, group, pages, page_size, max_keys, left, right, scale, softcap, v_scale,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr, FP8: tl.constexpr, SINK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one row tile: normalised output and lse. SINK only where one chunk is all there is."""
-    chunk = tl.program_id(0)
-    pid = tl.program_id(1)
-    kv = pid % kv_heads
-    tiles = tl.cdiv(sq * group, BM)
-    tile = pid // kv_heads % tiles
-    b = pid // kv_heads // tiles
-    row = tile * BM + tl.arange(0, BM)
-    j = row // group
-    h = kv * group + row % group
-    live = row < sq * group
-    length = tl.minimum(tl.maximum(tl.load(LENGTHS + b.to(tl.int64) * stride_n).to(tl.int64), 0), max_keys).to(tl.int32)
-    at = length - sq + j
-    first = length - sq + tile * BM // group
-    last = length - sq + tl.minimum(tile * BM + BM - 1, sq * group - 1) // group
-    # the span of the whole tile, not of one row
-    start = tl.maximum(first - left, 0) + chunk * CHUNK
-    stop = tl.minimum(tl.minimum(length, last + right + 1), start + CHUNK)
-
-    batch = b.to(tl.int64)
-    sink = tl.zeros([BM], tl.float32)
-    if SINK:
-        sink = tl.load(SINKS + h, mask=live, other=0.0).to(tl.float32)
-    slope = tl.zeros([BM], tl.float32)
-    if ALIBI:
-        slope = tl.load(SLOPES + h, mask=live, other=0.0).to(tl.float32)
-    rows_q = batch * stride_qb + j.to(tl.int64) * stride_qs + h.to(tl.int64) * stride_qh
-    columns = tl.arange(0, BD)
-    q = tl.load(Q + rows_q[:, None] + columns[None, :], mask=live[:, None] & (columns < D)[None, :], other=0.0)
-    K += kv.to(tl.int64) * stride_kh
-    V += kv.to(tl.int64) * stride_vh
-    TABLE += batch * stride_tb
-    top, total = softmax_start(sink, BM, SINK)
-    acc = tl.zeros([BM, BDV], tl.float32)
-    for n0 in tl.range(start, stop, BN):
-        n = n0 + tl.arange(0, BN)
-        page = tl.load(TABLE + (n // page_size).to(tl.int64) * stride_tp, mask=n < stop, other=-1).to(tl.int64)
-        valid = (page >= 0) & (page < pages)
-        slot = (n % page_size).to(tl.int64)
-        k = _load_cache(K, page * stride_kp + slot * stride_ks, valid, D, BD, FP8, q.dtype)  # [BN, BD]
-        s, _ = logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
-        offset = n[None, :] - at[:, None]
-        if ALIBI:
-            s -= (slope * LOG2E)[:, None] * tl.abs(offset).to(tl.float32)
-        s = tl.where((offset >= -left) & (offset <= right) & valid[None, :], s, float("-inf"))
-        v = _load_cache(V, page * stride_vp + slot * stride_vs, valid, DV, BDV, FP8, q.dtype)  # [BN, BDV]
-        acc, top, total = softmax_step(acc, top, total, s, v)
-    out, lse = softmax_end(acc, top, total)
-    rows_o = (
-        chunk.to(tl.int64) * stride_ox + batch * stride_ob + j.to(tl.int64) * stride_os + h.to(tl.int64) * stride_oh
-    )
-    value_columns = tl.arange(0, BDV)
-    pointers = OUT + rows_o[:, None] + value_columns[None, :]
-    result = (out * v_scale).to(OUT.dtype.element_ty)
-    tl.store(pointers, result, mask=live[:, None] & (value_columns < DV)[None, :])
-    tl.store(LSE + chunk.to(tl.int64) * stride_lx + batch * stride_lb + h.to(tl.int64) * stride_lh + j, lse, mask=live)
+def _load_cache(base, offsets, valid, W, FP8: tl.constexpr, dtype: tl.constexpr):
+    """Tiles of rows at element offsets, FP8 codes widened to ``dtype``; 0 where invalid."""
+    first = _load_tile(base, offsets, valid, W.FIRST, W.FIRST_PAD, FP8, dtype)
+    if W.REST > 0:
+        return first, _load_tile(base + W.FIRST, offsets, valid, W.REST, W.REST_PAD, FP8, dtype)
+    else:
+        return (first,)
 
 
 @triton.jit
-def _merge_kernel(
-    PARTS, PART_LSE, OUT, LSE, SINKS, ROWS, stride_px, stride_pb, stride_ps, stride_ph, stride_lx, stride_lb, stride_lh,
-    stride_ob, stride_os, stride_oh, stride_tb, stride_th, chunks, sq, heads,
-    DV: tl.constexpr, BDV: tl.constexpr, SINK: tl.constexpr, SCATTER: tl.constexpr,
-):  # fmt: skip
-    """Merges the chunks of one row in their order; the sink is one more key without a value.
+def _span(lengths_ptr, b, tile, sq, group, page_size, table_width, left, right, BLOCK_M: tl.constexpr):
+    """(own keys of a sequence, [start, stop) of those that a tile of rows sees): of the whole tile, not of one row."""
+    room = table_width.to(tl.int64) * page_size
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b).to(tl.int64), 0), room).to(tl.int32)
+    first = length - sq + tile * BLOCK_M // group
+    last = length - sq + tl.minimum(tile * BLOCK_M + BLOCK_M - 1, sq * group - 1) // group
+    return length, tl.maximum(first - left, 0), tl.minimum(length, last + right + 1)
 
-    With SCATTER the row goes to place ROWS[b, j] of the output, or nowhere if that is negative.
-    """
+
+@triton.jit(do_not_specialize=COUNTS)
+def paged_attention_chunk_kernel(
+    q_rows,
+    k_rows,
+    v_rows,
+    parts_ptr,
+    part_lse_ptr,
+    table_ptr,
+    lengths_ptr,
+    scores,
+    sq,
+    kv_heads,
+    group,
+    pages,
+    page_size,
+    table_width,
+    table_stride,
+    left,
+    right,
+    chunk,
+    C,
+):
+    """Normalised output and lse of one chunk of keys for one tile of rows. SINK only where there is one chunk."""
     pid = tl.program_id(0)
-    h = pid % heads
-    j = pid // heads % sq
-    b = (pid // heads // sq).to(tl.int64)
-    place = j.to(tl.int64)
-    if SCATTER:
-        place = tl.load(ROWS + b * sq + j).to(tl.int64)
-    row = b * stride_pb + j.to(tl.int64) * stride_ps + h.to(tl.int64) * stride_ph
-    row_lse = b * stride_lb + h.to(tl.int64) * stride_lh + j
-    columns = tl.arange(0, BDV)
-    acc = tl.zeros([BDV], tl.float32)
-    top = tl.full([], float("-inf"), tl.float32)
-    total = tl.zeros([], tl.float32)
-    if SINK:
-        top = tl.load(SINKS + h).to(tl.float32) * LOG2E
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
-    for chunk in range(chunks):
-        lse = tl.load(PART_LSE + tl.cast(chunk, tl.int64) * stride_lx + row_lse) * LOG2E
-        pointers = PARTS + tl.cast(chunk, tl.int64) * stride_px + row + columns
-        part = tl.load(pointers, mask=(columns < DV) & (lse > float("-inf")), other=0.0)
-        new_top = tl.maximum(top, lse)
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        alpha = tl.exp2(top - safe)
-        weight = tl.exp2(lse - safe)
-        acc = acc * alpha + part * weight
-        total = total * alpha + weight
-        top = new_top
-    empty = total == 0.0
-    safe_total = tl.where(empty, 1.0, total)
-    out = OUT + b * stride_ob + place * stride_os + h.to(tl.int64) * stride_oh + columns
-    tl.store(out, (acc / safe_total).to(OUT.dtype.element_ty), mask=(columns < DV) & (place >= 0))
-    lse = tl.where(empty, float("-inf"), top * LN2 + tl.log(safe_total))
-    tl.store(LSE + b * stride_tb + h.to(tl.int64) * stride_th + place, lse, mask=place >= 0)
+    kv = pid % kv_heads
+    tiles = tl.cdiv(sq * group, C.BLOCK_M)
+    tile = pid // kv_heads % tiles
+    b = (pid // kv_heads // tiles).to(tl.int64)
+    length, start, stop = _span(lengths_ptr, b, tile, sq, group, page_size, table_width, left, right, C.BLOCK_M)
+
+    row = tile * C.BLOCK_M + tl.arange(0, C.BLOCK_M)
+    j = row // group
+    h = kv * group + row % group
+    start += tl.program_id(1) * chunk
+    # a chunk past the span loads and stores nothing, and the merge does not read it; a return would cost registers
+    live = (row < sq * group) & ((tl.program_id(1) == 0) | (start < stop))
+    stop = tl.minimum(stop, start + chunk)
+
+    sink = tl.zeros([C.BLOCK_M], tl.float32)
+    if C.SINK:
+        sink = tl.load(scores.sinks + h, mask=live, other=0.0).to(tl.float32)
+    slope = tl.zeros([C.BLOCK_M], tl.float32)
+    if C.ALIBI:
+        slope = tl.load(scores.slopes + h, mask=live, other=0.0).to(tl.float32)
+    at_q = b * q_rows.batch + j.to(tl.int64) * q_rows.token + h.to(tl.int64) * q_rows.head
+    q = _load_cache(q_rows.ptr, at_q, live, C.QK, False, tl.float32)  # [BLOCK_M, D]
+    k_ptr = k_rows.ptr + kv.to(tl.int64) * k_rows.head
+    v_ptr = v_rows.ptr + kv.to(tl.int64) * v_rows.head
+    table_ptr += b * table_stride
+    top, total = softmax_start(sink, C.BLOCK_M, C.SINK)
+    acc = zeros(C.BLOCK_M, C.V)
+    for n0 in tl.range(start, stop, C.BLOCK_N):
+        n = n0 + tl.arange(0, C.BLOCK_N)
+        page = tl.load(table_ptr + n // page_size, mask=n < stop, other=-1).to(tl.int64)
+        valid = (page >= 0) & (page < pages)
+        slot = (n % page_size).to(tl.int64)
+        at_k = page * k_rows.batch + slot * k_rows.token
+        k = _load_cache(k_ptr, at_k, valid, C.QK, C.FP8, q[0].dtype)  # [BLOCK_N, D]
+        s, _ = logits(dots(q, k), scores.scale, scores.softcap, C.SOFTCAP)
+        offset = n[None, :] - (length - sq + j)[:, None]
+        if C.ALIBI:
+            s -= (slope * LOG2E)[:, None] * tl.abs(offset).to(tl.float32)
+        s = tl.where((offset >= -left) & (offset <= right) & valid[None, :], s, float("-inf"))
+        at_v = page * v_rows.batch + slot * v_rows.token
+        v = _load_cache(v_ptr, at_v, valid, C.V, C.FP8, q[0].dtype)  # [BLOCK_N, DV]
+        acc, top, total = softmax_step(acc, top, total, s, v)
+    out, lse = softmax_end(acc, top, total)
+
+    # [B, Sq, Hq, chunks, DV] and [B, Hq, Sq, chunks]
+    heads = kv_heads * group
+    at = ((b * sq + j) * heads + h) * tl.num_programs(1) + tl.program_id(1)
+    parts = Head(parts_ptr, C.V.D)
+    store_head(parts, at, live, scaled(out, scores.v_scale), C.V)
+    at = ((b * heads + h) * sq + j) * tl.num_programs(1) + tl.program_id(1)
+    tl.store(part_lse_ptr + at, lse, mask=live)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def paged_attention_merge_kernel(
+    parts_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lse_ptr,
+    lengths_ptr,
+    scores,
+    sq,
+    kv_heads,
+    group,
+    pages,
+    page_size,
+    table_width,
+    table_stride,
+    left,
+    right,
+    chunk,
+    chunks,
+    C,
+):
+    """One row: the chunks of its tile's span, in their order."""
+    heads = kv_heads * group
+    h = tl.program_id(0) % heads
+    j = tl.program_id(0) // heads % sq
+    b = (tl.program_id(0) // heads // sq).to(tl.int64)
+    tile = (j * group + h % group) // C.BLOCK_M
+    _, start, stop = _span(lengths_ptr, b, tile, sq, group, page_size, table_width, left, right, C.BLOCK_M)
+    sink = tl.load(scores.sinks + h).to(tl.float32) if C.SINK else 0.0
+    row, row_lse = (b * sq + j) * heads + h, (b * heads + h) * sq + j
+    out, lse = merge_chunks(
+        parts_ptr, part_lse_ptr, row, row_lse, tl.cdiv(tl.maximum(stop - start, 0), chunk), chunks, sink, C.V, C.SINK
+    )
+    store_row(out_ptr + row * C.V.D, out, True, C.V)
+    tl.store(lse_ptr + row_lse, lse)
 
 
 @dataclass(frozen=True)
 class Config:
     block_m: int
     block_n: int
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
 
 
 def config(head_dim: int, element_size: int, rows: int, target: str) -> Config:
@@ -185,17 +254,41 @@ def config(head_dim: int, element_size: int, rows: int, target: str) -> Config:
 # what `python -m tilefuse tune` tries
 CONFIGS = {
     "paged_attention": tuple(
-        asdict(Config(block_m, block_n, warps, stages))
+        asdict(Config(block_m, block_n, num_warps, num_stages))
         for block_m in (16, 32, 64)
-        for block_n, warps, stages in ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
+        for block_n, num_warps, num_stages in ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
     )
 }
 
 
+@functools.lru_cache
+def constants(d: int, dv: int, block_m: int, block_n: int, *flags: bool) -> Constants:
+    return Constants(width(d), width(dv), *map(tl.constexpr, (block_m, block_n, *flags)))
+
+
+def chunk_size(tiles: int, kv_heads: int, span: int) -> int:
+    """Keys of one program. More tiles need fewer chunks: all parts together are smaller than the keys that they read.
+
+    Never a function of the batch or of lengths: a row's result depends on its own sequence alone.
+    """
+    return max(1, span) if tiles * kv_heads >= ENOUGH else CHUNK * tiles
+
+
 def paged_attention_fwd(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seq_lens: Tensor, sinks: Tensor | None,
-    alibi_slopes: Tensor | None, left: int, right: int, scale: float, softcap: float, k_scale: float, v_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    softcap: float,
+    k_scale: float,
+    v_scale: float,
+) -> tuple[Tensor, Tensor]:
     batch, sq, heads, dim = q.shape
     pages, page_size, kv_heads, dim_v = v_cache.shape
     group = heads // kv_heads
@@ -206,35 +299,39 @@ def paged_attention_fwd(
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     if fp8:
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
+    if block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
+    seq_lens = seq_lens.contiguous()
     left, right = (UNBOUNDED.value if w < 0 else min(w, UNBOUNDED.value) for w in (left, right))
-    padded_dim, rows = max(padded(dim), padded(dim_v)), sq * group
-    key = f"d={padded_dim},bytes={k_cache.element_size()},rows<={min(64, triton.next_power_of_2(rows))}"
-    tile = tuned.choose("paged_attention", key, q.device, config(padded_dim, q.element_size(), rows, arch.of(q.device)))
-    max_keys = block_table.shape[1] * page_size
-    span = min(max_keys, left + right + 1 + tile.block_m // group + 1)
-    chunks = max(1, triton.cdiv(span, CHUNK))
-    one = chunks == 1
-    parts, part_lse = out[None], lse[None]
-    if not one:
-        parts = torch.empty((chunks, *out.shape), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((chunks, *lse.shape), dtype=torch.float32, device=q.device)
+    padded_dim, queries = max(padded(dim), padded(dim_v)), sq * group
+    key = f"d={padded_dim},bytes={k_cache.element_size()},rows<={min(64, triton.next_power_of_2(queries))}"
+    tile = tuned.choose(
+        "paged_attention", key, q.device, config(padded_dim, q.element_size(), queries, arch.of(q.device))
+    )
+    table_width, tiles = block_table.shape[1], triton.cdiv(queries, tile.block_m)
+    span = min(table_width * page_size, left + right + 1 + tile.block_m // group + 1)
+    chunk = chunk_size(tiles, kv_heads, span)
+    chunks = max(1, triton.cdiv(span, chunk))
+    parts = (out, lse)
+    if chunks > 1:
+        shapes = ((batch, sq, heads, chunks, dim_v), (*lse.shape, chunks))
+        parts = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+
+    def flags(sink: bool) -> Constants:
+        biases = (sink and sinks is not None, alibi_slopes is not None, softcap > 0)
+        return constants(dim, dim_v, tile.block_m, tile.block_n, fp8, *biases)
+
+    rows = (Rows.of(q), Rows.of(k_cache), Rows.of(v_cache))
+    counts = (sq, kv_heads, group, pages, page_size, table_width, block_table.stride(0), left, right, chunk)
+    scores = Scores(scale * k_scale, softcap, v_scale, sinks, alibi_slopes)
     with on_device(q):
-        _chunk_kernel[(chunks, batch * kv_heads * triton.cdiv(sq * group, tile.block_m))](
-            q, k_cache, v_cache, parts, part_lse, block_table, seq_lens, sinks if one else None, alibi_slopes,
-            *strides(q), *strides(k_cache), *strides(v_cache), *parts.stride()[:4], *part_lse.stride()[:3],
-            *block_table.stride(), seq_lens.stride(0), sq, heads, kv_heads, group, pages, page_size, max_keys, left,
-            right,
-            scale * k_scale, softcap, v_scale, D=dim, DV=dim_v, BD=padded(dim), BDV=padded(dim_v), BM=tile.block_m,
-            BN=tile.block_n, CHUNK=CHUNK, FP8=fp8, SINK=one and sinks is not None, ALIBI=alibi_slopes is not None,
-            SOFTCAP=softcap > 0, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    if not one:
-        with on_device(q):
-            _merge_kernel[(batch * sq * heads,)](
-                parts, part_lse, out, lse, sinks, None, *parts.stride()[:4], *part_lse.stride()[:3], *strides(out),
-                *lse.stride()[:2], chunks, sq, heads, DV=dim_v, BDV=padded(dim_v), SINK=sinks is not None,
-                SCATTER=False, num_warps=1,
-            )  # fmt: skip
+        paged_attention_chunk_kernel[(batch * kv_heads * tiles, chunks)](
+            *rows, *parts, block_table, seq_lens, scores, *counts, flags(chunks == 1), **launch_options(tile)
+        )
+        if chunks > 1:
+            paged_attention_merge_kernel[(batch * sq * heads,)](
+                *parts, out, lse, seq_lens, scores, *counts, chunks, flags(True), num_warps=1
+            )
     return out, lse
 
 
@@ -265,5 +362,5 @@ def aot_cases():
                 *per_head,
                 softcap=30.0 if extra else 0.0,
             ),
-            expect={"nvidia": ("MMA",), "_merge_kernel": ()} if dtype != "fp32" else (),
+            expect={"nvidia": ("MMA",), "paged_attention_merge_kernel": ()} if dtype != "fp32" else (),
         )

@@ -44,6 +44,11 @@ def scratch(device: torch.device, needed: bool = True) -> Iterator[None]:
         triton.set_allocator(previous)
 
 
+def launch_options(tile: Any) -> dict[str, int]:
+    """What a configuration says of the launch itself."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
 def vector_width(itemsize: int, *strides: int) -> int:
     """Elements per access, at most 16 bytes, that every one of these strides is a multiple of."""
     return gcd(16 // itemsize, *strides)

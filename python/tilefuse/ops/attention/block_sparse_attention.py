@@ -90,7 +90,7 @@ def block_sparse_attention(
         v: ``[B, Sk, Hkv, Dv]``.
         row_offsets: ``[B or 1, Hq or 1, ceil(Sq / block_size) + 1]`` int32 or int64, absolute offsets into
             col_index, non-decreasing over the flattened tensor (as CSR is: two heads that share lists share them by
-            a dimension of 1). Offsets past col_index are clamped.
+            a dimension of 1 or by ``expand``). Offsets past col_index are clamped.
         col_index: ``[nnz]`` int32 or int64; a block that does not exist is skipped.
         key_mask: ``[B, Sk]`` bool, False hides a key from everybody.
         block_size: tokens of a block, any size >= 1; the last blocks may be ragged. 64 and 128 are fastest.
