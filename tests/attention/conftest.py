@@ -1,3 +1,4 @@
+import importlib
 import os
 import subprocess
 import sys
@@ -39,3 +40,38 @@ def check_memory():
         assert grown < (48 if backend == "reference" else 24) * one, f"grew by {grown / one:.1f} x the size of q"
 
     return check
+
+
+class Recorder:
+    """Stands for a Triton kernel and notes its launches; with a kernel behind it, makes them too."""
+
+    def __init__(self, name, noted, kernel=None):
+        self.name, self.noted, self.kernel = name, noted, kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.noted.append((self.name, grid, args))
+            if self.kernel is not None:
+                self.kernel[grid](*args, **options)
+
+        return launch
+
+
+@pytest.fixture
+def record_launches(monkeypatch):
+    """``record_launches(op, run=False)``: (kernel, grid, arguments) of what the op's launcher will launch.
+
+    With ``run=False`` nothing runs, so that tensors on the device "meta" may have any size.
+    """
+    pytest.importorskip("triton")
+
+    def record(op, run=False):
+        noted = []
+        for module in {op, "window_attention"}:
+            module = importlib.import_module(f"tilefuse.triton_kernels.attention.{module}")
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                kernel = getattr(module, name)
+                monkeypatch.setattr(module, name, Recorder(name, noted, kernel if run else None))
+        return noted
+
+    return record

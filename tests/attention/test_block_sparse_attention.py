@@ -224,6 +224,19 @@ def test_15_strides(device):
         assert_bit_equal(a, b)
 
 
+def test_15_expanded_lists(device):
+    """Lists that ``expand`` repeats over batch and heads are the shared ones, in both directions."""
+    tensors = qkv(2, 33, 33, 2, 2, 16, device=device)
+    offsets, index = lists(1, 1, 3, 3, device=device)
+    shared, *expanded = (
+        compute(tilefuse.block_sparse_attention, tensors, (o, index), {"block_size": 16}, torch.float32)
+        for o in (offsets, offsets.expand(2, 2, -1), offsets.expand(2, 1, -1), offsets.expand(1, 2, -1))
+    )
+    for results in expanded:
+        for a, b in zip(results, shared):
+            assert_bit_equal(a, b)
+
+
 @pytest.mark.gpu
 def test_23_graph_capture():
     """Forward and backward, whose lists are transposed on the device, follow what the lists hold at replay."""

@@ -211,6 +211,20 @@ def test_15_strides(device):
         assert_bit_equal(a, b)
 
 
+def test_grids_fit(record_launches):
+    """A grid's second axis ends at 65,535; the first is for what grows with batch, heads and global rows."""
+    launches = record_launches("global_attention")
+    from tilefuse.triton_kernels.attention import global_attention
+
+    q = torch.empty(1024, 4096, 32, 64, dtype=torch.bfloat16, device="meta")
+    index = torch.empty(1024, 256, dtype=torch.int64, device="meta")
+    options = (index, None, None, None, None, 256, 256, 1, False, 0.1)
+    out, lse = global_attention.global_attention_fwd(q, q, q, *options)
+    global_attention.global_attention_bwd(out, lse, q, q, q, out, lse, *options)
+    assert {"global_attention_fwd_kernel", "global_attention_bwd_q_kernel"} <= {name for name, _, _ in launches}
+    assert all(n <= 65535 for _, grid, _ in launches for n in grid[1:])
+
+
 @pytest.mark.gpu
 def test_23_graph_capture():
     """Forward and backward follow what their inputs hold at replay, the list of globals included."""

@@ -209,6 +209,77 @@ def test_14_offsets_past_int32(device):
         assert_bit_equal(a, b)
 
 
+def meta(batch, sq, heads, kv_heads, dim, width, page_size=64):
+    """A call of any size that holds no memory."""
+    q = torch.empty(batch, sq, heads, dim, dtype=torch.bfloat16, device="meta")
+    cache = torch.empty(batch * width, page_size, kv_heads, dim, dtype=torch.bfloat16, device="meta")
+    table, lengths = (torch.empty(shape, dtype=torch.int32, device="meta") for shape in ((batch, width), (batch,)))
+    return q, cache, cache, table, lengths, None, None, -1, 0, 0.1, 0.0, 1.0, 1.0
+
+
+@pytest.mark.parametrize("sizes", [(32, 4096, 32, 8, 128, 64), (2048, 1, 32, 32, 128, 64), (1, 1, 8, 8, 64, 10**5)])
+def test_grids_fit(sizes, record_launches):
+    """A grid's second axis ends at 65,535; the first is for what grows with batch, heads and queries."""
+    launches = record_launches("paged_attention")
+    from tilefuse.triton_kernels.attention import paged_attention
+
+    paged_attention.paged_attention_fwd(*meta(*sizes))
+    assert launches and all(n <= 65535 for _, grid, _ in launches for n in grid[1:])
+
+
+def test_prefill_is_not_split(record_launches):
+    """Tiles of many queries fill a GPU: their keys are one chunk, and no partial results exist."""
+    launches = record_launches("paged_attention")
+    from tilefuse.triton_kernels.attention import paged_attention
+
+    out, lse = paged_attention.paged_attention_fwd(*meta(1, 1024, 32, 8, 128, 2048))
+    ((_, grid, args),) = launches
+    assert grid[1] == 1 and args[3] is out and args[4] is lse
+
+
+@pytest.mark.parametrize("sq", [1, 4, 16, 64, 127, 128])
+def test_parts_are_smaller_than_keys(sq, record_launches):
+    """Partial results, float32 for each chunk, are bounded by the keys and values that the table has room for."""
+    launches = record_launches("paged_attention")
+    from tilefuse.triton_kernels.attention import paged_attention
+
+    call = meta(1, sq, 32, 2, 128, 2048)
+    paged_attention.paged_attention_fwd(*call)
+    parts = launches[0][2][3]
+    assert parts.nbytes <= call[1].nbytes + call[2].nbytes
+
+
+def test_chunks_do_not_depend_on_the_batch(record_launches):
+    launches = record_launches("paged_attention")
+    from tilefuse.triton_kernels.attention import paged_attention
+
+    for batch in (1, 2, 64):
+        paged_attention.paged_attention_fwd(*meta(batch, 3, 32, 8, 128, 512))
+    assert len({grid[1] for name, grid, _ in launches if "chunk" in name}) == 1
+
+
+def test_chunks_past_a_sequence_are_neither_written_nor_read(record_launches, triton_backend, monkeypatch):
+    """A long table costs what its lengths need: the parts of chunks past them stay as they were allocated."""
+    small_chunks(monkeypatch, 16)
+    q, k, v, table, lengths = paged([40, 7, 0], 1, 4, 2, 16, 16, 8)
+    # 16 pages of 8 slots, 8 chunks
+    table = torch.nn.functional.pad(table, (0, 16 - table.shape[1]), value=2**31 - 1)
+    launches = record_launches("paged_attention", run=True)
+    with poisoned():
+        out, lse = tilefuse.paged_attention(q, k, v, table, lengths)
+    (_, grid, args), (merge, _, _) = launches
+    assert grid[1] == 8 and merge == "paged_attention_merge_kernel"
+    parts, part_lse = args[3], args[4]
+    # a sequence without keys has one chunk, which is empty
+    for b, written in enumerate((3, 1, 1)):
+        assert parts[b, ..., :written, :].isfinite().all() and parts[b, ..., written:, :].isnan().all()
+        assert not part_lse[b, ..., :written].isnan().any() and part_lse[b, ..., written:].isnan().all()
+    assert out.isfinite().all() and not lse.isnan().any()
+    exact, exact_lse = dense((q, k, v, table, lengths), {}, {}, torch.float64)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse.double(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.gpu
 def test_23_graph_capture():
     with tilefuse.backend("triton"):

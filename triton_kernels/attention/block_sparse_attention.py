@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-
-from ...reference.attention.block_lists import transpose_lists, unexpanded
+from ... import arch
 from ..common.flash import (
     LOG2E,
     Results,
@@ -42,6 +40,7 @@ from ..common.flash import (
 )
 from ..common.launch import launch_options, on_device
 from ..common.rows import Rows
+from .host import transpose_lists, unexpanded
 
 COUNTS = ("sq", "sk", "heads", "kv_heads", "group", "rows", "columns", "entries", "list_batch", "list_head")
 

@@ -17,9 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-
-from ...reference.attention.global_attention import global_positions
+from ... import arch
 from ..common.flash import (
     LOG2E,
     Head,
@@ -46,6 +44,7 @@ from ..common.flash import (
 from ..common.launch import launch_options, on_device
 from ..common.rows import Rows
 from .chunks import merge_chunks, store_row
+from .host import global_positions
 from .window_attention import Prefix, Problem, backward, forward
 from .window_tiles import UNBOUNDED
 

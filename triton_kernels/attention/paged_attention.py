@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-
+from ... import arch
 from ..common import tuned
 from ..common.flash import (
     LOG2E,
@@ -65,6 +64,7 @@ class Constants(NamedTuple):
     BLOCK_M: Any
     BLOCK_N: Any
     FP8: Any
+    SPLIT: Any  # there are several chunks: their merge adds the sink
     SINK: Any
     ALIBI: Any
     SOFTCAP: Any
@@ -141,7 +141,7 @@ def paged_attention_chunk_kernel(
     chunk,
     C,
 ):
-    """Normalised output and lse of one chunk of keys for one tile of rows. SINK only where there is one chunk."""
+    """Normalised output and lse of one chunk of keys for one tile of rows."""
     pid = tl.program_id(0)
     kv = pid % kv_heads
     tiles = tl.cdiv(sq * group, C.BLOCK_M)
@@ -158,7 +158,7 @@ def paged_attention_chunk_kernel(
     stop = tl.minimum(stop, start + chunk)
 
     sink = tl.zeros([C.BLOCK_M], tl.float32)
-    if C.SINK:
+    if C.SINK and not C.SPLIT:
         sink = tl.load(scores.sinks + h, mask=live, other=0.0).to(tl.float32)
     slope = tl.zeros([C.BLOCK_M], tl.float32)
     if C.ALIBI:
@@ -168,7 +168,7 @@ def paged_attention_chunk_kernel(
     k_ptr = k_rows.ptr + kv.to(tl.int64) * k_rows.head
     v_ptr = v_rows.ptr + kv.to(tl.int64) * v_rows.head
     table_ptr += b * table_stride
-    top, total = softmax_start(sink, C.BLOCK_M, C.SINK)
+    top, total = softmax_start(sink, C.BLOCK_M, C.SINK and not C.SPLIT)
     acc = zeros(C.BLOCK_M, C.V)
     for n0 in tl.range(start, stop, C.BLOCK_N):
         n = n0 + tl.arange(0, C.BLOCK_N)
@@ -317,20 +317,18 @@ def paged_attention_fwd(
         shapes = ((batch, sq, heads, chunks, dim_v), (*lse.shape, chunks))
         parts = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
 
-    def flags(sink: bool) -> Constants:
-        biases = (sink and sinks is not None, alibi_slopes is not None, softcap > 0)
-        return constants(dim, dim_v, tile.block_m, tile.block_n, fp8, *biases)
-
+    flags = (fp8, chunks > 1, sinks is not None, alibi_slopes is not None, softcap > 0)
+    compiled = constants(dim, dim_v, tile.block_m, tile.block_n, *flags)
     rows = (Rows.of(q), Rows.of(k_cache), Rows.of(v_cache))
     counts = (sq, kv_heads, group, pages, page_size, table_width, block_table.stride(0), left, right, chunk)
     scores = Scores(scale * k_scale, softcap, v_scale, sinks, alibi_slopes)
     with on_device(q):
         paged_attention_chunk_kernel[(batch * kv_heads * tiles, chunks)](
-            *rows, *parts, block_table, seq_lens, scores, *counts, flags(chunks == 1), **launch_options(tile)
+            *rows, *parts, block_table, seq_lens, scores, *counts, compiled, **launch_options(tile)
         )
         if chunks > 1:
             paged_attention_merge_kernel[(batch * sq * heads,)](
-                *parts, out, lse, seq_lens, scores, *counts, chunks, flags(True), num_warps=1
+                *parts, out, lse, seq_lens, scores, *counts, chunks, compiled, num_warps=1
             )
     return out, lse
 

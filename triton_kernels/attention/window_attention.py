@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-
+from ... import arch
 from ..common import tuned
 from ..common.flash import Results, padded, width
 from ..common.launch import launch_options, on_device

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tilefuse import arch
-
+from ... import arch
 from ..common.flash import (
     LOG2E,
     Results,
