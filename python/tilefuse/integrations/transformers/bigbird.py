@@ -26,7 +26,7 @@ _ATTENTION = ("BigBirdBlockSparseAttention", "BigBirdSelfAttention")
 _drawn: weakref.WeakKeyDictionary[nn.Module, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
-def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+def swap(module: Any, config: Any) -> Swap | Left | None:
     stock = next((c for c in type(module).__mro__ if c.__module__ == _STOCK and c.__name__ in _ATTENTION), None)
     if stock is None:
         return None
@@ -54,6 +54,7 @@ def forward(
         return type(self).forward(
             self, hidden_states, band_mask, from_mask, to_mask, from_blocked_mask, to_blocked_mask, **kwargs
         )
+    assert from_mask is not None and to_mask is not None
     length = hidden_states.shape[1]
     if length % self.block_size != 0:
         raise ValueError("Query sided sequence length must be multiple of block size")

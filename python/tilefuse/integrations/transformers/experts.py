@@ -22,7 +22,7 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
 
 
-def fused_activation(module: nn.Module) -> str | None:
+def fused_activation(module: Any) -> str | None:
     """``"silu"`` or ``"gelu"`` if ``act(gate) * up`` of this module is one that the fused kernel computes."""
     plain = module.has_gate and module.is_concatenated and not module.has_post_expert_norm
     if not plain or type(module)._apply_gate is not _default_apply_gate:
@@ -32,7 +32,7 @@ def fused_activation(module: nn.Module) -> str | None:
     )
 
 
-def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts function of the registry: ``[T, H]``, ids and weights ``[T, k]`` to ``[T, H]``.
 
     An id of ``num_experts`` (another rank's expert) is dropped. An activation that the fused kernel does not know
@@ -61,14 +61,14 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     return moe_combine(rows, inverse, top_k_weights).to(hidden_states.dtype)
 
 
-def forward(self: nn.Module, *args: Any, implementation: str | None, **kwargs: Any) -> Tensor:
+def forward(self: Any, *args: Any, implementation: str | None, **kwargs: Any) -> Tensor:
     """``experts``, unless another implementation than the one from before ``patch`` was chosen since."""
     if self.config._experts_implementation != implementation:
         return type(self).forward(self, *args, **kwargs)
     return experts(self, *args, **kwargs)
 
 
-def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+def swap(module: Any, config: Any) -> Swap | Left | None:
     """Modules of classes that Hugging Face marks with ``use_experts_implementation``."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj")):
         return None

@@ -157,12 +157,14 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if _unfit_experts(self):
         # the loop over experts under the class's dispatch
         return inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
+    activation = _activation_name(self)
+    assert activation is not None
     up, down = self.gate_up_proj.detach(), self.down_proj.detach()
     up_scale, down_scale = _scale(self.gate_up_proj_scale_inv), _scale(self.down_proj_scale_inv)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)):
         return moe_experts_fp8(
             hidden_states, up, up_scale, down, down_scale, top_k_weights, top_k_index,
-            activation=_activation_name(self),
+            activation=activation,
         )  # fmt: skip
     order, inverse, offsets = moe_plan(top_k_index, up.shape[0])
     rows = hidden_states[order // top_k_index.shape[1]]

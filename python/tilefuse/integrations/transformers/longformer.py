@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ops.attention.global_attention import global_attention
 from .swap import Left, Swap
@@ -20,7 +20,7 @@ _STOCK = {
 }
 
 
-def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+def swap(module: Any, config: Any) -> Swap | Left | None:
     stock = next((c for c in type(module).__mro__ if (c.__module__, c.__name__) in _STOCK), None)
     if stock is None:
         return None
@@ -51,15 +51,16 @@ def forward(
             self, hidden_states, attention_mask, is_index_masked, is_index_global_attn, is_global_attn,
             output_attentions,
         )  # fmt: skip
+    assert is_index_masked is not None
     heads = (self.num_heads, self.head_dim)
     q, k, v = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))
-    if is_global_attn:
-        index, *projections = _of_globals(self, hidden_states, is_index_global_attn)
-    else:
-        index, projections = is_index_masked.new_empty((len(hidden_states), 0), dtype=torch.int64), (None, None, None)
+    index = is_index_masked.new_empty((len(hidden_states), 0), dtype=torch.int64)
+    q_global = k_global = v_global = None
+    if is_global_attn and is_index_global_attn is not None:
+        index, q_global, k_global, v_global = _of_globals(self, hidden_states, is_index_global_attn)
     half = self.one_sided_attn_window_size
     out, _ = global_attention(
-        q, k, v, index, *projections, ~is_index_masked, window=(half, half), scale=self.head_dim**-0.5
+        q, k, v, index, q_global, k_global, v_global, ~is_index_masked, window=(half, half), scale=self.head_dim**-0.5
     )
     return (out.flatten(2),)
 

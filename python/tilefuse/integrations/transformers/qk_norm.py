@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...ops.rope.qk_norm_rope import qk_norm_rope
 from . import rope
@@ -28,7 +27,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _offsets: dict[type, float | None] = {}
 
 
-def weight_offset(module: nn.Module) -> float | None:
+def weight_offset(module: Any) -> float | None:
     """What the norms add to their weights, or None if they are not of a known form."""
     if same_code(module, _ATTENTIONS) is None:
         return None
@@ -36,13 +35,13 @@ def weight_offset(module: nn.Module) -> float | None:
     return offsets.pop() if len(offsets) == 1 else None
 
 
-def _offset(norm: nn.Module) -> float | None:
+def _offset(norm: Any) -> float | None:
     if type(norm) not in _offsets:
         _offsets[type(norm)] = same_code(norm, _NORMS)
     return _offsets[type(norm)]
 
 
-def _untouched(norm: nn.Module) -> bool:
+def _untouched(norm: Any) -> bool:
     """Hooks on a norm must run, and a hook that moves its weight must have moved it."""
     return not (
         "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
@@ -50,23 +49,24 @@ def _untouched(norm: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _eps(norm: nn.Module) -> float:
+def _eps(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
-def fuse(otherwise: types.FunctionType, offset: float) -> Callable[..., Any]:
+def fuse(otherwise: types.FunctionType, offset: float) -> types.FunctionType:
     """The fused forward; ``otherwise`` runs where it cannot, and has the registry of attention functions."""
     registry = otherwise.__globals__["ALL_ATTENTION_FUNCTIONS"]
     eager = otherwise.__globals__["eager_attention_forward"]
 
     def forward(
-        self: nn.Module,
+        self: Any,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        assert position_embeddings is not None
         cos, sin = position_embeddings
         q_norm, k_norm = self.q_norm, self.k_norm
         if (

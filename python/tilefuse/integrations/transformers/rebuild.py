@@ -60,7 +60,8 @@ def copy(function: Function, replace: Replace, callers: tuple[Function, ...] = (
         scope.pop("__name__", None)
     made = Function(function.__code__, scope, function.__name__, function.__defaults__, tuple(cells))
     made.__kwdefaults__ = function.__kwdefaults__
-    return functools.update_wrapper(made, function, updated=())
+    functools.update_wrapper(made, function, updated=())
+    return made
 
 
 def _contents(cell: types.CellType) -> Any:
@@ -97,7 +98,7 @@ def uses(function: Function, wanted: Callable[[Any], bool]) -> bool:
     return bool(found)
 
 
-def method(cls: type, name: str, parts: tuple[str, ...]) -> Function:
+def method(cls: Any, name: str, parts: tuple[str, ...]) -> Function:
     """The copy of a class's method that runs these parts on tilefuse: ``"attention"``, ``"rope"``, ``"norm=0.0"``."""
     key = (cls, name, parts)
     if key not in _built:
@@ -116,7 +117,8 @@ def method(cls: type, name: str, parts: tuple[str, ...]) -> Function:
             raise LookupError(f"{cls.__qualname__}.{name} has nothing of {', '.join(parts)}")
         for part in parts:
             if part.startswith("norm="):
-                made = functools.update_wrapper(qk_norm.fuse(made, float(part[5:])), stock, updated=())
+                made = qk_norm.fuse(made, float(part[5:]))
+                functools.update_wrapper(made, stock, updated=())
         made.__module__, made.__qualname__ = __name__, _encode(cls, name, parts)
         _built[key] = made
     return _built[key]

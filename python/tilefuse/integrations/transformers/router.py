@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...ops.moe.moe_route import moe_route
@@ -14,28 +14,28 @@ from .swap import Left, Swap, same_code
 Routed = tuple[Tensor, Tensor, Tensor]
 
 
-def _softmax(self: nn.Module, hidden_states: Tensor) -> Routed:
+def _softmax(self: Any, hidden_states: Tensor) -> Routed:
     """Mixtral: float32 weights that sum to one."""
     logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
     weights, ids = moe_route(logits, top_k=self.top_k)
     return logits, weights, ids.long()
 
 
-def _softmax_in_dtype(self: nn.Module, hidden_states: Tensor) -> Routed:
+def _softmax_in_dtype(self: Any, hidden_states: Tensor) -> Routed:
     """Qwen3-MoE: weights in the model's dtype."""
     logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
     weights, ids = moe_route(logits, top_k=self.top_k, renormalize=self.norm_topk_prob)
     return logits, weights.to(logits.dtype), ids.long()
 
 
-def _softmax_of_chosen(self: nn.Module, hidden_states: Tensor) -> Routed:
+def _softmax_of_chosen(self: Any, hidden_states: Tensor) -> Routed:
     """gpt-oss: a softmax over the chosen logits, which is what renormalising means."""
     logits = F.linear(hidden_states, self.weight, self.bias)
     weights, ids = moe_route(logits, top_k=self.top_k)
     return logits, weights.to(logits.dtype), ids.long()
 
 
-def _deepseek_v2(self: nn.Module, hidden_states: Tensor) -> Routed:
+def _deepseek_v2(self: Any, hidden_states: Tensor) -> Routed:
     logits = F.linear(hidden_states.view(-1, self.hidden_dim).float(), self.weight.float())
     groups = {}
     if self.topk_method == "group_limited_greedy":
@@ -44,7 +44,7 @@ def _deepseek_v2(self: nn.Module, hidden_states: Tensor) -> Routed:
     return logits, weights, ids.long()
 
 
-def _deepseek_v3(self: nn.Module, hidden_states: Tensor) -> Routed:
+def _deepseek_v3(self: Any, hidden_states: Tensor) -> Routed:
     logits = F.linear(hidden_states.view(-1, self.hidden_dim).float(), self.weight.float())
     weights, ids = moe_route(
         logits,
@@ -69,7 +69,7 @@ _KNOWN: tuple[tuple[str, str, Callable[..., Routed]], ...] = (
 )
 
 
-def swap(module: nn.Module, config: Any) -> Swap | Left | None:
+def swap(module: Any, config: Any) -> Swap | Left | None:
     """Routers whose class computes exactly what one of the known models' does."""
     if not type(module).__name__.lower().endswith("topkrouter"):
         return None

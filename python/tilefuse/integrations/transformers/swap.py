@@ -164,7 +164,8 @@ def same_code(module: nn.Module, classes: tuple[tuple[str, str, Any], ...]) -> A
 
     Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
     """
-    return _known(classes).get(_code_key(type(module).forward))
+    key = _code_key(type(module).forward)
+    return None if key is None else _known(classes).get(key)
 
 
 def undo(model: nn.Module) -> None:
