@@ -3,11 +3,14 @@
 import itertools
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import tilefuse
+from tilefuse import arch
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.moe.grouped_matmul import SHAPES, case
 
@@ -279,6 +282,24 @@ def test_errors(error, match, args, options):
     for call in (tilefuse.grouped_matmul, torch.ops.tilefuse.grouped_matmul):
         with pytest.raises(error, match=match):
             call(*args, **options)
+
+
+def test_tensor_descriptors_take_two_byte_rows_that_follow_each_other():
+    from tilefuse.triton_kernels.moe.grouped_matmul import can_use_tma, fit_tma
+
+    with FakeTensorMode(), arch.pretend("sm_90"):
+        a = torch.empty(64, 32, dtype=torch.bfloat16, device="cuda")
+        b = torch.empty(4, 48, 32, dtype=torch.bfloat16, device="cuda")
+        with mock.patch.object(FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.element_size()):
+            assert fit_tma(a) and can_use_tma(a, b)
+            # float32 spills, an expanded row has no stride, rows of 8 bytes do not align, columns are not rows
+            assert not fit_tma(a.float())
+            assert not fit_tma(torch.empty(1, 32, dtype=torch.bfloat16, device="cuda").expand(64, 32))
+            assert not fit_tma(torch.empty(64, 36, dtype=torch.bfloat16, device="cuda"))
+            assert not fit_tma(torch.empty(32, 64, dtype=torch.bfloat16, device="cuda").t())
+            assert not can_use_tma(a, torch.empty(1, 48, 32, dtype=torch.bfloat16, device="cuda").expand(4, 48, 32))
+            with arch.pretend("sm_89"):
+                assert not fit_tma(a)
 
 
 def test_tile_bound():
