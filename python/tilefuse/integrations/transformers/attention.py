@@ -76,12 +76,12 @@ def _is(eager: Function, form: Eager) -> bool:
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(2, 4, 5, 8, generator=generator, dtype=torch.float32) for _ in range(3))
         hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
-        module = nn.Module()
+        module: Any = nn.Module()
         module.head_dim, module.num_key_value_groups, module.training = 8, 1, False
         sinks = None
         if form.sinks:
             sinks = module.sinks = nn.Parameter(torch.linspace(-1, 2, 4, dtype=torch.float32))
-        more = {"softcap": 3.0} if form.softcap else {}
+        more: dict[str, Any] = {"softcap": 3.0} if form.softcap else {}
         for grouped in (False, True):
             if grouped:
                 if "num_key_value_groups" not in eager.__code__.co_names:
@@ -223,7 +223,7 @@ def _swap_attention(
 def attention(
     stock: Function,
     form: Eager | None,
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -353,9 +353,9 @@ def _segments(
     flat = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     total = None
     for segments in compact.segments:
-        tokens = (x.flip(0) for x in flat) if segments.backwards else flat
+        q, k, v = (x.flip(0) for x in flat) if segments.backwards else flat
         out, _ = window_attention(
-            *tokens, sinks, None, segments.cu_q, segments.cu_k, window=segments.window, **settings
+            q, k, v, sinks, None, segments.cu_q, segments.cu_k, window=segments.window, **settings
         )  # fmt: skip
         out = out.flip(0) if segments.backwards else out
         # each is zero where the others are not
@@ -384,7 +384,7 @@ def named_attention(
 
 # to a graph, what a class says is a constant
 @torch.compiler.assume_constant_result
-def _form_of_named(cls: type, config: type) -> tuple[bool, bool] | None:
+def _form_of_named(cls: type, config: type) -> tuple[bool, ...] | None:
     """``Eager`` of the models of the file that a class belongs to, or None if those run on sdpa."""
     name = cls.__module__.replace("configuration_", "modeling_")
     file = sys.modules.get(name)

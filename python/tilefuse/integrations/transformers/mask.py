@@ -31,7 +31,7 @@ class LazyMask(Tensor):
     """A mask without entries. ``compact``: what it says; ``dense()``: the entries, made once."""
 
     compact: Compact | None
-    _make: Callable[[], Tensor]
+    _make: Callable[[], Any]
     _made: Tensor | None
 
     # nothing is left to do when an op is called from Python: they are caught below
@@ -39,18 +39,23 @@ class LazyMask(Tensor):
 
     @staticmethod
     def of(
-        compact: Compact, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        compact: Compact | None,
+        make: Callable[[], Any],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> LazyMask:
         mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
         mask.compact, mask._make, mask._made = compact, make, None
         return mask
 
     def dense(self) -> Tensor:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
+        made = self._made
+        if made is None:
+            made = self._made = self._make()
+        return made
 
-    def _like(self, make: Callable[[], Tensor], compact: Compact, device: torch.device) -> LazyMask:
+    def _like(self, make: Callable[[], Any], compact: Compact | None, device: torch.device) -> LazyMask:
         return LazyMask.of(compact, make, tuple(self.shape), self.dtype, device)
 
     @classmethod
@@ -62,7 +67,7 @@ class LazyMask(Tensor):
                 return mask._like(mask.dense, mask.compact, mask.device)
             if func is _aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype) and kwargs.get("device"):
                 device = torch.device(kwargs["device"])
-                return mask._like(lambda: mask.dense().to(device), mask.compact.to(device), device)
+                return mask._like(lambda: mask.dense().to(device), mask.compact and mask.compact.to(device), device)
         masks = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyMask)]
         args, kwargs = pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
         out = func(*args, **kwargs)
@@ -168,7 +173,7 @@ def _function(stock_function: Callable[..., Tensor | None]) -> Callable[..., Ten
         if compact is None:
             return found if compiling else stock_function(mask_function=mask_function, **arguments)
         if compiling:
-            traced = found.as_subclass(TracedMask) if torch.compiler.is_dynamo_compiling() else found
+            traced: Any = found.as_subclass(TracedMask) if torch.compiler.is_dynamo_compiling() else found
             traced.compact = compact
             return traced
         if isinstance(q_offset, Tensor):

@@ -134,7 +134,7 @@ def __getattr__(name: str) -> Function:
     if ":" not in name:
         raise AttributeError(name)
     file, path, method_name, *parts = name.replace("/", ".").split(":")
-    cls = functools.reduce(getattr, path.split("."), importlib.import_module(file))
+    cls: Any = functools.reduce(getattr, path.split("."), importlib.import_module(file))
     try:
         return method(cls, method_name, tuple(parts))
     except Exception as error:

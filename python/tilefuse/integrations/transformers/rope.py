@@ -77,7 +77,8 @@ def _pairs_to_halves(stock: Apply) -> Apply:
             return stock(q, k, cos, sin, position_ids, unsqueeze_dim)
         half = cos.shape[-1] // 2
         rotated = _rotate(q, k, cos[..., :half], sin[..., :half], True)
-        return tuple(x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(-2) for x in rotated)
+        q, k = (x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(-2) for x in rotated)
+        return q, k
 
     return apply_rotary_pos_emb_interleave
 

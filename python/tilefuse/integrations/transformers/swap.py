@@ -159,7 +159,7 @@ def _known(classes: tuple[tuple[str, str, Any], ...]) -> dict[tuple[Any, ...], A
     return found
 
 
-def same_code(module: nn.Module, classes: tuple[tuple[str, str, Any], ...]) -> Any:
+def same_code(module: Any, classes: tuple[tuple[str, str, Any], ...]) -> Any:
     """The value of the first of ``(model, class, value)`` whose forward is, instruction by instruction, the module's.
 
     Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
