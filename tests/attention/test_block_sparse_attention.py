@@ -412,10 +412,12 @@ def test_sparse_transformer_patterns(kind, stride, summary):
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        ("strided", {"stride": 3}), ("fixed", {"stride": 3, "summary": 2}),
-        ("longformer", {"window": (40, 40), "global_blocks": (0, 5, 5, 10)}), ("window", {"window": (40, 20)}),
+        ("strided", {"stride": 3}),
+        ("fixed", {"stride": 3, "summary": 2}),
+        ("longformer", {"window": (40, 40), "global_blocks": (0, 5, 5, 10)}),
+        ("window", {"window": (40, 20)}),
     ],
-)  # fmt: skip
+)
 def test_11_parts_that_overlap_are_listed_once(kind, options, causal):
     """In ascending order; with causal, no block after all tokens of its row."""
     for sq, sk in ((173, 173), (100, 173), (173, 100)):

@@ -38,10 +38,14 @@ def dense(tensors, others, options, dtype):
         mask = window_mask(q.shape[1], n, window, device=q.device)
         more = {name: x.to(torch.float64) if dtype == torch.float64 else x for name, x in others.items()}
         out, lse = dense_attention(
-            q[b : b + 1].to(dtype), k[None], v[None], mask, scale=options.get("scale"),
+            q[b : b + 1].to(dtype),
+            k[None],
+            v[None],
+            mask,
+            scale=options.get("scale"),
             softcap=options.get("softcap", 0.0),
             **more,
-        )  # fmt: skip
+        )
         outs.append(out)
         lses.append(lse)
     if not outs:
@@ -345,9 +349,14 @@ def _errors():
     yield "sinks_grad", "sinks", RuntimeError, (q, k, v, *rest, wanted[3]), {}
     yield "alibi_grad", "alibi_slopes", RuntimeError, (q, k, v, *rest, None, wanted[4]), {}
     for options in (
-        {"window": (-2, 0)}, {"scale": float("inf")}, {"softcap": -1.0}, {"k_scale": 2.0}, {"v_scale": 0.5},
-        {"k_scale": float("nan")}, {"v_scale": 0.0},
-    ):  # fmt: skip
+        {"window": (-2, 0)},
+        {"scale": float("inf")},
+        {"softcap": -1.0},
+        {"k_scale": 2.0},
+        {"v_scale": 0.5},
+        {"k_scale": float("nan")},
+        {"v_scale": 0.0},
+    ):
         yield str(options), next(iter(options)), ValueError, (q, k, v, *rest), options
 
 

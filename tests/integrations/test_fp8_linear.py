@@ -341,8 +341,11 @@ def checkpoint(folder, dtype):
     safetensors.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"architectures": ["DeepseekV3ForCausalLM"]}
     config["quantization_config"] = {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-    }  # fmt: skip
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return stored
 

@@ -13,8 +13,16 @@ from tilefuse.integrations.transformers import patch, register, unpatch
 from tilefuse.testing.numeric import NOISE_ULPS
 
 NAMES = (
-    "llama", "mistral", "qwen3", "gemma3", "gpt_oss", "mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3",
-)  # fmt: skip
+    "llama",
+    "mistral",
+    "qwen3",
+    "gemma3",
+    "gpt_oss",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+)
 WINDOWED = ("mistral", "gemma3", "gpt_oss")
 
 

@@ -214,18 +214,29 @@ def others():
         ),
         "Llama4": lambda t: t.Llama4ForCausalLM(
             t.Llama4TextConfig(
-                num_key_value_heads=2, head_dim=16, num_local_experts=2, attention_chunk_size=8,
-                intermediate_size_mlp=64, pad_token_id=0, **SMALL
+                num_key_value_heads=2,
+                head_dim=16,
+                num_local_experts=2,
+                attention_chunk_size=8,
+                intermediate_size_mlp=64,
+                pad_token_id=0,
+                **SMALL,
             )
         ),
         "Bart": lambda t: t.BartModel(
             t.BartConfig(
-                d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-                encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=97,
+                d_model=64,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                vocab_size=97,
             )
         ),
         "Mamba": lambda t: t.MambaForCausalLM(t.MambaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=97)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", others())

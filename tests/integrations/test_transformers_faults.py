@@ -14,14 +14,33 @@ from tilefuse.integrations.transformers import mask, patch, rope, verified
 from tilefuse.testing import assert_bit_equal
 
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97,
-    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 0, "max_position_embeddings": 128,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 97,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "pad_token_id": 0,
+    "max_position_embeddings": 128,
+}
 INDEXED = {
-    "num_key_value_heads": 4, "head_dim": 24, "moe_intermediate_size": 32, "n_routed_experts": 8,
-    "num_experts_per_tok": 2, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-    "v_head_dim": 12, "index_topk": 8, "index_n_heads": 16, "index_head_dim": 16, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
+    "num_key_value_heads": 4,
+    "head_dim": 24,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "index_topk": 8,
+    "index_n_heads": 16,
+    "index_head_dim": 16,
+    "n_group": 1,
+    "topk_group": 1,
+}
 HALVES = ["sliding_attention", "full_attention"]
 
 
@@ -117,9 +136,16 @@ def test_eager_encoders_see_both_sides():
 
 def test_eager_decoders_do_not_see_the_future():
     made = build(
-        "BigBirdPegasusForCausalLM", "BigBirdPegasusConfig", d_model=64, decoder_layers=2, decoder_ffn_dim=64,
-        decoder_attention_heads=4, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=64,
-    )  # fmt: skip
+        "BigBirdPegasusForCausalLM",
+        "BigBirdPegasusConfig",
+        d_model=64,
+        decoder_layers=2,
+        decoder_ffn_dim=64,
+        decoder_attention_heads=4,
+        encoder_layers=1,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+    )
     ids = tokens()
     changed = ids.clone()
     changed[:, -1] = 5
@@ -132,9 +158,16 @@ def test_eager_decoders_do_not_see_the_future():
 def test_masks_that_a_model_puts_together():
     """Gemma 4 takes rows of the mask for the layers that share their keys."""
     made = build(
-        "Gemma4ForCausalLM", "Gemma4TextConfig", num_hidden_layers=4, layer_types=HALVES * 2, num_kv_shared_layers=2,
-        global_head_dim=16, sliding_window=8, hidden_size_per_layer_input=8, vocab_size_per_layer_input=97,
-    )  # fmt: skip
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        num_hidden_layers=4,
+        layer_types=HALVES * 2,
+        num_kv_shared_layers=2,
+        global_head_dim=16,
+        sliding_window=8,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97,
+    )
     ids = tokens()
     _, ran = compare(
         made, logits(ids), logits(ids, logits_to_keep=3), logits(ids, padded(ids)), generated(ids, padded(ids))
@@ -154,23 +187,38 @@ def test_text_with_an_image():
 
 def test_generation_past_a_chunk():
     made = build(
-        "Llama4ForCausalLM", "Llama4TextConfig", intermediate_size_mlp=64, num_local_experts=2,
-        attention_chunk_size=8, no_rope_layers=[1, 0],
-    )  # fmt: skip
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        intermediate_size_mlp=64,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        no_rope_layers=[1, 0],
+    )
     ids = tokens(length=11)
     positions = torch.tensor([[*range(5), *range(6)]] * 2)
     _, ran = compare(
-        made, logits(ids), logits(ids, padded(ids)), logits(ids, position_ids=positions),
-        generated(ids, max_new_tokens=16), generated(ids, padded(ids), max_new_tokens=16),
-    )  # fmt: skip
+        made,
+        logits(ids),
+        logits(ids, padded(ids)),
+        logits(ids, position_ids=positions),
+        generated(ids, max_new_tokens=16),
+        generated(ids, padded(ids), max_new_tokens=16),
+    )
     assert {"window_attention", "paged_attention"} <= ran
 
 
 def test_windows_in_both_directions_reach_the_op():
     made = build(
-        "ModernBertModel", "ModernBertConfig", local_attention=8, global_attn_every_n_layers=2, num_hidden_layers=3,
-        cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        "ModernBertModel",
+        "ModernBertConfig",
+        local_attention=8,
+        global_attn_every_n_layers=2,
+        num_hidden_layers=3,
+        cls_token_id=1,
+        sep_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     ids = tokens(length=40)
     report, ran = compare(made, logits(ids), logits(ids, padded(ids, 15)), logits(ids, padded(ids, 15).flip(1)))
     assert ran == {"window_attention"}

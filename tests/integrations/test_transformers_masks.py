@@ -242,9 +242,15 @@ def test_chunks_are_counted_from_a_token_that_the_cache_has_dropped():
     first = torch.tensor([2, 0])
     for q_length in (1, 4):
         arguments = {
-            "batch_size": 2, "q_length": q_length, "kv_length": 6, "q_offset": 12 - q_length, "kv_offset": 6,
-            "mask_function": rules.chunked(4, first), "attention_mask": padding, "local_size": 4,
-        }  # fmt: skip
+            "batch_size": 2,
+            "q_length": q_length,
+            "kv_length": 6,
+            "q_offset": 12 - q_length,
+            "kv_offset": 6,
+            "mask_function": rules.chunked(4, first),
+            "attention_mask": padding,
+            "local_size": 4,
+        }
         check(arguments)
 
 

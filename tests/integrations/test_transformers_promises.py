@@ -86,8 +86,11 @@ def test_another_process_loads_it_patched(tiny, tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "model.pt")],
-        capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
     assert done.stdout.split() == ["2", "True"]
 
 
@@ -177,9 +180,12 @@ def test_export_with_a_dynamic_length(tiny, strict):
     patch(model)
     length = torch.export.Dim("length", min=4, max=64)
     program = torch.export.export(
-        model, (), {"input_ids": ids, "use_cache": False}, strict=strict,
+        model,
+        (),
+        {"input_ids": ids, "use_cache": False},
+        strict=strict,
         dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
-    )  # fmt: skip
+    )
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     called = {str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
     assert any("window_attention" in name for name in called)
@@ -232,8 +238,9 @@ def test_a_keyword_that_no_one_knows_goes_to_stock_whole(tiny):
     biased = attention(hidden, position_embeddings=tables, attention_mask=None, position_bias=bias)[0]
     assert (biased - expected).abs().max() > 1e-3
     assert report.calls()["model.layers.0.self_attn"] == {
-        "window_attention": 1, "sdpa: it has the argument position_bias": 1,
-    }  # fmt: skip
+        "window_attention": 1,
+        "sdpa: it has the argument position_bias": 1,
+    }
 
 
 def test_generate_batch(tiny):
@@ -299,11 +306,26 @@ def test_names_are_refused_to_code_that_asks_for_one(monkeypatch):
     types = {"deepseek_v32": {}, "glm_moe_dsa": {}, "llama": {}}
     monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": types})
     config = transformers.DeepseekV32Config(
-        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=97, n_routed_experts=8, num_experts_per_tok=2, q_lora_rank=24,
-        kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12, index_topk=4, index_n_heads=8,
-        index_head_dim=16, n_group=1, topk_group=1,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=97,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        q_lora_rank=24,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        index_topk=4,
+        index_n_heads=8,
+        index_head_dim=16,
+        n_group=1,
+        topk_group=1,
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="tilefuse")
     with pytest.raises(ValueError, match="asks for other implementations by name"):
         model(tokens())
@@ -366,9 +388,12 @@ def test_static_caches_decode_in_one_graph(tiny):
     for _ in range(4):
         ids = torch.cat((ids, last[:, -1:].argmax(-1)), 1)
         inputs = model.prepare_inputs_for_generation(
-            ids, past_key_values=cache, attention_mask=torch.ones_like(ids), next_sequence_length=1,
+            ids,
+            past_key_values=cache,
+            attention_mask=torch.ones_like(ids),
+            next_sequence_length=1,
             position_ids=torch.full((2, 1), ids.shape[1] - 1),
-        )  # fmt: skip
+        )
         last = logits(step, **inputs)
     torch._dynamo.reset()
     assert_bit_equal(ids, expected[:, : ids.shape[1]])

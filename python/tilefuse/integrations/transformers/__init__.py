@@ -118,9 +118,13 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
         # a part of it may be patched on its own
         undo(model)
         parts = [
-            longformer.swap, bigbird.swap, fp8_linear.swap, attention.part(model, unverified), router.swap,
+            longformer.swap,
+            bigbird.swap,
+            fp8_linear.swap,
+            attention.part(model, unverified),
+            router.swap,
             experts.swap,
-        ]  # fmt: skip
+        ]
         if unverified and verified.why_not(model.__dict__.get("config")):
             state = check.compared(model, lambda: apply(model, parts))
         else:

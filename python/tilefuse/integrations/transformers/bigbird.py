@@ -67,9 +67,15 @@ def forward(
             length // self.block_size, self.num_random_blocks, hidden_states.device
         )
     out, _ = block_sparse_attention(
-        q, k, v, row_offsets, col_index, to_mask[:, 0, 0] != 0, block_size=self.block_size,
+        q,
+        k,
+        v,
+        row_offsets,
+        col_index,
+        to_mask[:, 0, 0] != 0,
+        block_size=self.block_size,
         scale=self.attention_head_size**-0.5,
-    )  # fmt: skip
+    )
     # rows of padding are zero
     return out.flatten(2) * from_mask[:, 0], None
 
@@ -96,11 +102,15 @@ def _training_lists(self: Any, length: int, device: torch.device) -> tuple[Tenso
     if length in (1024, 3072, 4096):
         drawn = [
             self._bigbird_block_rand_mask(
-                self.max_seqlen, self.max_seqlen, self.block_size, self.block_size, self.num_random_blocks,
+                self.max_seqlen,
+                self.max_seqlen,
+                self.block_size,
+                self.block_size,
+                self.num_random_blocks,
                 last_idx=1024,
             )[: length // self.block_size - 2]
             for _ in range(self.num_attention_heads)
-        ]  # fmt: skip
+        ]
     else:
         ends, counts = self._get_rand_attn_plan(length, self.block_size, self.num_random_blocks)
         drawn = self._bigbird_block_rand_mask_with_head(

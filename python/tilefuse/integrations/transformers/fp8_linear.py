@@ -163,9 +163,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     up_scale, down_scale = _scale(self.gate_up_proj_scale_inv), _scale(self.down_proj_scale_inv)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)):
         return moe_experts_fp8(
-            hidden_states, up, up_scale, down, down_scale, top_k_weights, top_k_index,
+            hidden_states,
+            up,
+            up_scale,
+            down,
+            down_scale,
+            top_k_weights,
+            top_k_index,
             activation=activation,
-        )  # fmt: skip
+        )
     order, inverse, offsets = moe_plan(top_k_index, up.shape[0])
     rows = hidden_states[order // top_k_index.shape[1]]
     rows = self._apply_gate(_Grouped.apply(rows, up, up_scale, offsets))

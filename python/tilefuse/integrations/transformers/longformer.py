@@ -48,9 +48,14 @@ def forward(
     """
     if output_attentions or (self.training and self.dropout > 0):
         return type(self).forward(
-            self, hidden_states, attention_mask, is_index_masked, is_index_global_attn, is_global_attn,
+            self,
+            hidden_states,
+            attention_mask,
+            is_index_masked,
+            is_index_global_attn,
+            is_global_attn,
             output_attentions,
-        )  # fmt: skip
+        )
     assert is_index_masked is not None
     heads = (self.num_heads, self.head_dim)
     q, k, v = (layer(hidden_states).unflatten(-1, heads) for layer in (self.query, self.key, self.value))

@@ -44,9 +44,12 @@ def _offset(norm: Any) -> float | None:
 def _untouched(norm: Any) -> bool:
     """Hooks on a norm must run, and a hook that moves its weight must have moved it."""
     return not (
-        "forward" in norm.__dict__ or norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
+        "forward" in norm.__dict__
+        or norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
         or norm._backward_pre_hooks
-    )  # fmt: skip
+    )
 
 
 def _eps(norm: Any) -> float:
