@@ -75,6 +75,32 @@ def poison():
 
 
 @pytest.fixture
+def assert_replays():
+    """Captures a step in a CUDA graph: replayed with other values in ``static``, it has the bits of an eager call."""
+
+    def check(step, static, values):
+        from tilefuse.testing import assert_bit_equal
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for value in values:
+            static.copy_(value)
+            graph.replay()
+            expected = step()
+            torch.cuda.synchronize()
+            for a, b in zip(captured, expected, strict=True):
+                assert_bit_equal(a, b)
+
+    return check
+
+
+@pytest.fixture
 def triton_backend():
     """Triton kernels: the faithful interpreter on the CPU, the compiler on a GPU."""
     import tilefuse

@@ -238,7 +238,7 @@ def test_15_expanded_lists(device):
 
 
 @pytest.mark.gpu
-def test_23_graph_capture():
+def test_23_graph_capture(assert_replays):
     """Forward and backward, whose lists are transposed on the device, follow what the lists hold at replay."""
     leaves = [x.requires_grad_() for x in qkv(2, 256, 256, 4, 2, 64, device="cuda", dtype=torch.bfloat16)]
     p = tilefuse.block_pattern("strided", 256, 256, stride=2, device="cuda")
@@ -249,18 +249,7 @@ def test_23_graph_capture():
         return [out, lse, *torch.autograd.grad(out.float().sum() + lse.sum(), leaves)]
 
     with tilefuse.backend("triton"):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        columns.copy_(3 - columns)
-        graph.replay()
-        for a, b in zip(captured, step()):
-            assert_bit_equal(a, b)
+        assert_replays(step, columns, (3 - columns,))
 
 
 def test_second_derivatives_are_refused():

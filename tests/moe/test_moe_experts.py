@@ -184,28 +184,9 @@ def test_14_batch_mates_change_nothing(where):
     assert_bit_equal(tilefuse.moe_experts(*args)[:1], out[:1])
 
 
-def replay(function, static, changes):
-    """Captures a call and replays it with other values in ``static``, comparing each time with an eager call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = function()
-    for values in changes:
-        static.copy_(values)
-        graph.replay()
-        expected = function()
-        torch.cuda.synchronize()
-        for a, b in zip(captured, expected, strict=True):
-            assert_bit_equal(a, b)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_15_cuda_graph_replay_with_other_routing(dtype):
+def test_15_cuda_graph_replay_with_other_routing(dtype, assert_replays):
     """Forward and backward; later routings leave experts empty, use one only, and drop everything."""
     x, w_gate_up, w_down, weights, _, *biases = case(40, 8, 2, 64, 48, "cuda", dtype, bias=True)
     logits = torch.randn(40, 8, device="cuda")
@@ -224,7 +205,7 @@ def test_15_cuda_graph_replay_with_other_routing(dtype):
     one[:, 5] = 0.0
     nothing = torch.full((40, 8), -100.0, device="cuda")
     with tilefuse.backend("triton"):
-        replay(step, logits, (empty, one, nothing, torch.randn(40, 8, device="cuda")))
+        assert_replays(step, logits, (empty, one, nothing, torch.randn(40, 8, device="cuda")))
 
 
 @pytest.mark.gpu
