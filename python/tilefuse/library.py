@@ -424,7 +424,7 @@ def _pushed_forward(entry: Kernel, overload: Any, primals: Sequence[Any], tangen
     return forward_ad.make_dual(out, total[0])
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under ``torch.autocast``, the float32, bfloat16 and float16 tensors in its dtype; otherwise as they came.
 
     For public ops that PyTorch would run in the autocast dtype (matrix products, attention)::
