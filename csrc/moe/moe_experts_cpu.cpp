@@ -37,10 +37,10 @@ struct Slopes {
 };
 
 inline Slopes slopes_of(float gate, float up, const ActivationOptions& o) {
-  if (o.kind == Activation::silu) {
-    const float s = sigmoid_f32(gate);
-    const float silu = gate * s;
-    return {silu * up, up * (s + silu * (1.0f - s)), silu};
+  if (o.kind == Activation::gelu_erf) {
+    const float cdf = 0.5f * (1.0f + std::erf(gate * 0.7071067811865476f));
+    const float density = 0.3989422804014327f * std::exp(-0.5f * gate * gate);
+    return {gate * cdf * up, up * (cdf + gate * density), gate * cdf};
   }
   if (o.kind == Activation::gelu) {
     const float square = gate * gate;
@@ -53,9 +53,12 @@ inline Slopes slopes_of(float gate, float up, const ActivationOptions& o) {
   if (o.limit > 0.0f) {
     gate_passes = gate > o.limit ? 0.0f : 1.0f;
     up_passes = up > o.limit || up < -o.limit ? 0.0f : 1.0f;
-    gate = gate > o.limit ? o.limit : gate;
-    up = up > o.limit ? o.limit : up;
-    up = up < -o.limit ? -o.limit : up;
+    clamp_to_limit(o.limit, gate, up);
+  }
+  if (o.kind != Activation::swiglu_oai) {
+    const float s = sigmoid_f32(gate);
+    const float silu = gate * s;
+    return {silu * up, gate_passes * up * (s + silu * (1.0f - s)), up_passes * silu};
   }
   const float s = sigmoid_f32(o.alpha * gate);
   const float g = gate * s;
@@ -181,9 +184,10 @@ TILEFUSE_DISPATCH(experts_act_bwd)
 namespace {
 
 ActivationOptions activation_of(const std::string& name, double alpha, double limit) {
-  const Activation kind = name == "silu"   ? Activation::silu
-                          : name == "gelu" ? Activation::gelu
-                                           : Activation::swiglu_oai;
+  Activation kind = Activation::swiglu_oai;
+  if (name == "silu") kind = limit > 0.0 ? Activation::silu_clamped : Activation::silu;
+  if (name == "gelu") kind = Activation::gelu;
+  if (name == "gelu_erf") kind = Activation::gelu_erf;
   return {kind, static_cast<float>(alpha), static_cast<float>(limit)};
 }
 

@@ -13,15 +13,16 @@ KERNEL = "moe_experts_up"
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OAI = {"activation": "swiglu_oai", "alpha": 1.702, "limit": 1.0}
+CLAMPED, ERF = {"limit": 0.5}, {"activation": "gelu_erf"}
 
 
 def act(gate, up, activation="silu", alpha=1.702, limit=0.0):
-    if activation == "silu":
-        return torch.nn.functional.silu(gate) * up
-    if activation == "gelu":
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
+    if activation in ("gelu", "gelu_erf"):
+        return torch.nn.functional.gelu(gate, approximate="none" if activation == "gelu_erf" else "tanh") * up
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
@@ -64,7 +65,7 @@ def check(args, options, where):
     return out, grads
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, OAI, OAI | {"limit": 0.0}])
+@pytest.mark.parametrize("options", [{}, {"activation": "gelu"}, OAI, OAI | {"limit": 0.0}, CLAMPED, ERF])
 @pytest.mark.parametrize("bias", [False, True])
 def test_reference_is_the_formula(options, bias):
     args = widened(case(8, 4, 2, 20, 12, bias=bias))
@@ -83,6 +84,35 @@ def test_reference_is_the_formula(options, bias):
 )
 def test_4_5_6_matches_oracle(tokens, experts, top_k, hidden, inner, options, bias, dtype, where):
     check(case(tokens, experts, top_k, hidden, inner, where, dtype, bias=bias), options, where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [CLAMPED, ERF], ids=["silu_clamped", "gelu_erf"])
+def test_clamped_silu_and_exact_gelu(options, dtype, where):
+    args = case(33, 4, 2, 64, 130, where, dtype, bias=True)
+    out, _ = check(args, options, where)
+    other = tilefuse.moe_experts(*args, activation="gelu" if options is ERF else "silu")
+    assert (out - other).abs().max() > (0.1 if options is CLAMPED else 1e-4)
+
+
+def test_gradients_at_the_limit(where):
+    """A value at the bound passes its gradient, as in torch.clamp, a clamped one none, and NaN stays NaN."""
+    limit, inf, nan = 0.5, math.inf, math.nan
+    gate = torch.tensor([0.5, 0.5, 0.75, -3.0, 0.25, 0.25, 0.25, nan, inf, 0.25], device=where)
+    up = torch.tensor([0.25, 0.5, 0.25, 0.25, -0.5, 0.75, -0.75, 0.25, 0.25, nan], device=where)
+    # an expert for each pair, whose bias is the pre-activation
+    x, w_gate_up, w_down = (torch.zeros(s, device=where) for s in ((10, 1), (10, 2, 1), (10, 1, 1)))
+    weights, ids = torch.ones(10, 1, device=where), torch.arange(10, device=where)[:, None]
+    for activation in ("silu", "swiglu_oai"):
+        z = torch.stack((gate, up), 1).requires_grad_()
+        options = {"activation": activation, "limit": limit}
+        out = tilefuse.moe_experts(x, w_gate_up, w_down + 1, weights, ids, z, **options)
+        want = act(*z.chunk(2, 1), **options)
+        torch.testing.assert_close(out, want, equal_nan=True)
+        finite = want.isfinite()
+        got, right = (torch.autograd.grad(y[finite].sum(), z)[0] for y in (out, want))
+        torch.testing.assert_close(got[finite[:, 0]], right[finite[:, 0]])
+        assert right[:7].eq(0).any()
 
 
 @pytest.mark.parametrize("tokens", [1, 7])
@@ -259,7 +289,9 @@ def test_6_strided_and_transposed_weights(where):
 
 
 def test_16_gradcheck():
-    for options, bias in (({}, False), ({"activation": "gelu"}, True), (OAI | {"limit": 3.0}, True)):
+    for options, bias in (
+        ({}, False), ({"activation": "gelu"}, True), (OAI | {"limit": 3.0}, True), ({"limit": 3.0}, True), (ERF, False),
+    ):  # fmt: skip
         args = widened(case(4, 3, 2, 6, 5, bias=bias))
         leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in args]
         with tilefuse.backend("reference"):
@@ -305,6 +337,9 @@ W, I = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int32)
         (ValueError, r"bias_gate_up must be \[3, 12\]", (X, G, D, W, I, D[..., 0]), {}),
         (TypeError, "bias_down must be of x's dtype", (X, G, D, W, I, None, D[..., 0].half()), {}),
         (ValueError, "activation must be one of silu, gelu, swiglu_oai", (X, G, D, W, I), {"activation": "relu"}),
+        (ValueError, r"limit must be 0 \(no clamp\) with gelu, got 0.5", (X, G, D, W, I),
+         {"activation": "gelu", "limit": 0.5}),
+        (ValueError, "limit must be 0", (X, G, D, W, I), ERF | CLAMPED),
         (ValueError, "w_down must be on the device of x", (X, G, D.to("meta"), W, I), {}),
         (ValueError, "ids must be on the device of x", (X, G, D, W, I.to("meta")), {}),
     ],

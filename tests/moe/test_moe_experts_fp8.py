@@ -26,33 +26,35 @@ def rounded(x):
         return tilefuse.fp8_dequantize(q, scale, out_dtype=torch.float32)
 
 
-def loop(x, w_gate_up, w_down, weights, ids, activation, requantise):
+def loop(x, w_gate_up, w_down, weights, ids, activation, limit, requantise):
     """The expert loop on dequantised operands, in their dtype."""
     out = torch.zeros_like(x)
     for e in range(w_gate_up.shape[0]):
         token, slot = torch.where(ids == e)
         gate, up = (x[token] @ w_gate_up[e].T).chunk(2, -1)
+        if limit:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         if activation == "silu":
             h = torch.nn.functional.silu(gate) * up
         else:
-            h = torch.nn.functional.gelu(gate, approximate="tanh") * up
+            h = torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu" else "none") * up
         h = requantise(h)
         out.index_add_(0, token, ((h @ w_down[e].T) * weights[token, slot, None]).to(x.dtype))
     return out
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
+@pytest.mark.parametrize(("activation", "limit"), [("silu", 0.0), ("gelu", 0.0), ("gelu_erf", 0.0), ("silu", 0.3)])
 @pytest.mark.parametrize("shape", [(9, 3, 2, 160, 96), (33, 4, 2, 128, 128)], ids=str)
-def test_matches_oracle(shape, activation, where):
+def test_matches_oracle(shape, activation, limit, where):
     """As close to the layer on the exact codes as a loop in bf16 that also quantises the activation."""
     x, w, w_scale, d, d_scale, weights, ids = args = case(*shape, where)
     with poisoned():
-        out = tilefuse.moe_experts_fp8(*args, activation=activation)
+        out = tilefuse.moe_experts_fp8(*args, activation=activation, limit=limit)
     assert out.dtype == torch.bfloat16
     operands = [t.cpu() for t in (rounded(x), dequantised(w, w_scale), dequantised(d, d_scale), weights)]
-    exact = loop(*(t.double() for t in operands), ids.cpu(), activation, lambda h: h)
+    exact = loop(*(t.double() for t in operands), ids.cpu(), activation, limit, lambda h: h)
     low = [t.bfloat16() for t in operands[:3]]
-    plain = loop(*low, operands[3], ids.cpu(), activation, lambda h: rounded(h).bfloat16())
+    plain = loop(*low, operands[3], ids.cpu(), activation, limit, lambda h: rounded(h).bfloat16())
     assert_close(out.cpu(), exact, plain)
 
 

@@ -46,17 +46,30 @@ def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
         h = g * up
         d_gate = up * (s + g * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * square))
         d_up = g
+    elif ACTIVATION == "gelu_erf":
+        cdf = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        g = gate * cdf
+        h = g * up
+        d_gate = up * (cdf + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate))
+        d_up = g
     else:
         clamp = limit > 0
         gate_high = clamp & (gate > limit)
         up_high = clamp & (up > limit)
         up_low = clamp & (up < -limit)
         gate = tl.where(gate_high, limit, gate)
-        up = tl.where(up_high, limit, tl.where(up_low, -limit, up)) + 1.0
-        s = _sigmoid(alpha * gate)
-        g = gate * s
+        up = tl.where(up_high, limit, tl.where(up_low, -limit, up))
+        if ACTIVATION == "silu_clamped":
+            s = _sigmoid(gate)
+            g = gate * s
+            slope = s + g * (1.0 - s)
+        else:
+            up += 1.0
+            s = _sigmoid(alpha * gate)
+            g = gate * s
+            slope = s + alpha * g * (1.0 - s)
         h = g * up
-        d_gate = tl.where(gate_high, 0.0, up * (s + alpha * g * (1.0 - s)))
+        d_gate = tl.where(gate_high, 0.0, up * slope)
         d_up = tl.where(up_high | up_low, 0.0, g)
     return h, d_gate, d_up
 
@@ -184,6 +197,11 @@ def config(rows, groups, inner, k, dtype, device) -> Config:
     return tuned.choose("moe_experts_up", shape_key(rows, groups, inner, k, dtype), device, tile)
 
 
+def _kind(activation, limit):
+    """silu with a limit is a kind of its own, so that silu without one stays free of it."""
+    return "silu_clamped" if activation == "silu" and limit > 0 else activation
+
+
 def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):
     rows, groups, inner, k = order.shape[0], w_gate_up.shape[0], w_gate_up.shape[1] // 2, w_gate_up.shape[2]
     h = x.new_empty((rows, inner))
@@ -211,7 +229,7 @@ def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha,
             tiles_m,
             top_k,
             (alpha, limit),
-            ACTIVATION=activation,
+            ACTIVATION=_kind(activation, limit),
             GROUPS=groups,
             **tile.constants,
         )
@@ -239,7 +257,7 @@ def moe_experts_act_bwd(z, dh, offsets, order, weights, activation, alpha, limit
                 alpha,
                 limit,
                 GROUPS=offsets.shape[0] - 1,
-                ACTIVATION=activation,
+                ACTIVATION=_kind(activation, limit),
                 BLOCK=block,
                 num_warps=4,
             )

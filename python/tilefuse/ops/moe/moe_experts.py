@@ -22,7 +22,7 @@ from .moe_plan import moe_plan_fwd
 
 __all__ = ["moe_experts"]
 
-ACTIVATIONS = ("silu", "gelu", "swiglu_oai")
+ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "gelu_erf")
 
 
 def check_experts(
@@ -33,6 +33,7 @@ def check_experts(
     weights: Tensor,
     ids: Tensor,
     activation: str,
+    limit: float,
 ) -> None:
     """Shapes and options that moe_experts and moe_experts_fp8 share."""
     if x.dim() != 2:
@@ -54,11 +55,13 @@ def check_experts(
         check_device(name, arg, tensor, x, "x")
     if activation not in ACTIVATIONS:
         value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    if limit > 0 and activation in ("gelu", "gelu_erf"):
+        value_error(name, "limit", f"0 (no clamp) with {activation}", limit)
 
 
-def _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation) -> None:
+def _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, limit) -> None:
     name = "moe_experts"
-    check_experts(name, x, w_gate_up, w_down, weights, ids, activation)
+    check_experts(name, x, w_gate_up, w_down, weights, ids, activation, limit)
     for arg, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         if tensor.dtype != x.dtype:
             type_error(name, arg, f"of x's dtype {x.dtype}", tensor)
@@ -190,9 +193,11 @@ def moe_experts(
         weights: ``[T, k]`` float32 (or x's dtype), from ``moe_route``.
         ids: ``[T, k]`` int32 or int64; an id outside ``[0, E)`` is dropped and contributes exactly 0.
         bias_gate_up, bias_down: ``[E, 2 I]`` and ``[E, H]`` of x's dtype.
-        activation: ``"silu"`` (``silu(gate) * up``), ``"gelu"`` (tanh form) or ``"swiglu_oai"`` (gpt-oss: gate
-            clamped above at ``limit``, up to +-``limit``, ``gate * sigmoid(alpha * gate) * (up + 1)``).
-        alpha, limit: of ``"swiglu_oai"`` only; ``limit <= 0`` means no clamp.
+        activation: ``"silu"`` (``silu(gate) * up``), ``"gelu"`` (tanh form), ``"gelu_erf"`` (exact) or
+            ``"swiglu_oai"`` (gpt-oss: ``gate * sigmoid(alpha * gate) * (up + 1)``).
+        alpha: of ``"swiglu_oai"`` only.
+        limit: if positive, clamps gate above at ``limit`` and up to +-``limit`` before the activation (gpt-oss,
+            DeepSeek-V4). Not with gelu. A value at the bound passes its gradient, a clamped one none.
 
     Returns:
         ``[T, H]`` in x's dtype.
@@ -203,7 +208,7 @@ def moe_experts(
     calls of as many tokens (their number per expert chooses the tile). No host synchronisation.
 
     Raises:
-        ValueError: a wrong shape or activation. TypeError: a wrong dtype.
+        ValueError: a wrong shape or activation, a limit with gelu. TypeError: a wrong dtype.
 
     Example::
 
@@ -212,7 +217,7 @@ def moe_experts(
 
     Source: the memory scheme is that of SonicMoE (2512.14080).
     """
-    _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation)
+    _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, limit)
     x, ids, weights = check_last_dim_contiguous(x), ids.contiguous(), weights.contiguous()
     w_gate_up, w_down = either_contiguous(w_gate_up), either_contiguous(w_down)
     bias_gate_up, bias_down = (None if b is None else b.contiguous() for b in (bias_gate_up, bias_down))

@@ -16,16 +16,16 @@ from .moe_plan import moe_plan_fwd
 
 __all__ = ["moe_experts_fp8"]
 
-ACTIVATIONS = ("silu", "gelu")
+ACTIVATIONS = ("silu", "gelu", "gelu_erf")
 
 
-def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation) -> None:
+def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation, limit) -> None:
     name = "moe_experts_fp8"
-    check_experts(name, x, w_gate_up, w_down, weights, ids, "silu")
-    if x.dtype == torch.float64:
-        type_error(name, "x", "float32 or bfloat16 or float16", x)
     if activation not in ACTIVATIONS:
         value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+    check_experts(name, x, w_gate_up, w_down, weights, ids, activation, limit)
+    if x.dtype == torch.float64:
+        type_error(name, "x", "float32 or bfloat16 or float16", x)
     for arg, weight, scale in (("w_gate_up", w_gate_up, w_gate_up_scale), ("w_down", w_down, w_down_scale)):
         if weight.dtype != CODES:
             type_error(name, arg, "float8_e4m3fn", weight)
@@ -59,6 +59,7 @@ def moe_experts_fp8(
     ids: Tensor,
     *,
     activation: str = "silu",
+    limit: float = 0.0,
 ) -> Tensor:
     """``moe_experts`` with e4m3 weights and activations, block scaled.
 
@@ -73,7 +74,8 @@ def moe_experts_fp8(
         w_down: ``[E, H, I]`` float8_e4m3fn, with ``w_down_scale [E, ceil(H / 128), ceil(I / 128)]``.
         weights: ``[T, k]`` float32 (or x's dtype).
         ids: ``[T, k]`` int32 or int64; an id outside ``[0, E)`` is dropped.
-        activation: ``"silu"`` or ``"gelu"`` (tanh form).
+        activation: ``"silu"``, ``"gelu"`` (tanh form) or ``"gelu_erf"`` (exact).
+        limit: of ``"silu"``, as in ``moe_experts``: clamps gate and up, 0 is off.
 
     Returns:
         ``[T, H]`` in x's dtype; pre-activation and expert rows have that dtype too.
@@ -83,7 +85,7 @@ def moe_experts_fp8(
     synchronisation.
 
     Raises:
-        ValueError: a wrong shape or activation. TypeError: a wrong dtype. RuntimeError: see above.
+        ValueError: a wrong shape or activation, a limit with gelu. TypeError: a wrong dtype. RuntimeError: see above.
 
     Example::
 
@@ -92,7 +94,7 @@ def moe_experts_fp8(
 
     Source: the block scales are those of DeepSeek-V3 (2412.19437), section 3.3.
     """
-    _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation)
+    _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation, limit)
     check_not_differentiated(
         "moe_experts_fp8", "it is for inference", x=x, weights=weights, w_gate_up_scale=w_gate_up_scale,
         w_down_scale=w_down_scale,
@@ -105,10 +107,14 @@ def moe_experts_fp8(
     # bytes: not every backend gathers FP8
     rows = q.view(torch.uint8)[token].view(CODES)
     z = fp8_grouped_matmul_fwd(rows, scale[token], w_gate_up, w_gate_up_scale, offsets, x.dtype)
+    if limit > 0:
+        gate, up = z.float().chunk(2, dim=-1)
+        z = torch.cat((gate.clamp(max=limit), up.clamp(-limit, limit)), dim=-1)
     if activation == "silu":
         h, h_scale = silu_mul_quantize(z)
     else:
         gate, up = z.float().chunk(2, dim=-1)
-        h, h_scale = fp8_quantize(torch.nn.functional.gelu(gate, approximate="tanh") * up)
+        form = "tanh" if activation == "gelu" else "none"
+        h, h_scale = fp8_quantize(torch.nn.functional.gelu(gate, approximate=form) * up)
     y = fp8_grouped_matmul_fwd(h, h_scale, w_down, w_down_scale, offsets, x.dtype)
     return moe_combine_fwd(y, inverse, weights.contiguous(), top_k)

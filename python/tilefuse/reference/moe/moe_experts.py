@@ -9,12 +9,12 @@ from .grouped_matmul import computed, grouped_matmul_fwd
 
 
 def activate(gate: Tensor, up: Tensor, activation: str, alpha: float, limit: float) -> Tensor:
-    if activation == "silu":
-        return torch.nn.functional.silu(gate) * up
-    if activation == "gelu":
-        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    if activation in ("gelu", "gelu_erf"):
+        return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu" else "none") * up
     if limit > 0:
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    if activation == "silu":
+        return torch.nn.functional.silu(gate) * up
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
@@ -22,17 +22,22 @@ def activate_bwd(
     gate: Tensor, up: Tensor, dh: Tensor, activation: str, alpha: float, limit: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``activate`` for gate and up."""
-    if activation == "silu":
-        s = torch.sigmoid(gate)
-        return dh * up * s * (1 + gate * (1 - s)), dh * gate * s
+    if activation == "gelu_erf":
+        cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+        density = torch.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
+        return dh * up * (cdf + gate * density), dh * gate * cdf
     if activation == "gelu":
         factor, cubic = math.sqrt(2 / math.pi), 0.044715
         t = torch.tanh(factor * (gate + cubic * gate**3))
         slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * factor * (1 + 3 * cubic * gate * gate)
         return dh * up * slope, dh * 0.5 * gate * (1 + t)
     g, u = (gate.clamp(max=limit), up.clamp(-limit, limit)) if limit > 0 else (gate, up)
-    s = torch.sigmoid(alpha * g)
-    d_gate, d_up = dh * (u + 1) * s * (1 + alpha * g * (1 - s)), dh * g * s
+    if activation == "silu":
+        s = torch.sigmoid(g)
+        d_gate, d_up = dh * u * s * (1 + g * (1 - s)), dh * g * s
+    else:
+        s = torch.sigmoid(alpha * g)
+        d_gate, d_up = dh * (u + 1) * s * (1 + alpha * g * (1 - s)), dh * g * s
     if limit > 0:
         # a clamped value passes no gradient, one at the bound does
         d_gate = d_gate.masked_fill(gate > limit, 0)

@@ -39,6 +39,8 @@ def _samples(device: torch.device) -> Iterator[Sample]:
     x, w_gate_up, w_down, *rest = case(5, 3, 2, 32, 16, device)
     w_gate_up, w_down = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w_gate_up, w_down))
     yield Sample((x, w_gate_up, w_down, *rest), name="transposed")
+    yield Sample(case(6, 4, 2, 48, 16, device), {"limit": 0.5}, "silu_clamped")
+    yield Sample(case(6, 4, 2, 48, 16, device), {"activation": "gelu_erf"}, "gelu_erf")
 
 
 SAMPLES: dict[str, Callable[[torch.device], Iterator[Sample]]] = {"moe_experts": _samples}

@@ -31,6 +31,7 @@ def _samples(device: torch.device) -> Iterator[Sample]:
     yield Sample(case(9, 3, 2, 160, 96, device), name="ragged")
     yield Sample(case(5, 3, 2, 128, 64, device, torch.float32), {"activation": "gelu"}, "gelu")
     yield Sample(case(0, 2, 2, 128, 64, device), name="no_tokens")
+    yield Sample(case(5, 3, 2, 128, 64, device), {"limit": 0.3}, "silu_clamped")
 
 
 SAMPLES: dict[str, Callable[[torch.device], Iterator[Sample]]] = {"moe_experts_fp8": _samples}
