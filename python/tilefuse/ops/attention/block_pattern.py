@@ -63,7 +63,7 @@ class BlockPattern:
         """Draws the lists of one head with matplotlib: darker means listed more often. Returns the axes."""
         import matplotlib.pyplot as plt
 
-        counts = torch.zeros(self.rows, self.columns)
+        counts = torch.zeros(self.rows, self.columns, dtype=torch.float32, device="cpu")
         offsets = self.row_offsets[batch % self.row_offsets.shape[0], head % self.row_offsets.shape[1]].tolist()
         columns = self.col_index.tolist()
         for i in range(self.rows):
@@ -195,7 +195,7 @@ def block_pattern(
     The lists of a row are in ascending order, the same in every run.
 
     Raises:
-        ValueError: an unknown kind, or arguments that do not fit it.
+        ValueError: an unknown kind, arguments that do not fit it, or a mask on the meta device.
 
     Sources: Longformer (arXiv:2004.05150), BigBird (arXiv:2007.14062), Sparse Transformer (arXiv:1904.10509).
     """
@@ -209,7 +209,11 @@ def block_pattern(
         if value < least:
             errors.value_error(name, arg, f">= {least}", value)
     rows, columns = -(-seq_len_q // block_size), -(-seq_len_k // block_size)
-    device = torch.device(device) if device is not None else mask.device if mask is not None else torch.device("cpu")
+    if mask is not None and mask.is_meta:
+        errors.value_error(name, "mask", "with values, not on the meta device", mask)
+    home = torch.device(device) if device is not None else mask.device if mask is not None else torch.device("cpu")
+    # the number of listed blocks depends on values, which the meta device has none of
+    device = torch.device("cpu") if home.type == "meta" else home
     delta = seq_len_k - seq_len_q
     row = torch.arange(rows, device=device)
     # positions of a row's first and last token among the keys
@@ -265,14 +269,15 @@ def block_pattern(
     if causal and rows:
         keys = keys[keys % columns * block_size <= last[keys // columns % rows]]
     offsets, cols = _csr(keys, batch * heads, rows, columns)
-    return BlockPattern(offsets.view(batch, heads, rows + 1), cols, block_size, seq_len_q, seq_len_k)
+    offsets, cols = offsets.view(batch, heads, rows + 1).to(home), cols.to(home)
+    return BlockPattern(offsets, cols, block_size, seq_len_q, seq_len_k)
 
 
 def _random_blocks(rows: int, columns: int, heads: int, count: int, seed: int | None, device: torch.device) -> Tensor:
     """BigBird's random blocks of rows 1 .. n - 2, distinct and none that the row lists anyway; keys per head."""
-    inner = torch.arange(1, rows - 1)
+    inner = torch.arange(1, rows - 1, device="cpu")
     if seed is None:
-        chosen = torch.zeros(heads, rows - 2, count, dtype=torch.long)
+        chosen = torch.zeros(heads, rows - 2, count, dtype=torch.long, device="cpu")
     else:
         # rows list {0, i - 1, i, i + 1, n - 1}: the others in order are 1 .. i - 2, i + 2 .. n - 2
         free = columns - 5 + (inner == 1).long() + (inner == rows - 2).long()
@@ -283,7 +288,8 @@ def _random_blocks(rows: int, columns: int, heads: int, count: int, seed: int | 
         picks: list[Tensor] = []
         for j in range(count):
             limit = free - count + j
-            pick = (torch.rand(heads, rows - 2, generator=generator, dtype=torch.float64) * (limit + 1)).long()
+            drawn = torch.rand(heads, rows - 2, generator=generator, dtype=torch.float64, device="cpu")
+            pick = (drawn * (limit + 1)).long()
             taken = torch.zeros_like(pick, dtype=torch.bool)
             for other in picks:
                 taken |= other == pick
@@ -292,5 +298,5 @@ def _random_blocks(rows: int, columns: int, heads: int, count: int, seed: int | 
         # the rank-th block that is not listed: 1 .. low - 1, then from high + 1
         low, high = (inner - 1).clamp(min=1)[:, None], (inner + 1)[:, None]
         chosen = torch.where(rank + 1 < low, rank + 1, rank + 1 + (high - low + 1))
-    key = (torch.arange(heads)[:, None, None] * rows + inner[None, :, None]) * columns + chosen
+    key = (torch.arange(heads, device="cpu")[:, None, None] * rows + inner[None, :, None]) * columns + chosen
     return key.flatten().to(device)
