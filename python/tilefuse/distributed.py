@@ -9,6 +9,13 @@ Rank r of W owns experts ``[r * E / W, (r + 1) * E / W)``. A layer is three step
 
 The backward of dispatch is a combine and the reverse (the scheme of DeepEP and Megatron-LM): gradients travel through
 the same all-to-all with the splits exchanged.
+
+Data parallelism for the rest of the model leaves the experts alone, each rank has its own::
+
+    parallel = ExpertParallel(64, average_gradients=True)
+    model = Model(moe=tilefuse.nn.MoE(..., parallel=parallel))
+    exclude_experts(model)
+    model = DistributedDataParallel(model)
 """
 
 from __future__ import annotations
@@ -20,13 +27,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import errors, library
 from .ops.moe.moe_combine import moe_combine, moe_combine_fwd
 from .ops.moe.moe_plan import moe_plan
 
-__all__ = ["Dispatched", "ExpertParallel"]
+__all__ = ["Dispatched", "ExpertParallel", "exclude_experts"]
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -51,6 +59,30 @@ class Dispatched:
     receive_splits: list[int] | None
 
 
+def exclude_experts(model: nn.Module) -> list[str]:
+    """Keeps ``DistributedDataParallel(model)`` away from the experts of every ``tilefuse.nn.MoE(parallel=...)`` in it.
+
+    DDP would copy rank 0's experts to every rank when it is made, and average the gradients of different experts. Call
+    this on the model before DDP and after adapters; a model under DDP whose experts are not excluded raises.
+
+    Returns:
+        The names of the excluded parameters.
+    """
+    # nn holds this module's callers
+    from .nn.moe import MoE
+
+    names = [
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if isinstance(module, MoE) and module.parallel is not None
+        for name, _ in module.named_parameters()
+        if name.startswith("experts.")
+    ]
+    others = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ()) if name not in names]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, [*others, *names])
+    return names
+
+
 class ExpertParallel:
     """Dispatches tokens to the ranks of a process group that own their experts, and combines the results.
 
@@ -63,6 +95,14 @@ class ExpertParallel:
             and count as zero in the sum.
         timeout: seconds that a collective may take before it raises; None takes the group's own limit. On NCCL the
             group's watchdog enforces the limit.
+        average_gradients: of the experts in ``tilefuse.nn.MoE``. An expert sees the tokens of all ranks, so its
+            gradient is that of the *sum* of the ranks' losses. DDP and FSDP give the rest of a model the gradient of
+            their *mean*: with True the experts' is divided by W to match. (Experts of a caller's own function keep the
+            sum.)
+
+    Under DDP, ``exclude_experts`` is needed, ``average_gradients=True``, and a DDP group of the same ranks: each is
+    checked in the forward. Under FSDP nothing can be checked: keep the experts out of ``fully_shard``, or shard them
+    over other ranks than those of this group.
 
     Every rank of the group must make the same calls, also with zero tokens. Deterministic: results and gradients of a
     token's rows are summed in float32 in slot order, without atomics.
@@ -79,6 +119,7 @@ class ExpertParallel:
         *,
         capacity: int | None = None,
         timeout: float | None = None,
+        average_gradients: bool = False,
     ):
         self.group = group
         self.world = dist.get_world_size(group)
@@ -93,6 +134,7 @@ class ExpertParallel:
         self.local_experts = num_experts // self.world
         self.capacity = capacity
         self.timeout = None if timeout is None else datetime.timedelta(seconds=timeout)
+        self.average_gradients = average_gradients
 
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor, experts: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """Runs a whole expert-parallel layer.
@@ -109,6 +151,25 @@ class ExpertParallel:
         """
         dispatched = self.dispatch(x, ids)
         return self.combine(experts(dispatched.x, dispatched.ids), weights, dispatched)
+
+    def check_ddp(self, experts: nn.Module) -> None:
+        """Raises RuntimeError inside of a DDP that does, or leaves undone, what makes experts wrong."""
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None:
+            return
+        synchronised = {id(p) for p in ddp._module_parameters}
+        if any(id(p) in synchronised for p in experts.parameters()):
+            why = (
+                "DDP has copied rank 0's experts to every rank; call tilefuse.distributed.exclude_experts(model) before"
+                " DistributedDataParallel(model)"
+            )
+        elif not self.average_gradients:
+            why = "DDP averages gradients, so average_gradients must be True for the experts"
+        elif dist.get_process_group_ranks(ddp.process_group) != dist.get_process_group_ranks(self.group):
+            why = "DDP's process group must have the ranks of the experts' group, which has no copies to average over"
+        else:
+            return
+        raise RuntimeError(f"tilefuse.ExpertParallel: {why}")
 
     def dispatch(self, x: Tensor, ids: Tensor) -> Dispatched:
         """Sends every kept row of ``x [T, ...]`` to the rank that owns its expert ``ids [T, k]``.

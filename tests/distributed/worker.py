@@ -12,9 +12,12 @@ import traceback
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import tilefuse
-from tilefuse.distributed import ExpertParallel
+from tilefuse.distributed import ExpertParallel, exclude_experts
+from tilefuse.nn import MoE
 from tilefuse.testing import assert_close
 
 EXPERTS, HIDDEN, INNER, TOP_K = 8, 24, 16, 3
@@ -285,6 +288,84 @@ def case_arguments():
         assert "y must be" in str(error), error
     else:
         raise AssertionError("no ValueError for y of a wrong shape")
+
+
+class Model(nn.Module):
+    """A dense layer, then experts; the same on every rank but for the experts of ``parallel``."""
+
+    def __init__(self, parallel=None):
+        super().__init__()
+        self.dense = nn.Linear(HIDDEN, HIDDEN)
+        self.moe = MoE(HIDDEN, INNER, EXPERTS, TOP_K, correction_bias=True, parallel=parallel, initializer_range=0.2)
+        self.dense.weight.data = torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(6))
+        self.dense.bias.data.zero_()
+        self.moe.reset_parameters(torch.Generator().manual_seed(7))
+
+    def forward(self, x):
+        return self.moe(self.dense(x))
+
+
+def case_data_parallel_around_experts():
+    """Every gradient is that of the mean of the ranks' losses, and no rank's experts are another's."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    everyone = [x for x, _, _ in tokens(13, [5 + 3 * r for r in range(world)])]
+    model = Model(ExpertParallel(EXPERTS, average_gradients=True))
+    names = exclude_experts(model)
+    assert names == ["moe.experts.gate_up_proj", "moe.experts.down_proj"], names
+    ddp = DistributedDataParallel(model)
+    ddp(everyone[rank]).square().mean().backward()
+
+    alone = Model()
+    torch.stack([alone(x).square().mean() for x in everyone]).mean().backward()
+    local = slice(rank * EXPERTS // world, (rank + 1) * EXPERTS // world)
+    for (name, ours), theirs in zip(model.named_parameters(), alone.parameters()):
+        part = local if name in names else slice(None)
+        torch.testing.assert_close(ours, theirs[part], rtol=0, atol=0)
+        torch.testing.assert_close(ours.grad, theirs.grad[part], rtol=1e-4, atol=1e-6)
+
+
+def refused(run, message):
+    try:
+        run()
+    except RuntimeError as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
+def case_data_parallel_that_would_be_wrong():
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x = tokens(13, [5] * world)[rank][0]
+    model = Model(ExpertParallel(EXPERTS, average_gradients=True))
+    refused(lambda: DistributedDataParallel(model)(x), "call tilefuse.distributed.exclude_experts(model) before")
+    model = Model(ExpertParallel(EXPERTS))
+    exclude_experts(model)
+    refused(lambda: DistributedDataParallel(model)(x), "average_gradients must be True")
+    # each expert twice, on half of the ranks each: nobody averages them
+    half = [dist.new_group(ranks) for ranks in (range(world // 2), range(world // 2, world))][rank * 2 // world]
+    model = Model(ExpertParallel(EXPERTS, half, average_gradients=True))
+    exclude_experts(model)
+    refused(lambda: DistributedDataParallel(model)(x), "DDP's process group must have the ranks")
+
+
+def case_counts_under_data_parallel():
+    """Each rank keeps the counts of its own tokens over all micro-batches; the update sums them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    micro_batches = [tokens(seed, [5 + 3 * r for r in range(world)])[rank][0] for seed in (14, 15, 16)]
+    alone = Model()
+    for x in micro_batches:
+        alone(x)
+    want = alone.moe.gate.expert_counts
+    ddp = DistributedDataParallel(Model())
+    for x in micro_batches:
+        ddp(x).sum().backward()
+    gate = ddp.module.moe.gate
+    assert torch.equal(gate.expert_counts, want), (gate.expert_counts, want)
+    total = want.clone()
+    dist.all_reduce(total)
+    bias = tilefuse.moe_update_bias(torch.zeros(EXPERTS), total, rate=1e-3)
+    ddp.module.moe.update_bias(1e-3, group=dist.group.WORLD)
+    assert torch.equal(gate.e_score_correction_bias, bias)
 
 
 def case_rank_dies():

@@ -1,7 +1,9 @@
 import copy
+import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import tilefuse
 from tilefuse.distributed import ExpertParallel
@@ -90,6 +92,77 @@ def test_bias_update_balances():
     moe.eval()
     moe(x)
     assert not moe.gate.expert_counts.any()
+
+
+def checkpointed(reentrant):
+    return lambda moe, x: checkpoint(moe, x, use_reentrant=reentrant)
+
+
+RUNS = {
+    "plain": lambda moe, x: moe(x),
+    "reentrant": checkpointed(True),
+    "saved_tensors": checkpointed(False),
+    "reentrant_in_saved_tensors": lambda moe, x: checkpoint(checkpointed(True), moe, x, use_reentrant=False),
+    "saved_tensors_in_reentrant": lambda moe, x: checkpoint(checkpointed(False), moe, x, use_reentrant=True),
+    "compiled_in_saved_tensors": lambda moe, x: checkpoint(
+        torch.compile(moe, backend="aot_eager"), x, use_reentrant=False
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_choices_count_once(run):
+    """Whatever is checkpointed; a look without gradients is no step."""
+    moe = make(initializer_range=0.2)
+    x, other = tokens(2, 12, 32).requires_grad_(), tokens(2, 30, 32)
+    ids = moe(x, return_routing=True)[1].ids
+    want = ids.flatten().bincount(minlength=8)
+    moe.gate.expert_counts.zero_()
+    for micro_batch in (1, 2):
+        RUNS[run](moe, x).sum().backward()
+        with torch.no_grad():
+            moe(other)
+        assert_bit_equal(moe.gate.expert_counts, micro_batch * want)
+
+
+def test_counts_are_no_state():
+    moe, x = make(), tokens(2, 12, 32)
+    moe(x)
+    assert not any("expert_counts" in name for name in (*moe.state_dict(), *dict(moe.named_buffers())))
+    counts = moe.gate.expert_counts.clone()
+    assert counts.any()
+    other = copy.deepcopy(moe)
+    other(x)
+    assert_bit_equal(other.gate.expert_counts, 2 * counts)
+    assert_bit_equal(moe.gate.expert_counts, counts)
+    assert_bit_equal(pickle.loads(pickle.dumps(moe)).gate.expert_counts, counts)
+    assert_bit_equal(moe.to(torch.bfloat16).gate.expert_counts, counts)
+    moe.to_empty(device="meta").to_empty(device="cpu")
+    assert_bit_equal(moe.gate.expert_counts, torch.zeros_like(counts))
+
+
+def test_assigned_from_meta():
+    moe, x = make(), tokens(2, 12, 32)
+    other = make(device="meta")
+    other.load_state_dict(moe.state_dict(), assign=True)
+    assert not other.gate.expert_counts.is_meta
+    assert_bit_equal(other(x), moe(x))
+    assert_bit_equal(other.gate.expert_counts, moe.gate.expert_counts)
+
+
+@pytest.mark.parametrize("act,activation", [("gelu", "gelu_erf"), ("gelu_pytorch_tanh", "gelu"), ("swish", "silu")])
+def test_hidden_act(hf, act, activation):
+    """Hugging Face's "gelu" is the erf form."""
+    import transformers
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+    config = transformers.DeepseekV2Config(
+        hidden_size=32, num_experts_per_tok=3, experts_implementation="eager", moe_intermediate_size=24,
+        n_shared_experts=2, n_routed_experts=8, topk_method="greedy", routed_scaling_factor=1.0, hidden_act=act,
+    )  # fmt: skip
+    ours = MoE.from_config(config)
+    assert ours.activation == activation
+    hf(ours, DeepseekV2Moe(config), 3 * tokens(2, 20, 32), lambda module, x: module(x), dtype=torch.float32)
 
 
 def test_losses_and_routing():
@@ -211,7 +284,7 @@ def test_initialisation(initialisation, kwargs):
         ({"topk_group": 2}, "topk_group must be at most n_group 1, got 2"),
         ({"score": "relu"}, "score must be one of softmax, sigmoid, sqrtsoftplus, none, got 'relu'"),
         ({"group_score": "mean"}, "group_score must be one of max, top2, got 'mean'"),
-        ({"activation": "relu"}, "activation must be one of silu, gelu, got 'relu'"),
+        ({"activation": "relu"}, "activation must be one of silu, gelu, gelu_erf, got 'relu'"),
         ({"num_shared_experts": -1}, "num_shared_experts must be at least 0, got -1"),
         ({"shared_intermediate_size": -1}, "shared_intermediate_size must be at least 0, got -1"),
     ],
@@ -238,4 +311,7 @@ def test_call_errors():
         model_type, hidden_act, initializer_range = "bert", "silu", 0.02
 
     with pytest.raises(ValueError, match=r"tilefuse.nn.MoE.from_config: config must be of type deepseek_v3"):
+        MoE.from_config(Unknown())
+    Unknown.hidden_act = "relu"
+    with pytest.raises(ValueError, match=r"tilefuse.nn.MoE.from_config: hidden_act must be one of silu, swish, gelu"):
         MoE.from_config(Unknown())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,9 @@ __all__ = ["MoE", "Routing"]
 _NAME = "nn.MoE"
 _SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
 _GROUP_SCORES = ("max", "top2")
-_ACTIVATIONS = {"silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh")}
+_ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh"), "gelu_erf": F.gelu}
+# Hugging Face's names
+_HIDDEN_ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu_erf", "gelu_pytorch_tanh": "gelu"}
 
 
 class Routing(NamedTuple):
@@ -31,38 +34,150 @@ class Routing(NamedTuple):
     ids: Tensor
 
 
-class _Router(nn.Module):
-    """``weight [E, hidden]``, and for aux-free balancing ``e_score_correction_bias [E]``, always float32."""
+@torch.library.custom_op("tilefuse_nn::count_choices_", mutates_args=("counts",))
+def _count_choices_(counts: Tensor, ids: Tensor) -> None:
+    """Adds how often each expert was chosen to ``counts [E]`` int64; a recomputation in a backward adds nothing."""
+    if _in_backward():
+        return
+    counts += _histogram(ids, counts.shape[0])
 
-    def __init__(self, hidden_size: int, num_experts: int, correction_bias: bool, device: Any, dtype: Any):
+
+@_count_choices_.register_fake
+def _(counts: Tensor, ids: Tensor) -> None:
+    return None
+
+
+def _histogram(ids: Tensor, num_experts: int) -> Tensor:
+    # the spare last entry takes dropped ids; integers add up in any order
+    slots = torch.where(ids >= 0, ids, num_experts).flatten().long()
+    return slots.new_zeros(num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))[:num_experts]
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class _CountInBackward(torch.autograd.Function):
+    """The identity; its backward counts.
+
+    For a forward that runs in a backward. Reentrant checkpointing, whose first forward ran without gradients, takes the
+    gradients of what it recomputes, so this counts. The other kind has counted in its first forward and only takes the
+    saved tensors of what it recomputes: as many as then, so none are saved here.
+    """
+
+    @staticmethod
+    def forward(ctx, weights, counts, ids):
+        ctx.counts, ctx.ids = counts, ids
+        return weights.view_as(weights)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.counts += _histogram(ctx.ids, ctx.counts.shape[0])
+        return grad, None, None
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
+
+
+class _Router(nn.Module):
+    """``weight [E, hidden]``, and for aux-free balancing ``e_score_correction_bias [E]``, always float32.
+
+    ``expert_counts [E]`` int64 belongs to this process alone, so it is no buffer: DDP would copy rank 0's to all ranks.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        correction_bias: bool,
+        router_dtype: torch.dtype | None,
+        options: dict[str, Any],
+        device: Any,
+        dtype: Any,
+    ):
         super().__init__()
+        self.router_dtype, self.options = router_dtype, options
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, device=device, dtype=dtype))
         if correction_bias:
             self.register_buffer(
                 "e_score_correction_bias", torch.zeros(num_experts, device=device, dtype=torch.float32)
             )
-            counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
-            self.register_buffer("expert_counts", counts, persistent=False)
+            self.expert_counts = torch.zeros(num_experts, device=device, dtype=torch.int64)
         else:
             self.e_score_correction_bias = self.expert_counts = None
 
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Routing:
+        """Routes ``x [T, hidden]``; tokens with False in ``valid [T]`` get the id -1."""
+        dtype = x.dtype if self.router_dtype is None else torch.promote_types(x.dtype, self.router_dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+        weights, ids = moe_route(logits, self.e_score_correction_bias, **self.options)
+        if valid is not None:
+            ids = torch.where(valid[:, None], ids, -1)
+        if self.training and self.expert_counts is not None and torch.is_grad_enabled():
+            weights = self._count(weights, ids)
+        return Routing(logits, weights, ids)
+
+    def _count(self, weights: Tensor, ids: Tensor) -> Tensor:
+        self._move_counts(ids.device)
+        if not torch.compiler.is_compiling() and _in_backward():
+            return _CountInBackward.apply(weights, self.expert_counts, ids)
+        _count_choices_(self.expert_counts, ids)
+        return weights
+
+    def _move_counts(self, device: torch.device) -> None:
+        counts = self.expert_counts
+        if counts.device != device:
+            self.expert_counts = torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.expert_counts is not None:
+            self._move_counts(self.e_score_correction_bias.device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Router:
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        names = ("e_score_correction_bias", "expert_counts") if self.expert_counts is not None else ()
+        kept = {name: getattr(self, name) for name in names}
         moved = keep_dtype(kept, fn)
         super()._apply(fn, recurse)
-        for name, buffer in moved.items():
-            if kept[name].is_meta and not buffer.is_meta:
-                buffer.zero_()
-            self._buffers[name] = buffer
+        for name, tensor in moved.items():
+            setattr(self, name, tensor.zero_() if kept[name].is_meta and not tensor.is_meta else tensor)
         return self
 
 
 class _Experts(nn.Module):
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, device: Any, dtype: Any):
+    """The experts of this process: ``gate_up_proj [E, 2 I, hidden]``, ``down_proj [E, hidden, I]``."""
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        parallel: Any,
+        device: Any,
+        dtype: Any,
+    ):
         super().__init__()
         factory = {"device": device, "dtype": dtype}
+        self.activation, self.parallel = activation, parallel
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, **factory))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **factory))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """``x [T, hidden]``, ``ids`` and ``weights [T, k]``, in the order of Hugging Face's experts."""
+        x, gate_up, down = library.autocast(x, self.gate_up_proj, self.down_proj)
+        if self.parallel is not None and self.parallel.average_gradients:
+            gate_up, down = (_ScaledGradient.apply(w, 1 / self.parallel.world) for w in (gate_up, down))
+        return moe_experts(x, gate_up, down, weights, ids, activation=self.activation)
 
 
 class _SharedExperts(nn.Module):
@@ -71,10 +186,10 @@ class _SharedExperts(nn.Module):
         self.gate_proj = linear(hidden_size, intermediate_size, False, device, dtype)
         self.up_proj = linear(hidden_size, intermediate_size, False, device, dtype)
         self.down_proj = linear(intermediate_size, hidden_size, False, device, dtype)
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoE(nn.Module):
@@ -94,10 +209,12 @@ class MoE(nn.Module):
             ``update_bias`` (auxiliary-loss-free balancing).
         num_shared_experts: shared experts, together one gated MLP of ``num_shared_experts * intermediate_size``;
             0 for none. shared_intermediate_size: another width of that MLP.
-        activation: ``"silu"`` or ``"gelu"`` (tanh).
+        activation: ``"silu"``, ``"gelu"`` (tanh form) or ``"gelu_erf"``, as in ``tilefuse.moe_experts``. (Hugging Face
+            means the erf form by "gelu"; ``from_config`` translates.)
         router_dtype: the logits' dtype is the wider of this and x's; float32 is DeepSeek's. None: x's own, as Qwen3
             and Mixtral have it.
         parallel: a ``tilefuse.distributed.ExpertParallel``; the module then holds the ``E / W`` experts of its rank.
+            Its docstring says what data parallelism around that needs.
         initializer_range: standard deviation of ``reset_parameters``.
         device, dtype: of the parameters.
 
@@ -174,10 +291,15 @@ class MoE(nn.Module):
         self.num_experts, self.top_k, self.activation = num_experts, top_k, activation
         self.score, self.renormalize, self.routed_scaling_factor = score, renormalize, routed_scaling_factor
         self.n_group, self.topk_group, self.group_score = n_group, topk_group, group_score
-        self.router_dtype, self.parallel, self.initializer_range = router_dtype, parallel, initializer_range
-        self.gate = _Router(hidden_size, num_experts, correction_bias, device, dtype)
+        self.correction_bias, self.router_dtype = correction_bias, router_dtype
+        self.parallel, self.initializer_range = parallel, initializer_range
+        routing = {
+            "top_k": top_k, "score": score, "renormalize": renormalize, "n_group": n_group, "topk_group": topk_group,
+            "group_score": group_score, "scale": routed_scaling_factor,
+        }  # fmt: skip
+        self.gate = _Router(hidden_size, num_experts, correction_bias, router_dtype, routing, device, dtype)
         local = num_experts if parallel is None else parallel.local_experts
-        self.experts = _Experts(local, hidden_size, intermediate_size, device, dtype)
+        self.experts = _Experts(local, hidden_size, intermediate_size, activation, parallel, device, dtype)
         if shared_intermediate_size:
             self.shared_experts = _SharedExperts(hidden_size, shared_intermediate_size, activation, device, dtype)
         else:
@@ -187,9 +309,11 @@ class MoE(nn.Module):
     @classmethod
     def from_config(cls, config: Any, **kwargs: Any) -> MoE:
         """The block for a Hugging Face config of type deepseek_v3, deepseek_v2, qwen3_moe or mixtral."""
-        kind = config.model_type
+        kind, act = config.model_type, config.hidden_act
+        if act not in _HIDDEN_ACTS:
+            errors.value_error(f"{_NAME}.from_config", "hidden_act", f"one of {', '.join(_HIDDEN_ACTS)}", act)
         fields: dict[str, Any] = {
-            "activation": config.hidden_act, "initializer_range": config.initializer_range,
+            "activation": _HIDDEN_ACTS[act], "initializer_range": config.initializer_range,
         }  # fmt: skip
         if kind in ("deepseek_v3", "deepseek_v2"):
             fields |= {
@@ -220,9 +344,10 @@ class MoE(nn.Module):
 
         The same seed gives the same weights, also the rank's own part of them under expert parallelism.
         """
-        draw_(self.gate.weight, self.initializer_range, generator)
+        draw_(self._router.weight, self.initializer_range, generator)
         first = 0 if self.parallel is None else self.parallel.rank * self.parallel.local_experts
-        for weight in (self.experts.gate_up_proj, self.experts.down_proj):
+        experts = _inside(self.experts, _Experts)
+        for weight in (experts.gate_up_proj, experts.down_proj):
             if self.parallel is None or weight.is_meta:
                 draw_(weight, self.initializer_range, generator)
             else:
@@ -231,12 +356,13 @@ class MoE(nn.Module):
                 draw_(whole, self.initializer_range, generator)
                 with torch.no_grad():
                     weight.copy_(whole[first : first + self.parallel.local_experts])
-        if self.gate.e_score_correction_bias is not None:
-            self.gate.e_score_correction_bias.zero_()
-            self.gate.expert_counts.zero_()
+        if self.correction_bias:
+            self._router.e_score_correction_bias.zero_()
+            self._router.expert_counts.zero_()
         if self.shared_experts is not None:
             for layer in self.shared_experts.children():
-                reset_linear(layer, self.initializer_range, generator)
+                if isinstance(layer, nn.Linear):
+                    reset_linear(layer, self.initializer_range, generator)
 
     def forward(
         self, x: Tensor, valid: Tensor | None = None, *, return_routing: bool = False
@@ -249,9 +375,9 @@ class MoE(nn.Module):
             return_routing: also return the ``Routing`` of the ``T`` flattened tokens, for the losses.
 
         Returns:
-            x's shape and dtype; differentiable in x and all parameters. In training mode with a correction bias the
-            choices are counted for ``update_bias``. (Activation checkpointing runs the layer twice and so counts
-            twice, which leaves the signs as they are.)
+            x's shape and dtype; differentiable in x and all parameters. In training mode with a correction bias and
+            gradients switched on, the choices are counted for ``update_bias``: once, also where activation
+            checkpointing runs the layer twice (a compiled layer needs ``use_reentrant=False`` for that).
 
         Raises:
             ValueError: shapes. TypeError: dtypes.
@@ -264,15 +390,15 @@ class MoE(nn.Module):
                 errors.value_error(_NAME, "valid", f"{[*x.shape[:-1]]} bool", valid)
             errors.check_dtype(_NAME, "valid", valid, (torch.bool,))
         tokens = x.reshape(-1, self.hidden_size)
-        routing = self._route(tokens, None if valid is None else valid.reshape(-1))
-        tokens, gate_up, down = library.autocast(tokens, self.experts.gate_up_proj, self.experts.down_proj)
+        routing = self.gate(tokens, _flat(valid))
+        (tokens,) = library.autocast(tokens)
         if self.parallel is None:
-            out = moe_experts(tokens, gate_up, down, routing.weights, routing.ids, activation=self.activation)
+            out = self.experts(tokens, routing.ids, routing.weights)
         else:
+            self.parallel.check_ddp(self.experts)
 
             def local(rows: Tensor, ids: Tensor) -> Tensor:
-                ones = torch.ones(ids.shape, dtype=torch.float32, device=rows.device)
-                return moe_experts(rows, gate_up, down, ones, ids, activation=self.activation)
+                return self.experts(rows, ids, torch.ones(ids.shape, dtype=torch.float32, device=rows.device))
 
             out = self.parallel(tokens, routing.weights, routing.ids, local)
         out = out.view(x.shape)
@@ -280,26 +406,9 @@ class MoE(nn.Module):
             out = out + self.shared_experts(x)
         return (out, routing) if return_routing else out
 
-    def _route(self, tokens: Tensor, valid: Tensor | None) -> Routing:
-        dtype = tokens.dtype
-        if self.router_dtype is not None:
-            dtype = torch.promote_types(dtype, self.router_dtype)
-        with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.to(dtype), self.gate.weight.to(dtype))
-        bias = self.gate.e_score_correction_bias
-        weights, ids = moe_route(
-            logits, bias, top_k=self.top_k, score=self.score, renormalize=self.renormalize, n_group=self.n_group,
-            topk_group=self.topk_group, group_score=self.group_score, scale=self.routed_scaling_factor,
-        )  # fmt: skip
-        if valid is not None:
-            ids = torch.where(valid[:, None], ids, -1)
-        if self.training and bias is not None:
-            with torch.no_grad():
-                # the spare last entry takes dropped ids; integers add up in any order
-                slots = torch.where(ids >= 0, ids, self.num_experts).flatten().long()
-                counts = slots.new_zeros(self.num_experts + 1).scatter_add_(0, slots, torch.ones_like(slots))
-                self.gate.expert_counts += counts[: self.num_experts]
-        return Routing(logits, weights, ids)
+    @property
+    def _router(self) -> _Router:
+        return _inside(self.gate, _Router)
 
     @torch.no_grad()
     def update_bias(self, rate: float = 1e-3, group: Any = None) -> None:
@@ -310,14 +419,14 @@ class MoE(nn.Module):
         Args:
             rate: step size.
             group: a ``torch.distributed`` group over which the counts are summed first; None with ``parallel`` is
-                its group, else no communication.
+                its group, else no communication: under data parallelism name the group, the counts are each rank's own.
 
         Raises:
             ValueError: the module has no correction bias.
         """
-        bias, counts = self.gate.e_score_correction_bias, self.gate.expert_counts
-        if bias is None:
+        if not self.correction_bias:
             errors.value_error(f"{_NAME}.update_bias", "correction_bias", "True in the constructor", False)
+        bias, counts = self._router.e_score_correction_bias, self._router.expert_counts
         if group is not None or self.parallel is not None:
             torch.distributed.all_reduce(counts, group=self.parallel.group if group is None else group)
         bias.copy_(moe_update_bias(bias, counts, rate=rate))
@@ -341,11 +450,16 @@ class MoE(nn.Module):
             parts.append(f"n_group={self.n_group}, topk_group={self.topk_group}, group_score={self.group_score}")
         if self.routed_scaling_factor != 1:
             parts.append(f"routed_scaling_factor={self.routed_scaling_factor}")
-        if self.gate.e_score_correction_bias is not None:
+        if self.correction_bias:
             parts.append("correction_bias=True")
         if self.parallel is not None:
             parts.append(f"local_experts={self.parallel.local_experts}")
         return ", ".join(parts)
+
+
+def _inside(module: nn.Module, cls: type[nn.Module]) -> Any:
+    """The part of a block itself, whatever adapters have put around it."""
+    return next(m for m in module.modules() if isinstance(m, cls))
 
 
 def _flat(valid: Tensor | None) -> Tensor | None:
