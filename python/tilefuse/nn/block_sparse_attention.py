@@ -104,7 +104,9 @@ class BlockSparseAttention(nn.Module):
 
     def pattern(self, seq_len: int, device: torch.device | str | None = None) -> BlockPattern:
         """The lists for sequences of ``seq_len`` tokens, made at the first call for a length and device."""
-        key = (seq_len, self.query.weight.device if device is None else torch.device(device))
+        if device is None:
+            device = next((p.device for p in self.parameters()), torch.get_default_device())
+        key = (seq_len, torch.device(device))
         if key not in self._patterns:
             heads = {"num_heads": self.num_heads} if self.kind == "bigbird" else {}
             self._patterns[key] = block_pattern(

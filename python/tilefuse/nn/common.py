@@ -1,4 +1,5 @@
-"""What the modules share: linear layers without a wasted initialisation, reproducible draws, tensors of fixed dtype."""
+"""What the modules share: layers without a wasted initialisation, reproducible draws, tensors of fixed dtype, and when
+a submodule's parameters may be read instead of calling it."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import errors
@@ -38,6 +40,38 @@ def reset_linear(layer: nn.Linear, std: float, generator: torch.Generator | None
         layer.bias.zero_()
 
 
+def readable(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling ``module`` is nothing but the formula of one of these classes on its own parameters.
+
+    Only then may a fused kernel read them. A subclass (an adapter, a quantised or sharded layer, a parametrisation), a
+    replaced forward (offloading), a hook or a tensor subclass says that the call does more.
+    """
+    hooks = (
+        module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks,
+        nn.modules.module._has_any_global_hook(),
+    )  # fmt: skip
+    return (
+        type(module) in classes
+        and "forward" not in module.__dict__
+        and not any(hooks)
+        and all(p is None or type(p) in (Tensor, nn.Parameter) for p in module._parameters.values())
+    )
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """An RMSNorm whose weights are stored less ``offset`` (Gemma)."""
+
+    def __init__(self, dim: int, offset: float, *, eps: float, **factory: Any):
+        super().__init__(dim, eps=eps, **factory)
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, offset={self.offset}"
+
+
 def keep_dtype(tensors: dict[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Where ``fn`` of ``nn.Module._apply`` would move these tensors, but in their own dtype.
 
@@ -45,7 +79,7 @@ def keep_dtype(tensors: dict[str, Tensor], fn: Callable[[Tensor], Tensor]) -> di
     """
     moved = {}
     for name, tensor in tensors.items():
-        target = fn(torch.empty(0, device=tensor.device)).device
+        target = fn(torch.empty(0, dtype=torch.float32, device=tensor.device)).device
         if tensor.is_meta and target.type != "meta":
             moved[name] = torch.empty_like(tensor, device=target)
         else:

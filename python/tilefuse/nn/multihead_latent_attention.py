@@ -20,9 +20,10 @@ from ..ops.mla.mla_decode import mla_decode
 from ..ops.mla.mla_expand_kv import mla_expand_kv
 from ..ops.mla.mla_gather_kv import mla_gather_kv
 from ..ops.rope.rope import rope
-from .common import check_hidden, check_positive, linear, packed_positions, reset_linear
+from .common import check_hidden, check_positive, linear, packed_positions, readable, reset_linear
+from .fp8_linear import FP8Linear
 from .paged_cache import PagedLatentCache
-from .rotary_embedding import RotaryEmbedding
+from .rotary_embedding import RotaryEmbedding, make_tables
 
 __all__ = ["MultiheadLatentAttention"]
 
@@ -38,11 +39,14 @@ class MultiheadLatentAttention(nn.Module):
 
     * Without a cache (training, scoring): ``mla_compress_kv``, ``mla_expand_kv``, ``mla_attention``. Differentiable.
     * With a cache and up to ``absorb_tokens`` new tokens per sequence (decode, speculative decode): ``mla_append_kv``,
-      ``mla_absorb_query``, ``mla_decode``. The latent cache is read as it is, keys and values are never expanded.
+      ``mla_absorb_query``, ``mla_decode``. The latent cache is read as it is, keys and values are never expanded. This
+      reads the weight of ``kv_b_proj``, so it needs a plain ``nn.Linear`` or ``FP8Linear`` there.
     * With a cache and more new tokens (prefill, also in chunks): the new tokens as in training, and what the cache
       holds already is gathered, expanded and merged, ``prefix_chunk`` tokens at a time.
 
-    The module chooses by itself.
+    The module chooses by itself. Whatever else stands in the place of ``kv_b_proj`` or ``kv_a_layernorm`` (an adapter,
+    another quantised layer, one that is sharded, offloaded or has hooks) is called on latent rows instead, in decode as
+    in prefill: right, but it expands what the cache holds at every step. Merge adapters before a long decode.
 
     Args:
         hidden_size, num_heads: width of x, and H.
@@ -151,6 +155,7 @@ class MultiheadLatentAttention(nn.Module):
         elif rotary_emb.interleaved != interleaved:
             errors.value_error(_NAME, "rotary_emb", f"interleaved={interleaved}", rotary_emb.interleaved)
         self.rotary_emb = rotary_emb
+        self.register_load_state_dict_post_hook(make_tables)
         self.softmax_scale = self.qk_head_dim**-0.5 * _mscale(rope_scaling or rotary_emb.scaling or {}) ** 2
         self.reset_parameters()
 
@@ -213,10 +218,11 @@ class MultiheadLatentAttention(nn.Module):
                 errors.value_error(_NAME, "positions", "None with a cache, which knows them", positions)
             self._check_cache(cache, kv_a)
             step = cache._planned(_NAME, x, self.layer_idx)
-            if x.shape[1] <= self.absorb_tokens:
-                out = self._decode(q, kv_a, cache, step)
-            else:
+            weight = self._up_projection(q.dtype) if x.shape[1] <= self.absorb_tokens else None
+            if weight is None:
                 out = self._prefill(q, kv_a, cache, step)
+            else:
+                out = self._decode(q, kv_a, weight, cache, step)
         return self.o_proj(out.flatten(-2))
 
     def _check_cache(self, cache: PagedLatentCache, kv_a: Tensor) -> None:
@@ -231,31 +237,49 @@ class MultiheadLatentAttention(nn.Module):
         errors.check_device(_NAME, "cache", cache.rows, kv_a, "x")
 
     def _latent(self, kv_a: Tensor, positions: Tensor | None) -> Tensor:
-        rotary = self.rotary_emb
-        return mla_compress_kv(
-            kv_a, self.kv_a_layernorm.weight, rotary.cos, rotary.sin, positions, eps=self.norm_eps,
-            interleaved=self.interleaved,
-        )  # fmt: skip
+        cos, sin = self.rotary_emb.tables(kv_a)
+        if readable(self.kv_a_layernorm, nn.RMSNorm):
+            return mla_compress_kv(
+                kv_a, self.kv_a_layernorm.weight, cos, sin, positions, eps=self.norm_eps, interleaved=self.interleaved
+            )
+        latent, rotated = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        row = torch.cat((self.kv_a_layernorm(latent).to(kv_a.dtype), rotated), -1)[:, None]
+        options = {"interleaved": self.interleaved, "rotary_offset": self.kv_lora_rank}
+        return rope(row, cos, sin, positions, **options)[:, 0]
+
+    def _append(self, kv_a: Tensor, cache: PagedLatentCache, step: Any) -> None:
+        positions, slots = step.positions.view(-1), step.slots.view(-1)
+        if readable(self.kv_a_layernorm, nn.RMSNorm):
+            cos, sin = self.rotary_emb.tables(kv_a)
+            mla_append_kv(
+                kv_a, self.kv_a_layernorm.weight, cos, sin, positions, cache.rows[self.layer_idx], slots,
+                eps=self.norm_eps, interleaved=self.interleaved, layout=cache.layout,
+            )  # fmt: skip
+        else:
+            cache._store(self.layer_idx, self._latent(kv_a, positions), slots)
 
     def _expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        return mla_expand_kv(
-            latent, self._up_projection(latent.dtype), kv_lora_rank=self.kv_lora_rank,
-            nope_dim=self.qk_nope_head_dim, v_dim=self.v_head_dim,
-        )  # fmt: skip
+        sizes = [self.qk_nope_head_dim, self.v_head_dim]
+        weight = self._up_projection(latent.dtype)
+        if weight is not None:
+            return mla_expand_kv(latent, weight, kv_lora_rank=self.kv_lora_rank, nope_dim=sizes[0], v_dim=sizes[1])
+        wide = self.kv_b_proj(latent[:, : self.kv_lora_rank]).to(latent.dtype)
+        k, v = wide.unflatten(-1, (self.num_heads, sum(sizes))).split(sizes, -1)
+        rotated = latent[:, None, self.kv_lora_rank :].expand(-1, self.num_heads, -1)
+        return torch.cat((k, rotated), -1), v
 
-    def _up_projection(self, dtype: torch.dtype) -> Tensor:
-        """``[H (P + V), R]`` in the dtype of its input, which is narrower under autocast."""
-        weight = self.kv_b_proj.weight
-        if weight.dtype == torch.float8_e4m3fn:
-            # an FP8Linear in its place
-            return fp8_dequantize(weight, self.kv_b_proj.weight_scale_inv, block=(128, 128), out_dtype=dtype)
-        return weight.to(dtype)
+    def _up_projection(self, dtype: torch.dtype) -> Tensor | None:
+        """``[H (P + V), R]`` in the dtype of its input, which is narrower under autocast; None if it must be called."""
+        layer = self.kv_b_proj
+        if not readable(layer, nn.Linear, FP8Linear) or layer.bias is not None:
+            return None
+        if layer.weight.dtype == torch.float8_e4m3fn:
+            return fp8_dequantize(layer.weight, layer.weight_scale_inv, block=(128, 128), out_dtype=dtype)
+        return layer.weight.to(dtype)
 
     def _rotate(self, q: Tensor, positions: Tensor | None) -> Tensor:
-        rotary = self.rotary_emb
-        return rope(
-            q, rotary.cos, rotary.sin, positions, interleaved=self.interleaved, rotary_offset=self.qk_nope_head_dim
-        )
+        cos, sin = self.rotary_emb.tables(q)
+        return rope(q, cos, sin, positions, interleaved=self.interleaved, rotary_offset=self.qk_nope_head_dim)
 
     def _train(self, q: Tensor, kv_a: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         if positions is None:
@@ -270,19 +294,16 @@ class MultiheadLatentAttention(nn.Module):
         k, v = k.view(*q.shape[:-2], *k.shape[1:]), v.view(*q.shape[:-2], *v.shape[1:])
         return mla_attention(q, k, v, cu_seqlens, cu_seqlens, softmax_scale=self.softmax_scale)[0]
 
-    def _decode(self, q: Tensor, kv_a: Tensor, cache: PagedLatentCache, step: Any) -> Tensor:
-        rotary, rows, positions = self.rotary_emb, cache.rows[self.layer_idx], step.positions.view(-1)
-        mla_append_kv(
-            kv_a, self.kv_a_layernorm.weight, rotary.cos, rotary.sin, positions, rows, step.slots.view(-1),
-            eps=self.norm_eps, interleaved=self.interleaved, layout=cache.layout,
-        )  # fmt: skip
-        weight = self._up_projection(q.dtype).view(self.num_heads, -1, self.kv_lora_rank)
+    def _decode(self, q: Tensor, kv_a: Tensor, weight: Tensor, cache: PagedLatentCache, step: Any) -> Tensor:
+        self._append(kv_a, cache, step)
+        cos, sin = self.rotary_emb.tables(q)
+        weight = weight.view(self.num_heads, -1, self.kv_lora_rank)
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         absorbed = mla_absorb_query(
-            q.flatten(0, 1), w_uk, rotary.cos, rotary.sin, positions, interleaved=self.interleaved
+            q.flatten(0, 1), w_uk, cos, sin, step.positions.view(-1), interleaved=self.interleaved
         )
         out, _ = mla_decode(
-            absorbed.view(*q.shape[:2], *absorbed.shape[1:]), rows, cache.block_table, step.ends,
+            absorbed.view(*q.shape[:2], *absorbed.shape[1:]), cache.rows[self.layer_idx], cache.block_table, step.ends,
             softmax_scale=self.softmax_scale, kv_lora_rank=self.kv_lora_rank, layout=cache.layout,
             num_splits=self.num_splits,
         )  # fmt: skip
@@ -292,26 +313,25 @@ class MultiheadLatentAttention(nn.Module):
 
     def _prefill(self, q: Tensor, kv_a: Tensor, cache: PagedLatentCache, step: Any) -> Tensor:
         batch, tokens = q.shape[:2]
-        rotary, rows, positions = self.rotary_emb, cache.rows[self.layer_idx], step.positions
-        mla_append_kv(
-            kv_a, self.kv_a_layernorm.weight, rotary.cos, rotary.sin, positions.view(-1), rows, step.slots.view(-1),
-            eps=self.norm_eps, interleaved=self.interleaved, layout=cache.layout,
-        )  # fmt: skip
-        q = self._rotate(q, positions)
-        k, v = self._expand(self._latent(kv_a, positions.view(-1)))
+        self._append(kv_a, cache, step)
+        q = self._rotate(q, step.positions)
+        k, v = self._expand(self._latent(kv_a, step.positions.view(-1)))
         k, v = k.view(batch, tokens, *k.shape[1:]), v.view(batch, tokens, *v.shape[1:])
         out, lse = mla_attention(q, k, v, softmax_scale=self.softmax_scale)
         pages_at_once = -(-self.prefix_chunk // cache.page_size)
         bounds = torch.arange(batch + 1, device=q.device, dtype=torch.int32) * tokens
         out, lse = out.flatten(0, 1), lse.transpose(0, 1).flatten(1)
-        for first in range(0, -(-cache._prefix_bound // cache.page_size), pages_at_once):
+        # a captured graph also serves the longer prefixes to come
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        longest = cache.max_length if capturing else cache._prefix_bound
+        for first in range(0, -(-longest // cache.page_size), pages_at_once):
             start = first * cache.page_size
             table = cache.block_table[:, first : first + pages_at_once]
-            width = min(table.shape[1] * cache.page_size, cache._prefix_bound - start)
+            width = min(table.shape[1] * cache.page_size, longest - start)
             lengths = (step.starts - start).clamp(0, width)
             prefix = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             latent = mla_gather_kv(
-                rows, table, prefix, total_tokens=batch * width, kv_lora_rank=self.kv_lora_rank, layout=cache.layout,
+                cache.rows[self.layer_idx], table, prefix, total_tokens=batch * width, kv_lora_rank=self.kv_lora_rank, layout=cache.layout,
                 out_dtype=q.dtype,
             )  # fmt: skip
             k, v = self._expand(latent)

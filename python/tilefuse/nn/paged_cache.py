@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .. import errors
-from ..ops.mla.layout import LAYOUTS, RowLayout
+from ..ops.fp8.quantize import fp8_quantize
+from ..ops.mla.layout import LAYOUTS, RowLayout, fp8_parts
 from .common import check_positive
 
 __all__ = ["PagedKVCache", "PagedLatentCache"]
@@ -98,7 +99,7 @@ class _PagedCache:
             grow = [int(n) for n in lengths]
             if len(grow) != self.batch_size or min(grow) < 0 or max(grow) > tokens:
                 errors.value_error(self._name, "lengths", f"{self.batch_size} numbers in [0, {tokens}]", grow)
-            new = torch.tensor(grow, dtype=torch.int32).to(self.device, non_blocking=True)
+            new = torch.tensor(grow, dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
         else:
             new = None
         # rows of padding take part in the alignment of queries and keys, so they must fit too
@@ -138,7 +139,7 @@ class _PagedCache:
                 taken = [self._free.pop() for _ in range(count)]
                 first = len(self._pages[b])
                 self._pages[b] += taken
-                row = torch.tensor(taken, dtype=torch.int32)
+                row = torch.tensor(taken, dtype=torch.int32, device="cpu")
                 self.block_table[b, first : first + count] = row.to(self.device, non_blocking=True)
         self._bounds = bounds
 
@@ -231,6 +232,24 @@ class PagedLatentCache(_PagedCache):
             num_layers, self.num_pages, page_size, width, dtype=torch.uint8 if layout == "fp8" else dtype,
             device=self.device,
         )  # fmt: skip
+
+    def _store(self, layer: int, latent: Tensor, slots: Tensor) -> None:
+        """What ``mla_append_kv`` does, of rows ``[T, R + r]`` that are normed and rotated already."""
+        stored = self.rows[layer].view(-1, self.rows.shape[-1])
+        row = RowLayout(self.layout, self.kv_lora_rank, self.qk_rope_head_dim)
+        if row.is_fp8:
+            rows = stored.new_empty(latent.shape[0], row.width)
+            codes, scale = fp8_quantize(latent[:, : row.rank], scale_format="pow2")
+            for part, value in zip(fp8_parts(rows, row), (codes.view(torch.uint8), scale, latent[:, row.rank :])):
+                part.copy_(value)
+        else:
+            rows = latent.to(stored.dtype)
+        # the host does not know which tokens have a slot: those without repeat the write of one that has; if none
+        # has, the first row is written back as it is
+        kept = slots >= 0
+        source = torch.where(kept, torch.arange(slots.shape[0], device=slots.device), kept.byte().argmax())
+        target = slots[source].clamp(min=0)
+        stored.index_copy_(0, target, torch.where(kept.any(), rows[source], stored[target]))
 
     def __repr__(self) -> str:
         return self._repr(f"layout={self.layout}, dtype={errors.dtype_name(self.rows.dtype)}")

@@ -18,6 +18,13 @@ __all__ = ["RotaryEmbedding"]
 _NAME = "nn.RotaryEmbedding"
 
 
+def make_tables(owner: nn.Module, _: Any = None) -> None:
+    """After ``load_state_dict(assign=True)`` into a module on the meta device: the tables follow its parameters."""
+    rotary, device = owner.rotary_emb, next(owner.parameters()).device
+    if rotary.cos.is_meta and device.type != "meta":
+        rotary.cos, rotary.sin = rotary._tables(device)
+
+
 class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by their positions.
 
@@ -35,7 +42,7 @@ class RotaryEmbedding(nn.Module):
         interleaved: pairs are ``(2i, 2i + 1)`` instead of ``(i, i + R / 2)``.
         rotary_offset: first dim of the rotary slice.
         angle_dtype: float64 tables are right to the last bit; float32 has Hugging Face's bits.
-        device: of the tables; on the meta device they are made when the module leaves it.
+        device: of the tables; on the meta device they are made when the module leaves it or is first called.
 
     Buffers, not in the state dict (nor are Hugging Face's): ``cos``, ``sin`` ``[max_positions, R / 2]``. They stay
     float32 whatever ``.to(dtype)``, ``.half()`` or ``to_empty`` do to the rest of a model.
@@ -83,6 +90,15 @@ class RotaryEmbedding(nn.Module):
             angle_dtype=self.angle_dtype, device=device,
         )  # fmt: skip
 
+    def tables(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``cos`` and ``sin``, made on the device of x if they are still on the meta device.
+
+        That is where ``load_state_dict(assign=True)`` leaves them in a model that was built there.
+        """
+        if self.cos.is_meta and not x.is_meta:
+            self.cos, self.sin = self._tables(x.device)
+        return self.cos, self.sin
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         moved = keep_dtype({"cos": self.cos, "sin": self.sin}, fn)
         if self.cos.is_meta and not moved["cos"].is_meta:
@@ -105,9 +121,10 @@ class RotaryEmbedding(nn.Module):
             ``(q', k')``, or ``q'`` alone without k. Differentiable in both.
         """
         options = {"interleaved": self.interleaved, "rotary_offset": self.rotary_offset}
+        cos, sin = self.tables(q)
         if k is None:
-            return rope(q, self.cos, self.sin, positions, cu_seqlens, **options)
-        return rope_qk(q, k, self.cos, self.sin, positions, cu_seqlens, **options)
+            return rope(q, cos, sin, positions, cu_seqlens, **options)
+        return rope_qk(q, k, cos, sin, positions, cu_seqlens, **options)
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, max_positions={self.max_positions}, base={self.base}"]

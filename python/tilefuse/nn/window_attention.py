@@ -12,11 +12,11 @@ from .. import errors
 from ..ops.attention.paged_attention import paged_attention
 from ..ops.attention.window_attention import window_attention, window_from
 from ..ops.rope.qk_norm_rope import qk_norm_rope
-from ..ops.rope.rope import rope, rope_qk
+from ..ops.rope.rope import rope
 from ..ops.rope.rope_append_kv import rope_append_kv
-from .common import check_hidden, check_positive, linear, packed_positions, reset_linear
+from .common import OffsetRMSNorm, check_hidden, check_positive, linear, packed_positions, readable, reset_linear
 from .paged_cache import PagedKVCache
-from .rotary_embedding import RotaryEmbedding
+from .rotary_embedding import RotaryEmbedding, make_tables
 
 __all__ = ["WindowAttention"]
 
@@ -126,8 +126,7 @@ class WindowAttention(nn.Module):
         self.k_proj = linear(hidden_size, num_kv_heads * head_dim, qkv_bias, **factory)
         self.v_proj = linear(hidden_size, num_kv_heads * head_dim, qkv_bias, **factory)
         self.o_proj = linear(num_heads * head_dim, hidden_size, o_bias, **factory)
-        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps, **factory) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps, **factory) if qk_norm else None
+        self.q_norm, self.k_norm = (self._norm(**factory) if qk_norm else None for _ in range(2))
         if sinks:
             self.sinks = nn.Parameter(torch.empty(num_heads, **factory))
         else:
@@ -143,7 +142,13 @@ class WindowAttention(nn.Module):
         elif rotary_emb.rotary_offset + rotary_emb.dim > head_dim:
             errors.value_error(_NAME, "rotary_emb", f"of dim at most {head_dim}", rotary_emb.dim)
         self.rotary_emb = rotary_emb
+        self.register_load_state_dict_post_hook(make_tables)
         self.reset_parameters()
+
+    def _norm(self, **factory: Any) -> nn.RMSNorm:
+        if self.norm_weight_offset:
+            return OffsetRMSNorm(self.head_dim, self.norm_weight_offset, eps=self.norm_eps, **factory)
+        return nn.RMSNorm(self.head_dim, eps=self.norm_eps, **factory)
 
     @classmethod
     def from_config(cls, config: Any, layer_idx: int = 0, **kwargs: Any) -> WindowAttention:
@@ -222,13 +227,16 @@ class WindowAttention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
     def _rotate(self, q: Tensor, k: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        norms = (self.q_norm, self.k_norm)
+        if norms[0] is None:
+            return self.rotary_emb(q, k, positions)
+        if not all(readable(norm, nn.RMSNorm, OffsetRMSNorm) for norm in norms):
+            q, k = (norm(x).to(x.dtype) for norm, x in zip(norms, (q, k)))
+            return self.rotary_emb(q, k, positions)
         rotary = self.rotary_emb
-        options = {"interleaved": rotary.interleaved, "rotary_offset": rotary.rotary_offset}
-        if self.q_norm is None:
-            return rope_qk(q, k, rotary.cos, rotary.sin, positions, **options)
         return qk_norm_rope(
-            q, k, self.q_norm.weight, self.k_norm.weight, rotary.cos, rotary.sin, positions, eps=self.norm_eps,
-            weight_offset=self.norm_weight_offset, **options,
+            q, k, *(norm.weight for norm in norms), *rotary.tables(q), positions, eps=self.norm_eps,
+            weight_offset=self.norm_weight_offset, interleaved=rotary.interleaved, rotary_offset=rotary.rotary_offset,
         )  # fmt: skip
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -256,13 +264,14 @@ class WindowAttention(nn.Module):
         scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
         options = {"interleaved": rotary.interleaved, "rotary_offset": rotary.rotary_offset}
         if self.q_norm is None:
-            rotated = rope(k, rotary.cos, rotary.sin, step.positions, **options) if alone else k
-            q = rope_append_kv(q, k, v, rotary.cos, rotary.sin, step.positions, *pages, step.slots, **options, **scales)
+            cos, sin = rotary.tables(q)
+            rotated = rope(k, cos, sin, step.positions, **options) if alone else k
+            q = rope_append_kv(q, k, v, cos, sin, step.positions, *pages, step.slots, **options, **scales)
             k = rotated
         else:
             q, k = self._rotate(q, k, step.positions)
             # norm and rotation are done: the table of angle 0 stores k as it is
-            one, zero = (torch.full((1, 1), value, device=q.device) for value in (1.0, 0.0))
+            one, zero = (torch.full((1, 1), value, dtype=torch.float32, device=q.device) for value in (1.0, 0.0))
             origin = torch.zeros_like(step.positions)
             q = rope_append_kv(q, k, v, one, zero, origin, *pages, step.slots, **scales)
         if alone:
