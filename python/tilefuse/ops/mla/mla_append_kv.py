@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import STANDARD_DTYPES, kernel, op
+from ...overlap import check_in_place
 from .checks import check_cache, check_index, check_tables, rows_of
 from .mla_compress_kv import check_kv_a
 
@@ -107,6 +108,7 @@ def mla_append_kv(
     reference writes them.
     """
     _check(kv_a, weight, cos, sin, positions, cache, slot_mapping, eps, layout)
+    check_in_place(_NAME, cache=cache)
     errors.check_not_differentiated(_NAME, "it has no backward", kv_a=kv_a, weight=weight, cos=cos, sin=sin)
     mla_append_kv_fwd(
         rows_of(kv_a), weight.contiguous(), rows_of(cos), rows_of(sin), positions.contiguous(), cache,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import gradient_of, kernel, op
+from ...overlap import check_in_place
 
 __all__ = ["rope", "rope_", "rope_qk", "rope_qk_"]
 
@@ -101,14 +102,6 @@ def check_rope(
             errors.value_error(
                 name, "mrope_section", f"3 sections that sum to {rotary_dim // 2}", [*mrope_section]
             )  # fmt: skip
-
-
-def check_in_place(name: str, **tensors: Tensor) -> None:
-    """Refuses a tensor whose elements share memory, which an in-place op would write twice."""
-    for arg, tensor in tensors.items():
-        strides = tensor.stride()
-        if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape)):
-            errors.value_error(name, arg, "a tensor without overlapping elements", f"strides {[*strides]}")
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:
@@ -352,7 +345,8 @@ def rope_(
 
     Raises:
         RuntimeError: a gradient would be needed (x requires grad and grad mode is on).
-        ValueError: as ``rope``, and for an x whose elements overlap. Nothing is written then.
+        ValueError: as ``rope``, and for an x whose elements overlap (where ``torch.compile`` traces, only seen if they
+            do by a stride of 0). Nothing is written then.
     """
     check_rope("rope_", "x", x, None, cos, sin, positions, cu_seqlens, rotary_offset, mrope_section)
     check_in_place("rope_", x=x)
@@ -386,7 +380,8 @@ def rope_qk_(
     mrope_section: Sequence[int] = (),
     mrope_interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``rope_qk`` in place, in one launch: q and k may be views into one packed projection, but must not overlap.
+    """``rope_qk`` in place, in one launch: q and k may be views into one packed projection, but must not overlap,
+    not even be the same tensor.
 
     Not differentiable. Arguments as in ``rope``; errors as in ``rope_``.
 

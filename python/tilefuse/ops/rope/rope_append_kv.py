@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import kernel, op
+from ...overlap import check_in_place
 from .rope import check_rope, contiguous_rows
 
 __all__ = ["rope_append_kv"]
@@ -97,7 +98,8 @@ def rope_append_kv(
         cos, sin, interleaved, rotary_offset: as in ``rope``.
         positions: ``[T]`` (``[B, S]``) int32 or int64.
         k_cache, v_cache: ``[pages, page_size, Hkv, D]`` and ``[.., Dv]``, written in place; any page size, any
-            strides with a contiguous last dim. bfloat16, float16, float32 (scales must be 1), or float8_e4m3fn.
+            strides with a contiguous last dim, and no memory in common. bfloat16, float16, float32 (scales must be 1),
+            or float8_e4m3fn.
         slot_mapping: ``[T]`` (``[B, S]``) int32 or int64, ``page * page_size + offset``. A negative slot is skipped: q
             is rotated, nothing is written. Slots must be distinct: of two tokens for one slot either may win.
         k_scale, v_scale: dequantisation scales of an FP8 cache. A stored code is ``x / scale`` (correctly rounded
@@ -117,6 +119,7 @@ def rope_append_kv(
     Source: the cache layout of vLLM's PagedAttention (arXiv 2309.06180).
     """
     _check(q, k, v, cos, sin, positions, k_cache, v_cache, slot_mapping, rotary_offset, k_scale, v_scale)
+    check_in_place("rope_append_kv", k_cache=k_cache, v_cache=v_cache)
     errors.check_not_differentiated("rope_append_kv", "has no gradient", q=q, k=k, v=v)
     return rope_append_kv_fwd(
         contiguous_rows(q), contiguous_rows(k), contiguous_rows(v), contiguous_rows(cos), contiguous_rows(sin),
