@@ -138,6 +138,18 @@ def test_dict_wins_over_base_and_type_is_an_alias():
     assert_bit_equal(c[1], d[1])
 
 
+def test_nested_dicts_of_hugging_face():
+    """Gemma-3 has a dict of dicts; one of them is right, the whole is not theta 1e4."""
+    transformers = pytest.importorskip("transformers")
+    nested = transformers.Gemma3TextConfig().rope_parameters
+    with pytest.raises(ValueError, match=r"a dict of dicts with the keys (full|sliding)_attention, "):
+        tilefuse.rope_tables(64, 8, scaling=nested)
+    with pytest.raises(ValueError, match="a dict of dicts"):
+        tilefuse.nn.RotaryEmbedding(64, 8, scaling=nested)
+    one = tilefuse.rope_tables(64, 8, scaling=nested["full_attention"])
+    assert_bit_equal(one[0], tilefuse.rope_tables(64, 8, base=nested["full_attention"]["rope_theta"])[0])
+
+
 def test_10_tables_do_not_inherit_dtype_or_grad():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -169,6 +181,19 @@ def test_10_tables_do_not_inherit_dtype_or_grad():
         ({"scaling": {"rope_type": "yarn", "factor": 2.0}}, ValueError, "'original_max_position_embeddings'"),
         ({"scaling": {k: v for k, v in LLAMA3.items() if k != "low_freq_factor"}}, ValueError, "'low_freq_factor'"),
         ({"scaling": {k: v for k, v in LONG.items() if k != "long_factor"}}, ValueError, "'long_factor'"),
+        (
+            {"scaling": {"full_attention": LLAMA3, "sliding_attention": {"rope_type": "default"}}},
+            ValueError,
+            r"scaling must be one rule's dict, such as scaling\['full_attention'\], "
+            "got 'a dict of dicts with the keys full_attention, sliding_attention'",
+        ),
+        ({"scaling": LLAMA3 | {"other": {}}}, ValueError, "a dict of dicts with the keys other"),
+        (
+            {"scaling": {"rope_theta": 1e6, "factor": 8.0, "low_freq_factor": 1.0}},
+            ValueError,
+            "scaling must be a dict with a rope_type for factor, low_freq_factor, got {'rope_theta'",
+        ),
+        ({"scaling": {"theta": 1e6}}, ValueError, "scaling must be a dict with a rope_type for theta"),
         ({"scaling": LONG | {"short_factor": [1.0]}}, ValueError, "factors of 32 values"),
     ],
 )

@@ -20,6 +20,7 @@ from ..ops.mla.mla_decode import mla_decode
 from ..ops.mla.mla_expand_kv import mla_expand_kv
 from ..ops.mla.mla_gather_kv import mla_gather_kv
 from ..ops.rope.rope import rope
+from ..ops.rope.rope_tables import rope_type
 from .common import check_hidden, check_positive, linear, packed_positions, readable, reset_linear
 from .fp8_linear import FP8Linear
 from .paged_cache import PagedLatentCache
@@ -331,8 +332,8 @@ class MultiheadLatentAttention(nn.Module):
             lengths = (step.starts - start).clamp(0, width)
             prefix = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             latent = mla_gather_kv(
-                cache.rows[self.layer_idx], table, prefix, total_tokens=batch * width, kv_lora_rank=self.kv_lora_rank, layout=cache.layout,
-                out_dtype=q.dtype,
+                cache.rows[self.layer_idx], table, prefix, total_tokens=batch * width, kv_lora_rank=self.kv_lora_rank,
+                layout=cache.layout, out_dtype=q.dtype,
             )  # fmt: skip
             k, v = self._expand(latent)
             part, part_lse = mla_attention(
@@ -352,7 +353,7 @@ class MultiheadLatentAttention(nn.Module):
 
 def _mscale(scaling: Mapping[str, Any]) -> float:
     """What DeepSeek multiplies queries and keys with: 1, or yarn's attention temperature for all dims."""
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = rope_type(scaling)
     weight, factor = scaling.get("mscale_all_dim"), scaling.get("factor")
     if kind == "default" or not weight or not factor or factor <= 1:
         return 1.0

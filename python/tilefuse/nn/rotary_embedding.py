@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import errors
 from ..ops.rope.rope import rope, rope_qk
-from ..ops.rope.rope_tables import rope_tables
+from ..ops.rope.rope_tables import rope_tables, rope_type
 from .common import keep_dtype
 
 __all__ = ["RotaryEmbedding"]
@@ -129,7 +129,7 @@ class RotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, max_positions={self.max_positions}, base={self.base}"]
         if self.scaling:
-            parts.append(f"scaling={self.scaling.get('rope_type') or self.scaling.get('type') or 'default'}")
+            parts.append(f"scaling={rope_type(self.scaling)}")
         if self.interleaved:
             parts.append("interleaved=True")
         if self.rotary_offset:

@@ -14,6 +14,25 @@ from ... import errors
 __all__ = ["rope_tables"]
 
 
+# what a dict without a type may say: they do not change the frequencies of the default rule
+_WITHOUT_TYPE = frozenset(
+    ("rope_theta", "partial_rotary_factor", "max_position_embeddings", "mrope_section", "mrope_interleaved")
+)
+
+
+def rope_type(scaling: Mapping[str, Any]) -> str:
+    """The rule that a ``rope_parameters`` dict names; ValueError for one that cannot be the dict of one rule."""
+    nested = [key for key, value in scaling.items() if isinstance(value, Mapping)]
+    if nested:
+        expected = f"one rule's dict, such as scaling[{nested[0]!r}]"
+        errors.value_error("rope_tables", "scaling", expected, f"a dict of dicts with the keys {', '.join(nested)}")
+    kind = scaling.get("rope_type") or scaling.get("type")
+    unknown = [str(key) for key, value in scaling.items() if value is not None and key not in _WITHOUT_TYPE]
+    if not kind and unknown:
+        errors.value_error("rope_tables", "scaling", f"a dict with a rope_type for {', '.join(unknown)}", dict(scaling))
+    return kind or "default"
+
+
 class _Parameters:
     """One call's numbers, with the scaling dict's missing keys reported by name."""
 
@@ -22,6 +41,7 @@ class _Parameters:
     ):
         self.dim = rotary_dim
         self.scaling = scaling
+        self.kind = rope_type(scaling)
         self.dtype = dtype
         self.base = scaling["rope_theta"] if scaling.get("rope_theta") is not None else base
         # Hugging Face takes this from the model's config, which a scaling dict does not carry
@@ -34,10 +54,6 @@ class _Parameters:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.scaling.get(key, default)
-
-    @property
-    def kind(self) -> str:
-        return self.scaling.get("rope_type") or self.scaling.get("type") or "default"
 
     def exponents(self, dim: int | None = None) -> Tensor:
         return torch.arange(0, dim or self.dim, 2).to(self.dtype) / self.dim
@@ -163,9 +179,11 @@ def rope_tables(
         base: also called theta; the dict's ``rope_theta`` wins over it.
         scaling: a Hugging Face ``rope_parameters`` or ``rope_scaling`` dict. Its ``rope_type`` (or ``type``) is
             ``default``, ``linear``, ``dynamic``, ``yarn``, ``longrope``, ``llama3`` or ``proportional``; the other
-            keys are Hugging Face's. ``partial_rotary_factor`` matters for ``proportional`` only: elsewhere
-            ``rotary_dim`` says it. Where a rule needs the config's ``max_position_embeddings`` (``dynamic``;
-            ``yarn`` and ``longrope`` without a factor), a key of that name is read, else ``max_positions`` is taken.
+            keys are Hugging Face's. A dict of one such dict per layer type (Gemma-3) is refused: pass the layer's.
+            Without a type the rule is ``default``, and keys that it does not have are refused.
+            ``partial_rotary_factor`` matters for ``proportional`` only: elsewhere ``rotary_dim`` says it. Where a rule
+            needs the config's ``max_position_embeddings`` (``dynamic``; ``yarn`` and ``longrope`` without a factor), a
+            key of that name is read, else ``max_positions`` is taken.
         seq_len: the length that ``dynamic`` and ``longrope`` adapt to; None is Hugging Face's state before the first
             forward: no stretch, and the short factors.
         angle_dtype: float64 angles are right to the last bit of the float32 table at any position. float32 angles
@@ -175,7 +193,8 @@ def rope_tables(
     Not differentiable; the result does not require grad.
 
     Raises:
-        ValueError: an odd ``rotary_dim``, an unknown rule, or a key that the rule needs and ``scaling`` lacks.
+        ValueError: an odd ``rotary_dim``, an unknown rule, a key that the rule needs and ``scaling`` lacks, nested
+            dicts, or keys of a rule without its type.
         TypeError: an ``angle_dtype`` other than float32 and float64.
 
     Source: RoFormer (arXiv 2104.09864), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1's and Hugging Face's code.
