@@ -117,6 +117,22 @@ def test_second_derivatives_are_refused():
             grad.sum().backward(retain_graph=True)
 
 
+@pytest.mark.parametrize("scale_format", ["fp32", "pow2"])
+def test_eps_of_small_gradients(device, scale_format):
+    """Below about 1e-18 the default loses them; products of powers of two are the same at any scale."""
+    x, weight, grad = (torch.randn(s, device=device) for s in ((9, 130), (64, 130), (9, 64)))
+    tiny = 2.0**-80
+    _, dx, dw, db = run(x, weight, weight[:, 0], grad * tiny, scale_format=scale_format)
+    assert not dx.any() and not dw.any() and db.any()
+    _, dx, dw, _ = run(x, weight, weight[:, 0], grad * tiny, scale_format=scale_format, eps=1e-30)
+    want = run(x, weight, weight[:, 0], grad, scale_format=scale_format)
+    for got, right in ((dx, want[1]), (dw, want[2])):
+        assert_bit_equal(got / tiny, right)
+    # the forward's quantisations take it too
+    tiny_x = run(x * tiny, weight, None, grad, scale_format=scale_format, eps=1e-30)[0]
+    assert_bit_equal(tiny_x / tiny, run(x, weight, None, grad, scale_format=scale_format)[0])
+
+
 def test_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
@@ -139,6 +155,7 @@ def test_checkpointing():
         ((torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3).int()), {}, TypeError, "bias must be float32"),
         ((torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, device="meta")), {}, ValueError, "bias must be on"),
         ((torch.zeros(2, 4), torch.zeros(3, 4)), {"scale_format": "e8"}, ValueError, "scale_format must be"),
+        ((torch.zeros(2, 4), torch.zeros(3, 4)), {"eps": 1e-40}, ValueError, "eps must be in"),
     ],
 )
 def test_errors(args, kwargs, error, message):

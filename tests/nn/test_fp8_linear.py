@@ -153,12 +153,32 @@ def test_initialisation(initialisation, master_weight):
     assert ("float8_e4m3fn" in repr(layer)) == (not master_weight)
 
 
+@pytest.mark.parametrize("master_weight", [True, False])
+def test_eps(master_weight):
+    layer = nn.Linear(130, 64)
+    x = 2.0**-80 * torch.randn(9, 130)
+    with torch.no_grad():
+        layer.bias.zero_()
+        assert not FP8Linear.from_linear(layer, master_weight=master_weight)(x).any()
+        small = FP8Linear.from_linear(layer, master_weight=master_weight, eps=1e-30)
+        torch.testing.assert_close(small(x) * 2.0**80, layer(x * 2.0**80), rtol=0, atol=0.1)
+    assert FP8Linear(8, 8, eps=1e-30).eps == 1e-30
+    if master_weight:
+        grads = []
+        for eps in (1e-12, 1e-30):
+            fp8 = FP8Linear(130, 64, master_weight=True, eps=eps)
+            (fp8(torch.randn(9, 130)) * 2.0**-80).sum().backward()
+            grads.append(bool(fp8.weight.grad.any()))
+        assert grads == [False, True]
+
+
 @pytest.mark.parametrize(
     "kwargs,message",
     [
         ({"in_features": 0}, "in_features must be an int >= 1, got 0"),
         ({"out_features": 0}, "out_features must be an int >= 1, got 0"),
         ({"scale_format": "e8m0"}, "scale_format must be fp32 or pow2, got 'e8m0'"),
+        ({"eps": 0.0}, "eps must be in"),
     ],
 )
 def test_constructor_errors(kwargs, message):

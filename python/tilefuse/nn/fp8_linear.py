@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import errors, library
 from ..ops.fp8.linear import fp8_linear
 from ..ops.fp8.matmul import fp8_matmul
-from ..ops.fp8.quantize import fp8_dequantize, fp8_quantize
+from ..ops.fp8.quantize import check_scale_options, fp8_dequantize, fp8_quantize
 from .common import check_positive, draw_, keep_dtype
 
 __all__ = ["FP8Linear"]
@@ -25,19 +25,19 @@ class _FrozenLinear(torch.autograd.Function):
     """Forward in FP8; only x gets a gradient, through the dequantised weight (adapters on frozen FP8 weights)."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale, bias, scale_format):
+    def forward(ctx, x, weight, scale, bias, scale_format, eps):
         ctx.save_for_backward(weight, scale)
-        return _product(x, weight, scale, bias, scale_format)
+        return _product(x, weight, scale, bias, scale_format, eps)
 
     @staticmethod
     @library.once_differentiable
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
-        return grad @ fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=grad.dtype), None, None, None, None
+        return grad @ fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=grad.dtype), *[None] * 5
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scale_format: str) -> Tensor:
-    codes, x_scale = fp8_quantize(x, scale_format=scale_format)
+def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scale_format: str, eps: float) -> Tensor:
+    codes, x_scale = fp8_quantize(x, scale_format=scale_format, eps=eps)
     return fp8_matmul(codes, x_scale, weight, scale, bias, out_dtype=x.dtype)
 
 
@@ -55,6 +55,7 @@ class FP8Linear(nn.Module):
         bias: whether there is one, of ``dtype``.
         master_weight: see above.
         scale_format: ``"fp32"``, or ``"pow2"`` for scales that are powers of two.
+        eps: of every quantisation, as in ``tilefuse.fp8_linear``, which says when gradients want a smaller one.
         initializer_range: standard deviation of ``reset_parameters``; None is ``K ** -0.5``.
         device, dtype: of the parameters; e4m3 codes and scales keep their own dtypes, also through ``.to(dtype)``.
 
@@ -63,7 +64,7 @@ class FP8Linear(nn.Module):
     and of DeepSeek-V3's checkpoints. (Multiply by it: the name means the inverse of the quantisation scale.)
 
     Raises:
-        ValueError: sizes below 1, an unknown scale_format.
+        ValueError: sizes below 1, an unknown scale_format, an eps that is not positive or too small.
 
     Example::
 
@@ -81,6 +82,7 @@ class FP8Linear(nn.Module):
         *,
         master_weight: bool = False,
         scale_format: str = "fp32",
+        eps: float = 1e-12,
         initializer_range: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -89,8 +91,9 @@ class FP8Linear(nn.Module):
         check_positive(_NAME, in_features=in_features, out_features=out_features)
         if scale_format not in ("fp32", "pow2"):
             errors.value_error(_NAME, "scale_format", "fp32 or pow2", scale_format)
+        check_scale_options(_NAME, scale_format, eps)
         self.in_features, self.out_features = in_features, out_features
-        self.master_weight, self.scale_format = master_weight, scale_format
+        self.master_weight, self.scale_format, self.eps = master_weight, scale_format, eps
         self.initializer_range = in_features**-0.5 if initializer_range is None else initializer_range
         shape = (out_features, in_features)
         if master_weight:
@@ -107,12 +110,18 @@ class FP8Linear(nn.Module):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
+    @property
+    def _scales(self) -> dict[str, Any]:
+        return {"scale_format": self.scale_format, "eps": self.eps}
+
     def _set_codes(self, weight: Tensor, scale: Tensor) -> None:
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale_inv = nn.Parameter(scale, requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, master_weight: bool = False, scale_format: str = "fp32") -> FP8Linear:
+    def from_linear(
+        cls, linear: nn.Linear, *, master_weight: bool = False, scale_format: str = "fp32", eps: float = 1e-12
+    ) -> FP8Linear:
         """The FP8 form of a Linear: quantises its weight, or takes it over as the master weight (the same Parameter).
 
         Raises:
@@ -122,7 +131,7 @@ class FP8Linear(nn.Module):
             errors.value_error(f"{_NAME}.from_linear", "linear", "a torch.nn.Linear", type(linear).__name__)
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, master_weight=master_weight,
-            scale_format=scale_format, device="meta", dtype=linear.weight.dtype,
+            scale_format=scale_format, eps=eps, device="meta", dtype=linear.weight.dtype,
         )  # fmt: skip
         layer.weight, layer.bias = linear.weight, linear.bias
         if not master_weight:
@@ -131,7 +140,7 @@ class FP8Linear(nn.Module):
 
     @torch.no_grad()
     def _quantize(self, weight: Tensor) -> None:
-        self._set_codes(*fp8_quantize(weight.detach(), block=_BLOCK, scale_format=self.scale_format))
+        self._set_codes(*fp8_quantize(weight.detach(), block=_BLOCK, **self._scales))
         if self.bias is not None:
             self.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
 
@@ -158,7 +167,7 @@ class FP8Linear(nn.Module):
         """``[N, K]`` in ``dtype``: the weight that the products see."""
         weight, scale = self.weight, self.weight_scale_inv
         if self.master_weight:
-            weight, scale = fp8_quantize(weight.detach(), block=_BLOCK, scale_format=self.scale_format)
+            weight, scale = fp8_quantize(weight.detach(), block=_BLOCK, **self._scales)
         return fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=dtype)
 
     @torch.no_grad()
@@ -171,7 +180,7 @@ class FP8Linear(nn.Module):
         else:
             values = torch.empty(self.weight.shape, device=self.weight.device, dtype=torch.float32)
             draw_(values, self.initializer_range, generator)
-            codes, scale = fp8_quantize(values, block=_BLOCK, scale_format=self.scale_format)
+            codes, scale = fp8_quantize(values, block=_BLOCK, **self._scales)
             self.weight.copy_(codes)
             self.weight_scale_inv.copy_(scale)
         if self.bias is not None:
@@ -204,9 +213,12 @@ class FP8Linear(nn.Module):
         errors.check_dtype(_NAME, "x", x, errors.FLOATS)
         (x,) = library.autocast(x)
         if self.master_weight:
-            return fp8_linear(x, self.weight, self.bias, scale_format=self.scale_format)
+            return fp8_linear(x, self.weight, self.bias, **self._scales)
         bias = None if self.bias is None else self.bias.detach()
-        args = (x.reshape(-1, self.in_features), self.weight, self.weight_scale_inv.detach(), bias, self.scale_format)
+        args = (
+            x.reshape(-1, self.in_features), self.weight, self.weight_scale_inv.detach(), bias, self.scale_format,
+            self.eps,
+        )  # fmt: skip
         out = _FrozenLinear.apply(*args) if errors.needs_grad(x) else _product(*args)
         return out.view(*x.shape[:-1], self.out_features)
 

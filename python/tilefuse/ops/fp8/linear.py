@@ -21,11 +21,10 @@ from .quantize import (
 __all__ = ["fp8_linear"]
 
 _MODULE = "fp8/linear"
-_EPS = 1e-12
 
 
-def _quantize_weight(weight: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    q, scale = fp8_quantize_tiles(errors.check_last_dim_contiguous(weight).unsqueeze(0), pow2, _EPS)
+def _quantize_weight(weight: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+    q, scale = fp8_quantize_tiles(errors.check_last_dim_contiguous(weight).unsqueeze(0), pow2, eps)
     return q[0], scale[0]
 
 
@@ -33,16 +32,16 @@ class _Linear(torch.autograd.Function):
     """Saves the activation as e4m3 along the tokens, the form in which the weight gradient needs it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pow2: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pow2: bool, eps: float) -> Tensor:
         q_t = scale_t = None
         if ctx.needs_input_grad[1]:
-            q, scale, q_t, scale_t = fp8_quantize_dual_fwd(x, pow2, _EPS)
+            q, scale, q_t, scale_t = fp8_quantize_dual_fwd(x, pow2, eps)
         else:
-            q, scale = fp8_quantize_rows(x, pow2, _EPS)
+            q, scale = fp8_quantize_rows(x, pow2, eps)
         ctx.save_for_backward(q_t, scale_t, weight if ctx.needs_input_grad[0] else None)
-        ctx.pow2 = pow2
+        ctx.quantization = (pow2, eps)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        w, w_scale = _quantize_weight(weight, pow2)
+        w, w_scale = _quantize_weight(weight, pow2, eps)
         return matmul(q, scale, w, w_scale, bias, x.dtype)
 
     @staticmethod
@@ -53,19 +52,19 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         rows = as_rows(grad)
         if ctx.needs_input_grad[1]:
-            g, g_scale, g_t, g_scale_t = fp8_quantize_dual_fwd(rows, ctx.pow2, _EPS)
+            g, g_scale, g_t, g_scale_t = fp8_quantize_dual_fwd(rows, *ctx.quantization)
             # both operands run along the tokens with 1 x 128 scales
             grad_weight = matmul(g_t, g_scale_t, q_t, scale_t, None, weight_dtype)
         elif ctx.needs_input_grad[0]:
-            g, g_scale = fp8_quantize_rows(rows, ctx.pow2, _EPS)
+            g, g_scale = fp8_quantize_rows(rows, *ctx.quantization)
         if ctx.needs_input_grad[0]:
             # square blocks transpose without another rounding
-            w, w_scale = _quantize_weight(weight, ctx.pow2)
+            w, w_scale = _quantize_weight(weight, *ctx.quantization)
             grad_x = matmul(g, g_scale, w.t(), w_scale.t(), None, x_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
             grad_bias = grad.sum(0, dtype=wide).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 @op(
@@ -73,7 +72,9 @@ class _Linear(torch.autograd.Function):
     kernels=("fp8_quantize_rows", "fp8_quantize_tiles", "fp8_quantize_dual_fwd", "fp8_matmul_fwd"),
     differentiable=("x", "weight", "bias"),
 )
-def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_format: str = "fp32") -> Tensor:
+def fp8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_format: str = "fp32", eps: float = 1e-12
+) -> Tensor:
     """``x @ weight.T + bias`` with all three matrix products of training in FP8.
 
     Forward: x is quantised 1 x 128, the weight 128 x 128. Gradient of x: the output gradient 1 x 128 against the
@@ -84,7 +85,9 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_f
         x: ``[..., K]`` float32, bfloat16 or float16 (float64 on the reference backend). Any strides.
         weight: ``[N, K]`` of any float dtype, the master weight.
         bias: ``[N]`` of any float dtype, or None.
-        scale_format: ``"fp32"`` or ``"pow2"``, for all four quantisations; eps is 1e-12.
+        scale_format: ``"fp32"`` or ``"pow2"``, for all four quantisations.
+        eps: of all four, as in ``fp8_quantize``: values far below it become 0. Output gradients do so below about
+            1e-18 with the default; smaller ones (a loss without scaling) want a smaller eps, such as 1e-30.
 
     Returns:
         ``[..., N]`` of x's dtype, contiguous.
@@ -94,13 +97,13 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_f
     twice differentiable. Deterministic; the output and x's gradient are batch-invariant as ``fp8_matmul`` is.
 
     Raises:
-        ValueError: shapes that do not fit together, or a wrong scale_format.
+        ValueError: shapes that do not fit together, or a wrong scale_format or eps.
         TypeError: wrong dtypes.
 
     Source: DeepSeek-V3 (arXiv 2412.19437, section 3.3).
     """
     name = "fp8_linear"
-    check_scale_options(name, scale_format, _EPS)
+    check_scale_options(name, scale_format, eps)
     if x.ndim < 1:
         errors.value_error(name, "x", "[..., K]", x)
     errors.check_dtype(name, "x", x, errors.FLOATS)
@@ -115,9 +118,9 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale_f
         errors.check_device(name, "bias", bias, x, "x")
     rows, pow2 = as_rows(x), scale_format == "pow2"
     if errors.needs_grad(x, weight, bias):
-        out = _Linear.apply(rows, weight, bias, pow2)
+        out = _Linear.apply(rows, weight, bias, pow2, eps)
     else:
-        w, w_scale = _quantize_weight(weight, pow2)
-        codes, scale = fp8_quantize_rows(rows, pow2, _EPS)
+        w, w_scale = _quantize_weight(weight, pow2, eps)
+        codes, scale = fp8_quantize_rows(rows, pow2, eps)
         out = matmul(codes, scale, w, w_scale, bias, x.dtype)
     return out.view(*x.shape[:-1], weight.shape[0])
