@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ... import arch
 from ..common import fp8, tuned
+from ..common.flash import LOG2E, softmax_start, softmax_step
 from ..common.launch import constants, on_device
 from .host import layout as layouts
 from .mla_gather_kv import cache_parts, dequantize, load_scales, rope_vector
 
-LOG2E = tl.constexpr(1.4426950408889634)
 # sequences that splits are balanced over; a larger batch fills a GPU without splits
 MAX_BALANCED = tl.constexpr(1024)
 
@@ -184,9 +184,8 @@ def mla_decode_fwd_kernel(
         if not C.SPARSE:
             lowest = tl.where(window >= 0, own - window, lowest)
         scale2 = softmax_scale * LOG2E
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        acc = tl.zeros([BLOCK_M, C.RANK_PAD], tl.float32)
+        top, total = softmax_start(0.0, BLOCK_M, False)
+        acc = (tl.zeros([BLOCK_M, C.RANK_PAD], tl.float32),)
         for key_start in range(start, stop, BLOCK_N):
             key = key_start + tl.arange(0, BLOCK_N)
             exists = key < stop
@@ -217,14 +216,7 @@ def mla_decode_fwd_kernel(
                 scores += tl.dot(q_rope, tl.trans(k_rope.to(q_rope.dtype)), input_precision="ieee")
             visible = exists[None, :] & (key[None, :] < last[:, None]) & (key[None, :] >= lowest[:, None])
             scores = tl.where(visible, scores * scale2, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            p = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = acc * shrink[:, None]
-            acc = tl.dot(p.to(k.dtype), k, acc, input_precision="ieee")
-            top = new_top
+            acc, top, total = softmax_step(acc, top, total, scores, (k,))
         base = tl.where(top == float("-inf"), 0.0, top)
         if C.DIRECT:
             divisor = total
@@ -239,7 +231,7 @@ def mla_decode_fwd_kernel(
             divisor = tl.where(total == 0.0, 1.0, total)
             value = tl.where(total == 0.0, float("-inf"), base + tl.log2(total))
             tl.store(lse_ptr + (b * rows + m) * max_splits + split, value, mask=live)
-        acc = acc / divisor[:, None]
+        acc = acc[0] / divisor[:, None]
         tl.store(out_ptr + at[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=keep)
 
 
