@@ -175,7 +175,7 @@ class Problem:
     def config(self, kernel: str) -> Config:
         left, right = self.window
         d, dv = self.q.shape[-1], self.v.shape[-1]
-        ragged, options = (d, dv) != (padded(d), padded(dv)), (self.slopes, self.hidden)
+        ragged, options = any(x.D.value < x.PAD.value for x in (width(d), width(dv))), (self.slopes, self.hidden)
         numbers = (self.dilation > 1, self.softcap > 0, self.prefix.kind != NONE.value)
         extras = ragged + self.packed + sum(x is not None for x in options) + sum(numbers)
         dim, size, span = max(padded(d), padded(dv)), self.q.element_size(), left + right + 1
