@@ -241,6 +241,8 @@ def test_a_keyword_that_no_one_knows_goes_to_stock_whole(tiny):
         "window_attention": 1,
         "sdpa: it has the argument position_bias": 1,
     }
+    unpatch(model)
+    assert patch(model).calls() == {}
 
 
 def test_generate_batch(tiny):

@@ -17,5 +17,9 @@ def count(module: nn.Module, what: str) -> None:
         _counts.setdefault(module, Counter())[what] += 1
 
 
+def forget(module: nn.Module) -> None:
+    _counts.pop(module, None)
+
+
 def of(module: nn.Module) -> dict[str, int]:
     return dict(_counts.get(module, ()))

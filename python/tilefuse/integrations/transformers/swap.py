@@ -97,7 +97,7 @@ class Report(Mapping[str, Change]):
         return {path: change.left for path, change in self._changes.items() if change.left}
 
     def calls(self) -> dict[str, dict[str, int]]:
-        """What the attention calls of each module ran on since it was made: an op of tilefuse, or Hugging Face's
+        """What the attention calls of each module ran on since it was patched: an op of tilefuse, or Hugging Face's
         function with the reason. Calls inside of compiled graphs are not counted."""
         model = None if self._model is None else self._model()
         modules = {} if model is None else dict(model.named_modules())
@@ -202,6 +202,7 @@ def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left |
             if isinstance(answer, Left):
                 changes[path] = Change(left=answer.why)
             elif answer is not None:
+                calls.forget(module)
                 for name, method in answer.methods.items():
                     set_method(state, module, name, method)
                 if answer.forward is not None:
