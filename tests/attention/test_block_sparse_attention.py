@@ -10,7 +10,7 @@ from tilefuse.reference.attention.window_attention import window_mask
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.attention.block_sparse_attention import cases, lists
-from tilefuse.testing.inputs.attention.dense import dense_attention, dense_blocks
+from tilefuse.testing.inputs.attention.dense import dense_attention, dense_blocks, upstream
 from tilefuse.testing.inputs.attention.window_attention import normal, qkv
 
 case = by_name(cases)
@@ -25,16 +25,14 @@ def compute(function, tensors, index, options, dtype):
     """out, lse, dq, dk, dv under random dout and dlse that all functions share."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
     out, lse = function(*leaves, *index, **options)
-    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).to(out.dtype)
-    dlse = normal(*lse.shape, device=out.device, seed=12).to(lse.dtype)
+    dout, dlse = upstream(out, lse, tensors[0].dtype)
     total = (out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(total, leaves)]
 
 
 def oracle_of_backward(tensors, index, options, out, lse):
     """float64 gradients from the backward's own operands, which hold the rounded out and lse."""
-    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).double()
-    dlse = normal(*lse.shape, device=out.device, seed=12).masked_fill(lse.isinf(), 0).double()
+    dout, dlse = (x.double() for x in upstream(out, lse, tensors[0].dtype))
     plain = options["block_size"], options.get("causal", False), options.get("scale", tensors[0].shape[-1] ** -0.5)
     with tilefuse.backend("reference"):
         return torch.ops.tilefuse.block_sparse_attention_bwd(

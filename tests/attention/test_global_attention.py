@@ -6,7 +6,7 @@ import torch
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs import by_name
-from tilefuse.testing.inputs.attention.dense import dense_global
+from tilefuse.testing.inputs.attention.dense import dense_global, upstream
 from tilefuse.testing.inputs.attention.global_attention import cases
 from tilefuse.testing.inputs.attention.window_attention import normal, qkv
 
@@ -22,16 +22,14 @@ def compute(function, tensors, index, mask, options, dtype):
     """out, lse and the gradients of all tensors under random dout and dlse that all functions share."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
     out, lse = function(*leaves[:3], index, *(leaves[3:] or [None] * 3), mask, **options)
-    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).to(out.dtype)
-    dlse = normal(*lse.shape, device=out.device, seed=12).to(lse.dtype)
+    dout, dlse = upstream(out, lse, tensors[0].dtype)
     total = (out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
     return [out.detach(), lse.detach(), *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def oracle_of_backward(tensors, index, mask, options, out, lse):
     """float64 gradients from the backward's own operands, which hold the rounded out and lse."""
-    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).double()
-    dlse = normal(*lse.shape, device=out.device, seed=12).masked_fill(lse.isinf(), 0).double()
+    dout, dlse = (x.double() for x in upstream(out, lse, tensors[0].dtype))
     wide = [x.double() for x in tensors]
     left, right = options["window"]
     causal = options.get("causal", False)

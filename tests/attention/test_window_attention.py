@@ -9,7 +9,7 @@ import tilefuse
 from tilefuse.reference.attention.window_attention import window_mask
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs import by_name
-from tilefuse.testing.inputs.attention.dense import dense_attention, dense_window
+from tilefuse.testing.inputs.attention.dense import dense_attention, dense_window, upstream
 from tilefuse.testing.inputs.attention.window_attention import cases, normal, qkv
 
 case = by_name(cases)
@@ -31,8 +31,7 @@ def compute(function, tensors, others, options, dtype, wide=None):
         others["sinks"] = others["sinks"].detach().clone().requires_grad_()
         leaves.append(others["sinks"])
     out, lse = function(*leaves[:3], **others, **options)
-    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).to(out.dtype)
-    dlse = normal(*lse.shape, device=out.device, seed=12).to(lse.dtype)
+    dout, dlse = upstream(out, lse, tensors[0].dtype)
     grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum(), leaves)
     return [out.detach(), lse.detach(), *grads]
 
@@ -69,8 +68,7 @@ def backward_oracle(tensors, others, options, out, lse):
     """float64 gradients from the backward's own operands, which hold the rounded out and lse."""
     q, k, v = (x.double() for x in tensors)
     wide = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
-    dout = normal(*out.shape, device=out.device, dtype=tensors[0].dtype, seed=11).double()
-    dlse = normal(*lse.shape, device=out.device, seed=12).masked_fill(lse.isinf(), 0).double()
+    dout, dlse = (x.double() for x in upstream(out, lse, tensors[0].dtype))
     cu_q = others.get("cu_seqlens_q")
     with tilefuse.backend("reference"):
         grads = torch.ops.tilefuse.window_attention_bwd(

@@ -9,6 +9,17 @@ import torch
 from torch import Tensor
 
 from ....reference.attention.window_attention import window_mask
+from .window_attention import normal
+
+
+def upstream(out: Tensor, lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Random dout, of values of ``dtype``, and dlse: the same for all functions with outputs of these shapes.
+
+    A row without keys gets no dlse.
+    """
+    dout = normal(*out.shape, device=out.device, dtype=dtype, seed=11).to(out.dtype)
+    dlse = normal(*lse.shape, device=out.device, seed=12).masked_fill(lse.isinf(), 0).to(lse.dtype)
+    return dout, dlse
 
 
 def dense_attention(
