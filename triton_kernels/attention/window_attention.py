@@ -38,7 +38,7 @@ class Config:
     num_stages: int
 
 
-# The tiles are the largest that do not spill. Arguments of the four:
+# the tiles are the largest that do not spill; arguments of the four:
 #   head_dim: the larger padded one of k and v
 #   span: keys of a window; a narrow one wastes less of a small tile
 #   extras: how many of mask, bias, soft cap, dilation, packing, prefix and ragged head dim cost registers
@@ -88,7 +88,7 @@ def prefix_config(head_dim: int, element_size: int, span: int, extras: int, targ
     if head_dim > 128:
         return Config(16 if target.startswith("gfx") else 32, 32, 8, 1)
     # two tiles of a head leave 8 warps too little to share
-    return Config(32, 64 if head_dim < 128 else 32, 8, 1)
+    return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
 
 CHOICES = {"fwd": fwd_config, "dq": dq_config, "dkdv": dkdv_config, "prefix": prefix_config}

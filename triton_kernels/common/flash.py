@@ -54,12 +54,15 @@ class Results(NamedTuple):
 
 
 @functools.lru_cache
-def width(head_dim: int) -> Width:
-    """The tiles of a head: two where that pads less and the second is worth a product of its own."""
+def width(head_dim: int, one_tile: int = 128) -> Width:
+    """The tiles of a head: two where that pads less and the second is worth a product of its own.
+
+    Up to ``one_tile`` columns there is one: on GPUs whose matrix unit reads registers, two small ones spill.
+    """
     first = 1 << (head_dim.bit_length() - 1)
     rest = head_dim - first
     whole, second = (max(16, triton.next_power_of_2(n)) for n in (head_dim, rest))
-    if rest < 16 or first + second == whole:
+    if head_dim <= one_tile or rest < 16 or first + second == whole:
         return Width(*map(tl.constexpr, (head_dim, whole, head_dim, whole, 0, 0)))
     return Width(*map(tl.constexpr, (head_dim, whole, first, first, rest, second)))
 

@@ -282,7 +282,7 @@ def dkdv_config(dim: int, v_dim: int, element_size: int, target: str) -> Config:
 
 @functools.lru_cache
 def constants(dim: int, v_dim: int, block_m: int, block_n: int, packed: bool, causal: bool) -> Constants:
-    return Constants(width(dim), width(v_dim), *map(tl.constexpr, (block_m, block_n, packed, causal)))
+    return Constants(width(dim, 0), width(v_dim, 0), *map(tl.constexpr, (block_m, block_n, packed, causal)))
 
 
 def tiles(x: Tensor, cu_seqlens: Tensor | None, block: int) -> int:
