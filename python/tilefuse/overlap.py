@@ -36,7 +36,7 @@ def _has_memory(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)
         and not tensor.is_meta
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -189,7 +189,7 @@ class FP8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
         if self.master_weight:
             return super()._apply(fn, recurse)
-        kept = {name: self._parameters.pop(name) for name in ("weight", "weight_scale_inv")}
+        kept: dict[str, Any] = {name: self._parameters.pop(name) for name in ("weight", "weight_scale_inv")}
         try:
             moved = keep_dtype({name: p.detach() for name, p in kept.items()}, fn)
             super()._apply(fn, recurse)

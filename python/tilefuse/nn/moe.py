@@ -114,6 +114,10 @@ class _Router(nn.Module):
         else:
             self.e_score_correction_bias = self.expert_counts = None
 
+    # tensors, or None without correction_bias
+    e_score_correction_bias: Any
+    expert_counts: Any
+
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Routing:
         """Routes ``x [T, hidden]``; tokens with False in ``valid [T]`` get the id -1."""
         dtype = x.dtype if self.router_dtype is None else torch.promote_types(x.dtype, self.router_dtype)
@@ -427,8 +431,9 @@ class MoE(nn.Module):
         if not self.correction_bias:
             errors.value_error(f"{_NAME}.update_bias", "correction_bias", "True in the constructor", False)
         bias, counts = self._router.e_score_correction_bias, self._router.expert_counts
-        if group is not None or self.parallel is not None:
-            torch.distributed.all_reduce(counts, group=self.parallel.group if group is None else group)
+        parallel: Any = self.parallel
+        if group is not None or parallel is not None:
+            torch.distributed.all_reduce(counts, group=parallel.group if group is None else group)
         bias.copy_(moe_update_bias(bias, counts, rate=rate))
         counts.zero_()
 

@@ -271,7 +271,7 @@ class MultiheadLatentAttention(nn.Module):
 
     def _up_projection(self, dtype: torch.dtype) -> Tensor | None:
         """``[H (P + V), R]`` in the dtype of its input, which is narrower under autocast; None if it must be called."""
-        layer = self.kv_b_proj
+        layer: Any = self.kv_b_proj
         if not readable(layer, nn.Linear, FP8Linear) or layer.bias is not None:
             return None
         if layer.weight.dtype == torch.float8_e4m3fn:

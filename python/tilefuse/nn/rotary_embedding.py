@@ -18,7 +18,7 @@ __all__ = ["RotaryEmbedding"]
 _NAME = "nn.RotaryEmbedding"
 
 
-def make_tables(owner: nn.Module, _: Any = None) -> None:
+def make_tables(owner: Any, _: Any = None) -> None:
     """After ``load_state_dict(assign=True)`` into a module on the meta device: the tables follow its parameters."""
     rotary, device = owner.rotary_emb, next(owner.parameters()).device
     if rotary.cos.is_meta and device.type != "meta":

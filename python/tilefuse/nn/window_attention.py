@@ -227,15 +227,15 @@ class WindowAttention(nn.Module):
         return self.o_proj(out.flatten(-2))
 
     def _rotate(self, q: Tensor, k: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        norms = (self.q_norm, self.k_norm)
-        if norms[0] is None:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is None or k_norm is None:
             return self.rotary_emb(q, k, positions)
-        if not all(readable(norm, nn.RMSNorm, OffsetRMSNorm) for norm in norms):
-            q, k = (norm(x).to(x.dtype) for norm, x in zip(norms, (q, k)))
-            return self.rotary_emb(q, k, positions)
+        if not all(readable(norm, nn.RMSNorm, OffsetRMSNorm) for norm in (q_norm, k_norm)):
+            return self.rotary_emb(q_norm(q).to(q.dtype), k_norm(k).to(k.dtype), positions)
         rotary = self.rotary_emb
+        cos, sin = rotary.tables(q)
         return qk_norm_rope(
-            q, k, *(norm.weight for norm in norms), *rotary.tables(q), positions, eps=self.norm_eps,
+            q, k, q_norm.weight, k_norm.weight, cos, sin, positions, eps=self.norm_eps,
             weight_offset=self.norm_weight_offset, interleaved=rotary.interleaved, rotary_offset=rotary.rotary_offset,
         )  # fmt: skip
 
@@ -261,8 +261,8 @@ class WindowAttention(nn.Module):
     def _cached(self, q: Tensor, k: Tensor, v: Tensor, cache: PagedKVCache, step: Any) -> Tensor:
         rotary, pages = self.rotary_emb, (cache.k[self.layer_idx], cache.v[self.layer_idx])
         alone = q.shape[1] > _DECODE_TOKENS and cache._prefix_bound == 0
-        scales = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
-        options = {"interleaved": rotary.interleaved, "rotary_offset": rotary.rotary_offset}
+        scales: dict[str, Any] = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
+        options: dict[str, Any] = {"interleaved": rotary.interleaved, "rotary_offset": rotary.rotary_offset}
         if self.q_norm is None:
             cos, sin = rotary.tables(q)
             rotated = rope(k, cos, sin, step.positions, **options) if alone else k

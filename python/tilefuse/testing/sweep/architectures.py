@@ -127,7 +127,9 @@ class Architecture:
 def architectures() -> tuple[Architecture, ...]:
     """Every row there is, by name: each model class once for each config class that Hugging Face maps to it."""
     from transformers.models.auto import modeling_auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import (
+        CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+    )
 
     found: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
     for kind, mapping in KINDS.items():

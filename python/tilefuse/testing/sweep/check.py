@@ -154,7 +154,7 @@ def compare(
     return difference, seen, wrong
 
 
-def _over_eager(model: nn.Module) -> nn.Module | None:
+def _over_eager(model: Any) -> nn.Module | None:
     """A copy that runs stock's other attention, if it has one."""
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return None

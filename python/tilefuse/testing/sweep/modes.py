@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .architectures import WORDS, Architecture
 from .overrides import EXTRAS, TOKENS
@@ -48,7 +48,7 @@ class Case:
     """A model and the inputs of one seed."""
 
     row: Architecture
-    model: nn.Module
+    model: Any
     seed: int = 1
     # what the model takes as an image: found once, on stock
     images: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Case:
         if length is None:
             length = 24
             if getattr(self.config, "attention_type", None) == "block_sparse":
-                length = (6 + 2 * self.config.num_random_blocks) * self.config.block_size
+                length = int((6 + 2 * self.config.num_random_blocks) * self.config.block_size)
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(WORDS.start, WORDS.stop, (batch, length), generator=generator)
 
