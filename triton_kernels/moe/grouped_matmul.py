@@ -408,15 +408,17 @@ def aot_cases():
     from ...testing.aot import AotCase, launch, tensor, train
 
     offsets, groups, n, k = tensor("i32", 129), 128, 2048, 768
+    spill = "sm_80 keeps a few addresses outside of registers beside 128 x 256 sums, with b transposed most"
     for dtype in ("bf16", "fp16", "fp32"):
         products = ("MMA",) if dtype != "fp32" else ()
         b = tensor(dtype, groups, n, k)
         for rows in (512, 8, 32, 64) if dtype == "bf16" else (512,):
             slots = rows * groups
             a, index = tensor(dtype, slots // 8, k), tensor("i32", slots)
-            yield AotCase(f"{dtype}_m{rows}_gathered", train("grouped_matmul", a, b, offsets, index), expect=products)
+            gate = {"expect": products, "allow_spill": spill if rows == 512 else None}
+            yield AotCase(f"{dtype}_m{rows}_gathered", train("grouped_matmul", a, b, offsets, index), **gate)
             a = tensor(dtype, slots, k)
-            yield AotCase(f"{dtype}_m{rows}", train("grouped_matmul", a, b, offsets), expect=products)
+            yield AotCase(f"{dtype}_m{rows}", train("grouped_matmul", a, b, offsets), **gate)
     # only a measured configuration gathers first
     slots, index = tensor("bf16", 8192, k), tensor("i32", 65536)
     yield AotCase("gather_bf16", launch(gathered, slots, index, offsets, 8))
