@@ -254,3 +254,25 @@ def test_tables_whose_halves_differ(model, rotary, config, same):
     parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
     made = getattr(file, rotary)(getattr(transformers, config)(**SMALL | {"rope_parameters": parameters}))
     assert rope.files_of_other_tables(torch.nn.Sequential(made)) == (set() if same else {file.__name__})
+
+
+def by_token(*tensors):
+    return (x.transpose(1, 2) for x in tensors)
+
+
+@pytest.mark.parametrize(
+    "model, name, call",
+    [
+        # the query alone, as indexers rotate it
+        ("qwen4_exp", "apply_rotary_pos_emb", lambda f, q, k, cos, sin: f(q, cos=cos, sin=sin)),
+        ("mistral_large4", "apply_rotary_pos_emb_interleave", lambda f, q, k, cos, sin: f(q, None, cos, sin)[0]),
+        # heads behind tokens
+        ("llama", "apply_rotary_pos_emb", lambda f, q, k, cos, sin: f(*by_token(q, k), cos, sin, unsqueeze_dim=2)[1]),
+    ],
+)
+def test_rotary_calls_that_say_more_stay_theirs(model, name, call):
+    stock = getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
+    q, k = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+    angle = torch.randn(2, 3, 4).repeat(1, 1, 2)
+    expected, got = (call(f, q, k, angle.cos(), angle.sin()) for f in (stock, rope.counterpart(stock, name)))
+    assert_bit_equal(got, expected)

@@ -45,9 +45,11 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -
     return q.transpose(1, 2), k.transpose(1, 2)
 
 
-def _refuses(q: Tensor, k: Tensor, table: Tensor) -> bool:
+def _refuses(q: Tensor, k: Tensor | None, table: Tensor | None) -> bool:
     return (
-        q.dtype != k.dtype
+        k is None
+        or table is None
+        or q.dtype != k.dtype
         or q.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or table.dim() != 3
         or table.shape[0] not in (1, q.shape[0])
@@ -57,12 +59,17 @@ def _refuses(q: Tensor, k: Tensor, table: Tensor) -> bool:
     )
 
 
+def _says_more(more: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """Models' functions differ in what may follow the tables: a call that says something there stays theirs."""
+    return bool(more) or any((name, value) != ("unsqueeze_dim", 1) for name, value in options.items())
+
+
 def _halves(stock: Apply, full: bool) -> Apply:
     """Pairs ``(i, i + R / 2)``; ``full`` tables hold every angle twice."""
 
-    def apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=1):
-        if unsqueeze_dim != 1 or _refuses(q, k, cos):
-            return stock(q, k, cos, sin, unsqueeze_dim)
+    def apply_rotary_pos_emb(q, k=None, cos=None, sin=None, *more, **options):
+        if _says_more(more, options) or _refuses(q, k, cos):
+            return stock(q, k, cos, sin, *more, **options)
         half = cos.shape[-1] // 2 if full else cos.shape[-1]
         return _rotate(q, k, cos[..., :half], sin[..., :half], False)
 
@@ -72,9 +79,9 @@ def _halves(stock: Apply, full: bool) -> Apply:
 def _pairs_to_halves(stock: Apply) -> Apply:
     """DeepSeek-V3: pairs ``(2i, 2i + 1)`` come out as ``(i, i + R / 2)``, and the cache holds them so."""
 
-    def apply_rotary_pos_emb_interleave(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
-        if unsqueeze_dim != 1 or _refuses(q, k, cos) or q.shape[-1] != cos.shape[-1]:
-            return stock(q, k, cos, sin, position_ids, unsqueeze_dim)
+    def apply_rotary_pos_emb_interleave(q, k, cos, sin, *more, **options):
+        if _says_more(more, options) or _refuses(q, k, cos) or q.shape[-1] != cos.shape[-1]:
+            return stock(q, k, cos, sin, *more, **options)
         half = cos.shape[-1] // 2
         rotated = _rotate(q, k, cos[..., :half], sin[..., :half], True)
         q, k = (x.unflatten(-1, (half, 2)).transpose(-1, -2).flatten(-2) for x in rotated)
