@@ -333,6 +333,26 @@ def test_a_lazy_mask_is_a_mask():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
+def test_writes_to_views_of_a_lazy_mask_count(mode):
+    arguments = ask(9, 0, None, "left", 4) | {"device": torch.device("cpu")}
+    expected = wanted(arguments)
+    with mode():
+        for view in (lambda x: x[:, :, 0], lambda x: x.select(3, 1), lambda x: x.view(18, 9), lambda x: x.detach()):
+            written, stock = mask.sdpa_mask(**arguments), expected.clone()
+            alias = written.detach()
+            for x in (written, stock):
+                view(x).logical_not_()
+            assert mask.compact_of(written) is mask.compact_of(alias) is None
+            assert_bit_equal(written & True, stock)
+            assert_bit_equal(alias & True, stock)
+        # a copy is its own
+        kept = mask.sdpa_mask(**arguments)
+        kept.to("cpu", copy=True).logical_not_()
+        assert mask.compact_of(kept) is not None
+        assert_bit_equal(kept & True, expected)
+
+
 def test_the_cache_may_count_on_before_someone_looks():
     """A static cache hands over its counter, which it then changes in place."""
     arguments = ask(1, 8, 6, "none", None) | {"device": torch.device("cpu")}

@@ -45,14 +45,19 @@ class LazyMask(Tensor):
         dtype: torch.dtype,
         device: torch.device,
     ) -> LazyMask:
-        mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
+        # tensors of inference mode do not count how often they, or views of them, are written to
+        with torch.inference_mode(False):
+            mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
         mask.compact, mask._make, mask._made = compact, make, None
         return mask
 
     def dense(self) -> Tensor:
         made = self._made
         if made is None:
-            made = self._made = self._make()
+            with torch.inference_mode(False):
+                made = self._make()
+                # views of it count along with the mask
+                made = self._made = made.clone() if made.is_inference() else made
         return made
 
     def _like(self, make: Callable[[], Any], compact: Compact | None, device: torch.device) -> LazyMask:
@@ -63,19 +68,16 @@ class LazyMask(Tensor):
         kwargs = kwargs or {}
         mask = args[0] if args else None
         if isinstance(mask, LazyMask):
+            compact = compact_of(mask)
             if func in _SAME:
-                return mask._like(mask.dense, mask.compact, mask.device)
-            if func is _aten._to_copy.default and kwargs.get("dtype") in (None, mask.dtype) and kwargs.get("device"):
+                return mask._like(mask.dense, compact, mask.device)
+            same_dtype = kwargs.get("dtype") in (None, mask.dtype)
+            if func is _aten._to_copy.default and same_dtype and kwargs.get("device") and compact is not None:
                 device = torch.device(kwargs["device"])
-                return mask._like(lambda: mask.dense().to(device), mask.compact and mask.compact.to(device), device)
-        masks = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, LazyMask)]
+                # made anew: what is written to a copy stays there
+                return mask._like(lambda: mask._make().to(device), compact.to(device), device)
         args, kwargs = pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
-        out = func(*args, **kwargs)
-        if func._schema.is_mutable:
-            # what was written is in the entries alone
-            for mask in masks:
-                mask.compact = None
-        return out
+        return func(*args, **kwargs)
 
     # dynamo takes a mask that comes into a compiled region as the wrapper of its entries
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -92,7 +94,7 @@ class LazyMask(Tensor):
     # what does not pass through the dispatcher, or not as a mask
     def __setitem__(self, index: Any, value: Any) -> None:
         self.dense()[index] = value
-        self.compact = None
+        torch.autograd.graph.increment_version(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
@@ -101,7 +103,7 @@ class LazyMask(Tensor):
         return self.dense().clone()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"LazyMask({list(self.shape)}, dtype={self.dtype}, {self.compact})"
+        return f"LazyMask({list(self.shape)}, dtype={self.dtype}, {compact_of(self)})"
 
     def numpy(self, *, force: bool = False) -> Any:
         return self.dense().numpy(force=force)
@@ -121,7 +123,9 @@ class TracedMask(Tensor):
 
 def compact_of(mask: Any) -> Compact | None:
     """What a mask says, or None if it has to be looked at."""
-    return getattr(mask, "compact", None)
+    compact = getattr(mask, "compact", None)
+    # what was written, also to a view, is in the entries alone
+    return None if compact is not None and type(mask) is LazyMask and mask._version > 0 else compact
 
 
 def dense(mask: Any) -> Any:
