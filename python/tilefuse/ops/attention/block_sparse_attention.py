@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import errors, library
+from ... import errors
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_index, check_key_mask, check_qkv, check_scale
 from .window_attention import lse_dtype
 
 __all__ = ["block_sparse_attention"]
 
-MODULE = "attention/block_sparse_attention"
+_MODULE = "attention/block_sparse_attention"
 _OPTIONS = "Tensor row_offsets, Tensor col_index, Tensor? key_mask, SymInt block_size, bool causal, float scale"
 
 
@@ -26,42 +27,42 @@ def _bwd_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-_fwd = library.kernel(
+block_sparse_attention_fwd = kernel(
     f"block_sparse_attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_fwd_fake,
 )
-_bwd = library.kernel(
+block_sparse_attention_bwd = kernel(
     "block_sparse_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_bwd_fake,
 )
 
 
-@library.gradient_of(_fwd)
+@gradient_of(block_sparse_attention_fwd)
 class _BlockSparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _fwd(q, k, v, *options)
+        out, lse = block_sparse_attention_fwd(q, k, v, *options)
         *lists, ctx.block_size, ctx.causal, ctx.scale = options
         ctx.save_for_backward(q, k, v, out, lse, *lists)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @library.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 9
         q, k, v, out, lse, *lists = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else errors.check_last_dim_contiguous(dout)
-        grads = _bwd(dout, dlse, q, k, v, out, lse, *lists, ctx.block_size, ctx.causal, ctx.scale)
+        grads = block_sparse_attention_bwd(dout, dlse, q, k, v, out, lse, *lists, ctx.block_size, ctx.causal, ctx.scale)
         return *grads, *(None,) * 6
 
 
-@library.op(
-    module=MODULE,
+@op(
+    module=_MODULE,
     kernels=("block_sparse_attention_fwd", "block_sparse_attention_bwd"),
     differentiable=("q", "k", "v"),
 )
@@ -125,4 +126,4 @@ def block_sparse_attention(
     args = q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale
     if errors.needs_grad(q, k, v):
         return _BlockSparseAttention.apply(*args)
-    return _fwd(*args)
+    return block_sparse_attention_fwd(*args)

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import errors, library
+from ... import errors
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_index, check_key_mask, check_qkv, check_scale, check_window
 from .window_attention import lse_dtype
 
 __all__ = ["global_attention"]
 
-MODULE = "attention/global_attention"
+_MODULE = "attention/global_attention"
 _OPTIONS = (
     "Tensor global_index, Tensor? q_global, Tensor? k_global, Tensor? v_global, Tensor? key_mask, SymInt left, "
     "SymInt right, SymInt dilation, bool causal, float scale"
@@ -44,43 +45,43 @@ def _bwd_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *of_globals
 
 
-_fwd = library.kernel(
+global_attention_fwd = kernel(
     f"global_attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_fwd_fake,
 )
-_bwd = library.kernel(
+global_attention_bwd = kernel(
     "global_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_bwd_fake,
 )
 
 
-@library.gradient_of(_fwd)
+@gradient_of(global_attention_fwd)
 class _GlobalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _fwd(q, k, v, *options)
+        out, lse = global_attention_fwd(q, k, v, *options)
         tensors, ctx.options = options[:5], options[5:]
         ctx.save_for_backward(q, k, v, out, lse, *tensors)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @library.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dout is None and dlse is None:
             return (None,) * 13
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else errors.check_last_dim_contiguous(dout)
-        dq, dk, dv, *of_globals = _bwd(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
+        dq, dk, dv, *of_globals = global_attention_bwd(dout, dlse, q, k, v, out, lse, *tensors, *ctx.options)
         of_globals = (None if x is None else g for x, g in zip(tensors[1:4], of_globals))
         return dq, dk, dv, None, *of_globals, *(None,) * 6
 
 
-@library.op(
-    module=MODULE,
+@op(
+    module=_MODULE,
     kernels=("global_attention_fwd", "global_attention_bwd"),
     differentiable=("q", "k", "v", "q_global", "k_global", "v_global"),
 )
@@ -157,4 +158,4 @@ def global_attention(
     args = q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation, causal, scale
     if errors.needs_grad(q, k, v, q_global, k_global, v_global):
         return _GlobalAttention.apply(*args)
-    return _fwd(*args)
+    return global_attention_fwd(*args)

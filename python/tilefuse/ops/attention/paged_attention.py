@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import errors, library
+from ... import errors
+from ...library import kernel, op
 from .checks import check_heads, check_index, check_scale, check_softcap, check_window
 from .window_attention import lse_dtype
 
 __all__ = ["paged_attention"]
 
-MODULE = "attention/paged_attention"
+_MODULE = "attention/paged_attention"
 
 
 def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -22,17 +23,17 @@ def _fake(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any) -> tuple[Tensor,
     return q.new_empty(batch, sq, heads, v_cache.shape[-1]), q.new_empty(batch, heads, sq, dtype=lse_dtype(q))
 
 
-_fwd = library.kernel(
+paged_attention_fwd = kernel(
     "paged_attention_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, Tensor? sinks, "
     "Tensor? alibi_slopes, SymInt left, SymInt right, float scale, float softcap, float k_scale, float v_scale) "
     "-> (Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_fake,
 )
 
 
-@library.op(
-    module=MODULE,
+@op(
+    module=_MODULE,
     kernels=("paged_attention_fwd",),
 )
 def paged_attention(
@@ -122,4 +123,4 @@ def paged_attention(
     )
     tensors = (q, k_cache, v_cache, block_table, seq_lens, sinks, alibi_slopes)
     tensors = (None if x is None else errors.check_last_dim_contiguous(x) for x in tensors)
-    return _fwd(*tensors, left, right, scale, softcap, float(k_scale), float(v_scale))
+    return paged_attention_fwd(*tensors, left, right, scale, softcap, float(k_scale), float(v_scale))

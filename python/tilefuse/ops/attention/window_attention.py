@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import errors, library
+from ... import errors
+from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_heads, check_index, check_qkv, check_scale, check_softcap, check_window
 
 __all__ = ["window_attention", "window_from"]
 
-MODULE = "attention/window_attention"
+_MODULE = "attention/window_attention"
 _OPTIONS = (
     "Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt left, SymInt right, "
     "SymInt dilation, float scale, float softcap, SymInt sink_tokens"
@@ -48,33 +49,33 @@ def _bwd_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
-_fwd = library.kernel(
+window_attention_fwd = kernel(
     f"window_attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_fwd_fake,
 )
-_bwd = library.kernel(
+window_attention_bwd = kernel(
     "window_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    module=MODULE,
+    module=_MODULE,
     fake=_bwd_fake,
 )
 
 
-@library.gradient_of(_fwd)
+@gradient_of(window_attention_fwd)
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _fwd(q, k, v, sinks, *options)
+        out, lse = window_attention_fwd(q, k, v, sinks, *options)
         alibi_slopes, cu_seqlens_q, cu_seqlens_k, *ctx.options = options
         ctx.save_for_backward(q, k, v, out, lse, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
-    @library.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *rest = ctx.saved_tensors
         if dout is None and dlse is None:
@@ -82,12 +83,12 @@ class _WindowAttention(torch.autograd.Function):
         if dout is None:
             dout = torch.zeros_like(out)
         dout = errors.check_last_dim_contiguous(dout)
-        dq, dk, dv, dsinks = _bwd(dout, dlse, q, k, v, out, lse, *rest, *ctx.options)
+        dq, dk, dv, dsinks = window_attention_bwd(dout, dlse, q, k, v, out, lse, *rest, *ctx.options)
         return dq, dk, dv, None if rest[0] is None else dsinks, *(None,) * (3 + len(ctx.options))
 
 
-@library.op(
-    module=MODULE,
+@op(
+    module=_MODULE,
     kernels=("window_attention_fwd", "window_attention_bwd"),
     differentiable=("q", "k", "v", "sinks"),
 )
@@ -187,7 +188,7 @@ def window_attention(
     args = *tensors, left, right, dilation, scale, softcap, sink_tokens
     if errors.needs_grad(q, k, v, sinks):
         return _WindowAttention.apply(*args)
-    return _fwd(*args)
+    return window_attention_fwd(*args)
 
 
 # source -> window(size); the docs print this table
