@@ -5,26 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import (
-    FLOATS,
-    INDEX_DTYPES,
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    needs_grad,
-    type_error,
-    value_error,
-)
+from ... import errors
 from ...library import gradient_of, kernel, once_differentiable, op
 
 __all__ = ["grouped_matmul"]
 
+_MODULE = "moe/grouped_matmul"
+
 
 def check_offsets(name: str, offsets: Tensor, experts: int, like: Tensor, like_arg: str) -> None:
     if offsets.shape != (experts + 1,):
-        value_error(name, "offsets", f"[{experts + 1}] int32 or int64", offsets)
-    check_dtype(name, "offsets", offsets, INDEX_DTYPES)
-    check_device(name, "offsets", offsets, like, like_arg)
+        errors.value_error(name, "offsets", f"[{experts + 1}] int32 or int64", offsets)
+    errors.check_dtype(name, "offsets", offsets, errors.INDEX_DTYPES)
+    errors.check_device(name, "offsets", offsets, like, like_arg)
 
 
 def _check(
@@ -32,27 +25,27 @@ def _check(
 ) -> None:
     name = "grouped_matmul"
     if a.dim() != 2:
-        value_error(name, "a", "[rows, K]", a)
-    check_dtype(name, "a", a, FLOATS)
+        errors.value_error(name, "a", "[rows, K]", a)
+    errors.check_dtype(name, "a", a, errors.FLOATS)
     if b.dim() != 3 or b.shape[2] != a.shape[1]:
-        value_error(name, "b", f"[E, N, {a.shape[1]}]", b)
+        errors.value_error(name, "b", f"[E, N, {a.shape[1]}]", b)
     if b.dtype != a.dtype:
-        type_error(name, "b", f"of a's dtype {a.dtype}", b)
-    check_device(name, "b", b, a, "a")
+        errors.type_error(name, "b", f"of a's dtype {a.dtype}", b)
+    errors.check_device(name, "b", b, a, "a")
     check_offsets(name, offsets, b.shape[0], a, "a")
     if a_index is not None:
         if a_index.dim() != 1:
-            value_error(name, "a_index", "[rows of the output] int32 or int64", a_index)
-        check_dtype(name, "a_index", a_index, INDEX_DTYPES)
-        check_device(name, "a_index", a_index, a, "a")
+            errors.value_error(name, "a_index", "[rows of the output] int32 or int64", a_index)
+        errors.check_dtype(name, "a_index", a_index, errors.INDEX_DTYPES)
+        errors.check_device(name, "a_index", a_index, a, "a")
     if bias is not None:
         if bias.shape != b.shape[:2]:
-            value_error(name, "bias", f"{[*b.shape[:2]]} of a's dtype", bias)
+            errors.value_error(name, "bias", f"{[*b.shape[:2]]} of a's dtype", bias)
         if bias.dtype != a.dtype:
-            type_error(name, "bias", f"of a's dtype {a.dtype}", bias)
-        check_device(name, "bias", bias, a, "a")
+            errors.type_error(name, "bias", f"of a's dtype {a.dtype}", bias)
+        errors.check_device(name, "bias", bias, a, "a")
     if out_dtype not in (None, a.dtype, torch.float32):
-        type_error(name, "out_dtype", f"{a.dtype} or torch.float32", out_dtype)
+        errors.type_error(name, "out_dtype", f"{a.dtype} or torch.float32", out_dtype)
 
 
 def either_contiguous(b: Tensor) -> Tensor:
@@ -68,26 +61,26 @@ def _fwd_fake(a, b, offsets, a_index, bias, index_div, out_dtype):
 grouped_matmul_fwd = kernel(
     "grouped_matmul_fwd(Tensor a, Tensor b, Tensor offsets, Tensor? a_index, Tensor? bias, int index_div,"
     " ScalarType out_dtype) -> Tensor",
-    module="moe/grouped_matmul",
+    module=_MODULE,
     fake=_fwd_fake,
     linear=("a -bias", "b bias"),
 )
 grouped_matmul_wgrad = kernel(
-    "grouped_matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, Tensor? a_index, Tensor? grad_index, int index_div,"
+    "grouped_matmul_wgrad(Tensor a, Tensor dout, Tensor offsets, Tensor? a_index, Tensor? dout_index, int index_div,"
     " ScalarType out_dtype) -> Tensor",
-    module="moe/grouped_matmul",
-    fake=lambda a, grad, offsets, a_index, grad_index, index_div, out_dtype: a.new_empty(
-        (offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype=out_dtype
+    module=_MODULE,
+    fake=lambda a, dout, offsets, a_index, dout_index, index_div, out_dtype: a.new_empty(
+        (offsets.shape[0] - 1, dout.shape[1], a.shape[1]), dtype=out_dtype
     ),
-    linear=("a", "grad"),
+    linear=("a", "dout"),
 )
 
 
-def grouped_bias_grad(grad: Tensor, offsets: Tensor, grad_index: Tensor | None, index_div: int, dtype: torch.dtype):
-    """Sum of each group's rows of grad ``[E, N]``: a weight gradient against a column of ones."""
-    rows = grad.shape[0] if grad_index is None else grad_index.shape[0]
-    ones = grad.new_ones((rows, 1))
-    return grouped_matmul_wgrad(ones, grad, offsets, None, grad_index, index_div, dtype)[..., 0]
+def grouped_bias_grad(dout: Tensor, offsets: Tensor, dout_index: Tensor | None, index_div: int, dtype: torch.dtype):
+    """Sum of each group's rows of dout ``[E, N]``: a weight gradient against a column of ones."""
+    rows = dout.shape[0] if dout_index is None else dout_index.shape[0]
+    ones = dout.new_ones((rows, 1))
+    return grouped_matmul_wgrad(ones, dout, offsets, None, dout_index, index_div, dtype)[..., 0]
 
 
 def _scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -109,27 +102,27 @@ class _GroupedMatmul(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, dout):
         a, b, offsets, a_index = ctx.saved_tensors
         da = db = dbias = None
-        grad = grad.to(a.dtype).contiguous()
+        dout = dout.to(a.dtype).contiguous()
         if ctx.needs_input_grad[0]:
             if a_index is None:
-                da = grouped_matmul_fwd(grad, b.transpose(1, 2), offsets, None, None, 1, a.dtype)
+                da = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, a.dtype)
             else:
                 compute = torch.float64 if a.dtype == torch.float64 else torch.float32
-                rows = grouped_matmul_fwd(grad, b.transpose(1, 2), offsets, None, None, 1, compute)
+                rows = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, compute)
                 index = a_index if ctx.index_div == 1 else a_index // ctx.index_div
                 da = _scatter_rows(rows, index, offsets, a.shape[0], a.dtype)
         if ctx.needs_input_grad[1]:
-            db = grouped_matmul_wgrad(a, grad, offsets, a_index, None, ctx.index_div, b.dtype)
+            db = grouped_matmul_wgrad(a, dout, offsets, a_index, None, ctx.index_div, b.dtype)
         if ctx.has_bias and ctx.needs_input_grad[4]:
-            dbias = grouped_bias_grad(grad, offsets, None, 1, grad.dtype)
+            dbias = grouped_bias_grad(dout, offsets, None, 1, dout.dtype)
         return da, db, None, None, dbias, None, None
 
 
 @op(
-    module="moe/grouped_matmul",
+    module=_MODULE,
     kernels=("grouped_matmul_fwd", "grouped_matmul_wgrad"),
     differentiable=("a", "b", "bias"),
 )
@@ -173,9 +166,9 @@ def grouped_matmul(
     Source: MegaBlocks (2211.15841); gathered rows as in ScatterMoE (2403.08245).
     """
     _check(a, b, offsets, a_index, bias, out_dtype)
-    a, b, offsets = check_last_dim_contiguous(a), either_contiguous(b), offsets.contiguous()
+    a, b, offsets = errors.check_last_dim_contiguous(a), either_contiguous(b), offsets.contiguous()
     a_index = None if a_index is None else a_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     out_dtype = out_dtype or a.dtype
     args = (a, b, offsets, a_index, bias, 1, out_dtype)
-    return _GroupedMatmul.apply(*args) if needs_grad(a, b, bias) else grouped_matmul_fwd(*args)
+    return _GroupedMatmul.apply(*args) if errors.needs_grad(a, b, bias) else grouped_matmul_fwd(*args)

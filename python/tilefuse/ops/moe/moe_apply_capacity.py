@@ -5,35 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import INDEX_DTYPES, check_device, check_dtype, type_error, value_error
+from ... import errors
 from ...library import op
 from .moe_plan import moe_plan_fwd
 
 __all__ = ["moe_apply_capacity"]
 
+_MODULE = "moe/moe_apply_capacity"
 POLICIES = ("position", "weight")
 
 
 def _check(ids: Tensor, weights: Tensor, num_experts: int, capacity: int, policy: str) -> None:
     name = "moe_apply_capacity"
     if ids.dim() != 2 or ids.shape[1] == 0:
-        value_error(name, "ids", "[T, k] int32 or int64 with k >= 1", ids)
-    check_dtype(name, "ids", ids, INDEX_DTYPES)
+        errors.value_error(name, "ids", "[T, k] int32 or int64 with k >= 1", ids)
+    errors.check_dtype(name, "ids", ids, errors.INDEX_DTYPES)
     if weights.shape != ids.shape:
-        value_error(name, "weights", f"{[*ids.shape]} float32", weights)
+        errors.value_error(name, "weights", f"{[*ids.shape]} float32", weights)
     if not weights.dtype.is_floating_point:
-        type_error(name, "weights", f"{[*ids.shape]} float32", weights)
-    check_device(name, "weights", weights, ids, "ids")
+        errors.type_error(name, "weights", f"{[*ids.shape]} float32", weights)
+    errors.check_device(name, "weights", weights, ids, "ids")
     if num_experts < 1:
-        value_error(name, "num_experts", ">= 1", num_experts)
+        errors.value_error(name, "num_experts", ">= 1", num_experts)
     if capacity < 0:
-        value_error(name, "capacity", ">= 0", capacity)
+        errors.value_error(name, "capacity", ">= 0", capacity)
     if policy not in POLICIES:
-        value_error(name, "policy", f"one of {', '.join(POLICIES)}", policy)
+        errors.value_error(name, "policy", f"one of {', '.join(POLICIES)}", policy)
 
 
 @op(
-    module="moe/moe_apply_capacity",
+    module=_MODULE,
     kernels=("moe_plan_fwd",),
     differentiable=("weights",),
 )

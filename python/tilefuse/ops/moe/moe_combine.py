@@ -5,53 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import (
-    FLOATS,
-    INDEX_DTYPES,
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    needs_grad,
-    type_error,
-    value_error,
-)
+from ... import errors
 from ...library import gradient_of, kernel, once_differentiable, op
 
 __all__ = ["moe_combine"]
+
+_MODULE = "moe/moe_combine"
 
 
 def check_weights(name: str, weights: Tensor, like: Tensor, like_arg: str) -> None:
     """Weights are float32, whatever the rows are; the rows' own dtype is taken too, as models cast them."""
     if weights.dtype not in (torch.float32, like.dtype):
-        type_error(name, "weights", f"float32 or of {like_arg}'s dtype", weights)
-    check_device(name, "weights", weights, like, like_arg)
+        errors.type_error(name, "weights", f"float32 or of {like_arg}'s dtype", weights)
+    errors.check_device(name, "weights", weights, like, like_arg)
 
 
 def _check(y: Tensor, inverse: Tensor, weights: Tensor) -> None:
     name = "moe_combine"
     if y.dim() != 2:
-        value_error(name, "y", "[rows, H]", y)
-    check_dtype(name, "y", y, FLOATS)
+        errors.value_error(name, "y", "[rows, H]", y)
+    errors.check_dtype(name, "y", y, errors.FLOATS)
     if weights.dim() != 2 or weights.shape[1] == 0:
-        value_error(name, "weights", "[T, k] float32 with k >= 1", weights)
+        errors.value_error(name, "weights", "[T, k] float32 with k >= 1", weights)
     check_weights(name, weights, y, "y")
     slots = weights.shape[0] * weights.shape[1]
     if inverse.shape != (slots,):
-        value_error(name, "inverse", f"[{slots}] int32 or int64", inverse)
-    check_dtype(name, "inverse", inverse, INDEX_DTYPES)
-    check_device(name, "inverse", inverse, y, "y")
+        errors.value_error(name, "inverse", f"[{slots}] int32 or int64", inverse)
+    errors.check_dtype(name, "inverse", inverse, errors.INDEX_DTYPES)
+    errors.check_device(name, "inverse", inverse, y, "y")
 
 
 moe_combine_fwd = kernel(
     "moe_combine_fwd(Tensor y, Tensor inverse, Tensor? weights, int top_k) -> Tensor",
-    module="moe/moe_combine",
+    module=_MODULE,
     fake=lambda y, inverse, weights, top_k: y.new_empty((inverse.shape[0] // top_k, y.shape[1])),
     linear=("y", "weights"),
 )
 moe_combine_bwd = kernel(
-    "moe_combine_bwd(Tensor grad, Tensor y, Tensor inverse, Tensor weights, int top_k) -> (Tensor, Tensor)",
-    module="moe/moe_combine",
-    fake=lambda grad, y, inverse, weights, top_k: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
+    "moe_combine_bwd(Tensor dout, Tensor y, Tensor inverse, Tensor weights, int top_k) -> (Tensor, Tensor)",
+    module=_MODULE,
+    fake=lambda dout, y, inverse, weights, top_k: (y.new_empty(y.shape), weights.new_empty(weights.shape)),
 )
 
 
@@ -64,14 +57,14 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, dout):
         y, inverse, weights = ctx.saved_tensors
-        dy, dweights = moe_combine_bwd(grad.contiguous(), y, inverse, weights, weights.shape[1])
+        dy, dweights = moe_combine_bwd(dout.contiguous(), y, inverse, weights, weights.shape[1])
         return dy, None, dweights, None
 
 
 @op(
-    module="moe/moe_combine",
+    module=_MODULE,
     kernels=("moe_combine_fwd", "moe_combine_bwd"),
     differentiable=("y", "weights"),
 )
@@ -102,6 +95,6 @@ def moe_combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     Source: the combine step of GShard (2006.16668), per slot instead of per capacity place.
     """
     _check(y, inverse, weights)
-    y, weights = check_last_dim_contiguous(y), weights.contiguous()
+    y, weights = errors.check_last_dim_contiguous(y), weights.contiguous()
     args = (y, inverse.contiguous(), weights, weights.shape[1])
-    return _Combine.apply(*args) if needs_grad(y, weights) else moe_combine_fwd(*args)
+    return _Combine.apply(*args) if errors.needs_grad(y, weights) else moe_combine_fwd(*args)

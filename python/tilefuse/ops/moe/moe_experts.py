@@ -5,16 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import (
-    FLOATS,
-    INDEX_DTYPES,
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    needs_grad,
-    type_error,
-    value_error,
-)
+from ... import errors
 from ...library import kernel, once_differentiable, op
 from .grouped_matmul import either_contiguous, grouped_bias_grad, grouped_matmul_fwd, grouped_matmul_wgrad
 from .moe_combine import check_weights, moe_combine_fwd
@@ -22,6 +13,7 @@ from .moe_plan import moe_plan_fwd
 
 __all__ = ["moe_experts"]
 
+_MODULE = "moe/moe_experts"
 ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "gelu_erf")
 
 
@@ -37,26 +29,26 @@ def check_experts(
 ) -> None:
     """Shapes and options that moe_experts and moe_experts_fp8 share."""
     if x.dim() != 2:
-        value_error(name, "x", "[T, H]", x)
-    check_dtype(name, "x", x, FLOATS)
+        errors.value_error(name, "x", "[T, H]", x)
+    errors.check_dtype(name, "x", x, errors.FLOATS)
     tokens, hidden = x.shape
     if w_gate_up.dim() != 3 or w_gate_up.shape[0] == 0 or w_gate_up.shape[1] % 2 or w_gate_up.shape[2] != hidden:
-        value_error(name, "w_gate_up", f"[E, 2 I, {hidden}]", w_gate_up)
+        errors.value_error(name, "w_gate_up", f"[E, 2 I, {hidden}]", w_gate_up)
     experts, inner = w_gate_up.shape[0], w_gate_up.shape[1] // 2
     if w_down.shape != (experts, hidden, inner):
-        value_error(name, "w_down", f"[{experts}, {hidden}, {inner}]", w_down)
+        errors.value_error(name, "w_down", f"[{experts}, {hidden}, {inner}]", w_down)
     if ids.dim() != 2 or ids.shape[0] != tokens or ids.shape[1] == 0:
-        value_error(name, "ids", f"[{tokens}, k] int32 or int64 with k >= 1", ids)
-    check_dtype(name, "ids", ids, INDEX_DTYPES)
+        errors.value_error(name, "ids", f"[{tokens}, k] int32 or int64 with k >= 1", ids)
+    errors.check_dtype(name, "ids", ids, errors.INDEX_DTYPES)
     if weights.shape != ids.shape:
-        value_error(name, "weights", f"{[*ids.shape]} float32", weights)
+        errors.value_error(name, "weights", f"{[*ids.shape]} float32", weights)
     check_weights(name, weights, x, "x")
     for arg, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down), ("ids", ids)):
-        check_device(name, arg, tensor, x, "x")
+        errors.check_device(name, arg, tensor, x, "x")
     if activation not in ACTIVATIONS:
-        value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+        errors.value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
     if limit > 0 and activation in ("gelu", "gelu_erf"):
-        value_error(name, "limit", f"0 (no clamp) with {activation}", limit)
+        errors.value_error(name, "limit", f"0 (no clamp) with {activation}", limit)
 
 
 def _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, limit) -> None:
@@ -64,15 +56,15 @@ def _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activati
     check_experts(name, x, w_gate_up, w_down, weights, ids, activation, limit)
     for arg, tensor in (("w_gate_up", w_gate_up), ("w_down", w_down)):
         if tensor.dtype != x.dtype:
-            type_error(name, arg, f"of x's dtype {x.dtype}", tensor)
+            errors.type_error(name, arg, f"of x's dtype {x.dtype}", tensor)
     for arg, bias, weight in (("bias_gate_up", bias_gate_up, w_gate_up), ("bias_down", bias_down, w_down)):
         if bias is None:
             continue
         if bias.shape != weight.shape[:2]:
-            value_error(name, arg, f"{[*weight.shape[:2]]} of x's dtype", bias)
+            errors.value_error(name, arg, f"{[*weight.shape[:2]]} of x's dtype", bias)
         if bias.dtype != x.dtype:
-            type_error(name, arg, f"of x's dtype {x.dtype}", bias)
-        check_device(name, arg, bias, x, "x")
+            errors.type_error(name, arg, f"of x's dtype {x.dtype}", bias)
+        errors.check_device(name, arg, bias, x, "x")
 
 
 def _up_fake(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):
@@ -87,13 +79,13 @@ def _act_bwd_fake(z, dh, offsets, order, weights, activation, alpha, limit):
 moe_experts_up = kernel(
     "moe_experts_up(Tensor x, Tensor w_gate_up, Tensor offsets, Tensor order, Tensor? bias, int top_k,"
     " str activation, float alpha, float limit, bool save) -> (Tensor, Tensor)",
-    module="moe/moe_experts",
+    module=_MODULE,
     fake=_up_fake,
 )
 moe_experts_act_bwd = kernel(
     "moe_experts_act_bwd(Tensor z, Tensor dh, Tensor offsets, Tensor order, Tensor weights, str activation,"
     " float alpha, float limit) -> (Tensor, Tensor, Tensor)",
-    module="moe/moe_experts",
+    module=_MODULE,
     fake=_act_bwd_fake,
 )
 
@@ -119,13 +111,13 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, dout):
         x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, z, order, inverse, offsets = ctx.saved_tensors
         top_k = ids.shape[1]
-        grad = grad.contiguous()
+        dout = dout.contiguous()
         need = ctx.needs_input_grad
         dx = dw_gate_up = dw_down = dweights = dbias_gate_up = dbias_down = None
-        dh = grouped_matmul_fwd(grad, w_down.transpose(1, 2), offsets, order, None, top_k, x.dtype)
+        dh = grouped_matmul_fwd(dout, w_down.transpose(1, 2), offsets, order, None, top_k, x.dtype)
         dz, weighted_h, dweights = moe_experts_act_bwd(z, dh, offsets, order, weights, *ctx.options)
         if need[0]:
             rows = grouped_matmul_fwd(dz, w_gate_up.transpose(1, 2), offsets, None, None, 1, x.dtype)
@@ -133,33 +125,33 @@ class _Experts(torch.autograd.Function):
         if need[1]:
             dw_gate_up = grouped_matmul_wgrad(x, dz, offsets, order, None, top_k, w_gate_up.dtype)
         if need[2]:
-            dw_down = grouped_matmul_wgrad(weighted_h, grad, offsets, None, order, top_k, w_down.dtype)
+            dw_down = grouped_matmul_wgrad(weighted_h, dout, offsets, None, order, top_k, w_down.dtype)
         if need[3] and bias_down is not None:
-            dweights = dweights + _bias_dot(grad, bias_down, ids).to(dweights.dtype)
+            dweights = dweights + _bias_dot(dout, bias_down, ids).to(dweights.dtype)
         if bias_gate_up is not None and need[5]:
             dbias_gate_up = grouped_bias_grad(dz, offsets, None, 1, bias_gate_up.dtype)
         if bias_down is not None and need[6]:
-            dbias_down = _weighted_bias_grad(grad, weights, offsets, order, top_k, bias_down.dtype)
+            dbias_down = _weighted_bias_grad(dout, weights, offsets, order, top_k, bias_down.dtype)
         return dx, dw_gate_up, dw_down, dweights if need[3] else None, None, dbias_gate_up, dbias_down, *[None] * 3
 
 
-def _bias_dot(grad: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
-    """<grad[t], bias[ids[t, j]]>: the down-projection's bias in the gradient of the weights."""
-    compute = grad.dtype if grad.dtype == torch.float64 else torch.float32
+def _bias_dot(dout: Tensor, bias: Tensor, ids: Tensor) -> Tensor:
+    """<dout[t], bias[ids[t, j]]>: the down-projection's bias in the gradient of the weights."""
+    compute = dout.dtype if dout.dtype == torch.float64 else torch.float32
     dropped = (ids < 0) | (ids >= bias.shape[0])
-    dots = grad.to(compute) @ bias.to(compute).T
+    dots = dout.to(compute) @ bias.to(compute).T
     return dots.gather(1, ids.long().masked_fill(dropped, 0)).masked_fill(dropped, 0)
 
 
-def _weighted_bias_grad(grad, weights, offsets, order, top_k, dtype):
-    """``sum_p w[p] grad[token(p)]`` per expert: a weight gradient against the column of slot weights."""
-    compute = grad.dtype if grad.dtype == torch.float64 else torch.float32
+def _weighted_bias_grad(dout, weights, offsets, order, top_k, dtype):
+    """``sum_p w[p] dout[token(p)]`` per expert: a weight gradient against the column of slot weights."""
+    compute = dout.dtype if dout.dtype == torch.float64 else torch.float32
     column = weights.flatten()[order.long()].to(compute)[:, None]
-    return grouped_matmul_wgrad(column, grad.to(compute), offsets, None, order, top_k, compute)[..., 0].to(dtype)
+    return grouped_matmul_wgrad(column, dout.to(compute), offsets, None, order, top_k, compute)[..., 0].to(dtype)
 
 
 @op(
-    module="moe/moe_experts",
+    module=_MODULE,
     kernels=(
         "moe_plan_fwd", "moe_experts_up", "grouped_matmul_fwd", "moe_combine_fwd", "moe_experts_act_bwd",
         "grouped_matmul_wgrad",
@@ -218,10 +210,10 @@ def moe_experts(
     Source: the memory scheme is that of SonicMoE (2512.14080).
     """
     _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, limit)
-    x, ids, weights = check_last_dim_contiguous(x), ids.contiguous(), weights.contiguous()
+    x, ids, weights = errors.check_last_dim_contiguous(x), ids.contiguous(), weights.contiguous()
     w_gate_up, w_down = either_contiguous(w_gate_up), either_contiguous(w_down)
     bias_gate_up, bias_down = (None if b is None else b.contiguous() for b in (bias_gate_up, bias_down))
     args = (x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, float(alpha), float(limit))
-    if needs_grad(*args[:4], bias_gate_up, bias_down):
+    if errors.needs_grad(*args[:4], bias_gate_up, bias_down):
         return _Experts.apply(*args)
     return _forward(*args, False)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import check_device, check_last_dim_contiguous, check_not_differentiated, type_error, value_error
+from ... import errors
 from ...library import op
 from ..fp8.grouped_matmul import fp8_grouped_matmul_fwd
 from ..fp8.quantize import CODES, fp8_quantize
@@ -16,30 +16,31 @@ from .moe_plan import moe_plan_fwd
 
 __all__ = ["moe_experts_fp8"]
 
+_MODULE = "moe/moe_experts_fp8"
 ACTIVATIONS = ("silu", "gelu", "gelu_erf")
 
 
 def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation, limit) -> None:
     name = "moe_experts_fp8"
     if activation not in ACTIVATIONS:
-        value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
+        errors.value_error(name, "activation", f"one of {', '.join(ACTIVATIONS)}", activation)
     check_experts(name, x, w_gate_up, w_down, weights, ids, activation, limit)
     if x.dtype == torch.float64:
-        type_error(name, "x", "float32 or bfloat16 or float16", x)
+        errors.type_error(name, "x", "float32 or bfloat16 or float16", x)
     for arg, weight, scale in (("w_gate_up", w_gate_up, w_gate_up_scale), ("w_down", w_down, w_down_scale)):
         if weight.dtype != CODES:
-            type_error(name, arg, "float8_e4m3fn", weight)
+            errors.type_error(name, arg, "float8_e4m3fn", weight)
         experts, n, k = weight.shape
         blocks = (experts, -(-n // 128), -(-k // 128))
         if scale.shape not in (torch.Size(blocks), torch.Size((experts, n, blocks[2]))):
-            value_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
+            errors.value_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
         if scale.dtype != torch.float32:
-            type_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
-        check_device(name, f"{arg}_scale", scale, x, "x")
+            errors.type_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
+        errors.check_device(name, f"{arg}_scale", scale, x, "x")
 
 
 @op(
-    module="moe/moe_experts_fp8",
+    module=_MODULE,
     kernels=(
         "moe_plan_fwd",
         "fp8_quantize_rows",
@@ -95,12 +96,12 @@ def moe_experts_fp8(
     Source: the block scales are those of DeepSeek-V3 (2412.19437), section 3.3.
     """
     _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation, limit)
-    check_not_differentiated(
+    errors.check_not_differentiated(
         "moe_experts_fp8", "it is for inference", x=x, weights=weights, w_gate_up_scale=w_gate_up_scale,
         w_down_scale=w_down_scale,
     )  # fmt: skip
     top_k = ids.shape[1]
-    w_gate_up, w_down = check_last_dim_contiguous(w_gate_up), check_last_dim_contiguous(w_down)
+    w_gate_up, w_down = errors.check_last_dim_contiguous(w_gate_up), errors.check_last_dim_contiguous(w_down)
     order, inverse, offsets = moe_plan_fwd(ids.contiguous(), w_gate_up.shape[0])
     q, scale = fp8_quantize(x)
     token = order.long() // top_k

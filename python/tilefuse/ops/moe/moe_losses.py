@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import (
-    FLOATS,
-    INDEX_DTYPES,
-    check_device,
-    check_dtype,
-    check_not_differentiated,
-    type_error,
-    value_error,
-)
+from ... import errors
 from ...library import op
 from ...reference.moe.moe_route import route_scores
 from .moe_route import SCORES
@@ -27,14 +19,14 @@ NORMALIZATIONS = ("none", "topk")
 
 def _check_logits(name: str, logits: Tensor, valid: Tensor | None) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
-        value_error(name, "logits", "[T, E] with E >= 1", logits)
-    check_dtype(name, "logits", logits, FLOATS)
+        errors.value_error(name, "logits", "[T, E] with E >= 1", logits)
+    errors.check_dtype(name, "logits", logits, errors.FLOATS)
     if valid is not None:
         if valid.shape != logits.shape[:1]:
-            value_error(name, "valid", f"[{logits.shape[0]}] bool", valid)
+            errors.value_error(name, "valid", f"[{logits.shape[0]}] bool", valid)
         if valid.dtype != torch.bool:
-            type_error(name, "valid", f"[{logits.shape[0]}] bool", valid)
-        check_device(name, "valid", valid, logits, "logits")
+            errors.type_error(name, "valid", f"[{logits.shape[0]}] bool", valid)
+        errors.check_device(name, "valid", valid, logits, "logits")
 
 
 def _check_balance(
@@ -51,19 +43,19 @@ def _check_balance(
     _check_logits(name, logits, valid)
     tokens, experts = logits.shape
     if ids.dim() != 2 or ids.shape[0] != tokens or ids.shape[1] == 0:
-        value_error(name, "ids", f"[{tokens}, k] int32 or int64 with k >= 1", ids)
-    check_dtype(name, "ids", ids, INDEX_DTYPES)
-    check_device(name, "ids", ids, logits, "logits")
+        errors.value_error(name, "ids", f"[{tokens}, k] int32 or int64 with k >= 1", ids)
+    errors.check_dtype(name, "ids", ids, errors.INDEX_DTYPES)
+    errors.check_device(name, "ids", ids, logits, "logits")
     if kind not in KINDS:
-        value_error(name, "kind", f"one of {', '.join(KINDS)}", kind)
+        errors.value_error(name, "kind", f"one of {', '.join(KINDS)}", kind)
     if score not in SCORES:
-        value_error(name, "score", f"one of {', '.join(SCORES)}", score)
+        errors.value_error(name, "score", f"one of {', '.join(SCORES)}", score)
     if normalization not in NORMALIZATIONS:
-        value_error(name, "normalization", f"one of {', '.join(NORMALIZATIONS)}", normalization)
+        errors.value_error(name, "normalization", f"one of {', '.join(NORMALIZATIONS)}", normalization)
     if n_devices < 1 or experts % n_devices:
-        value_error(name, "n_devices", f"a divisor of E = {experts}", n_devices)
+        errors.value_error(name, "n_devices", f"a divisor of E = {experts}", n_devices)
     if sequence_length < 0 or (sequence_length and tokens % sequence_length):
-        value_error(name, "sequence_length", f"0 or a divisor of T = {tokens}", sequence_length)
+        errors.value_error(name, "sequence_length", f"0 or a divisor of T = {tokens}", sequence_length)
 
 
 def _rows(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -214,7 +206,7 @@ def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tens
     elif dtype == torch.bool or dtype.is_complex:
         _check_update(bias, counts)
     if torch.is_grad_enabled() and (bias.requires_grad or counts.requires_grad):
-        check_not_differentiated("moe_update_bias", "it has no gradient", bias=bias, counts=counts)
+        errors.check_not_differentiated("moe_update_bias", "it has no gradient", bias=bias, counts=counts)
     # in float64, and without a division, so that an expert exactly at the mean stays
     below = torch.sub(counts.sum(dtype=torch.float64), counts, alpha=bias.shape[0])
     return torch.add(bias, below.sign_().float(), alpha=rate)
@@ -223,11 +215,11 @@ def moe_update_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tens
 def _check_update(bias: Tensor, counts: Tensor) -> None:
     name = "moe_update_bias"
     if bias.dim() != 1:
-        value_error(name, "bias", "[E] float32", bias)
+        errors.value_error(name, "bias", "[E] float32", bias)
     if bias.dtype != torch.float32:
-        type_error(name, "bias", "[E] float32", bias)
+        errors.type_error(name, "bias", "[E] float32", bias)
     if counts.shape != bias.shape:
-        value_error(name, "counts", f"{[*bias.shape]}", counts)
+        errors.value_error(name, "counts", f"{[*bias.shape]}", counts)
     if counts.dtype == torch.bool or counts.dtype.is_complex:
-        type_error(name, "counts", "integer or float", counts)
-    check_device(name, "counts", counts, bias, "bias")
+        errors.type_error(name, "counts", "integer or float", counts)
+    errors.check_device(name, "counts", counts, bias, "bias")

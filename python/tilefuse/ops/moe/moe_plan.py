@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import INDEX_DTYPES, check_dtype, value_error
+from ... import errors
 from ...library import kernel, op
 
 __all__ = ["moe_plan"]
+
+_MODULE = "moe/moe_plan"
 
 
 def _fake(ids, num_experts):
@@ -28,18 +30,18 @@ def _decode_sized(ids, num_experts):
 
 moe_plan_fwd = kernel(
     "moe_plan_fwd(Tensor ids, int num_experts) -> (Tensor, Tensor, Tensor)",
-    module="moe/moe_plan",
+    module=_MODULE,
     fake=_fake,
     backends=("reference", "cpu", "triton", "cuda"),
-    dtypes=dict.fromkeys(("cpu", "triton", "cuda"), INDEX_DTYPES),
+    dtypes=dict.fromkeys(("cpu", "triton", "cuda"), errors.INDEX_DTYPES),
     when={"cuda": _decode_sized},
 )
 
 
 @op(
-    module="moe/moe_plan",
+    module=_MODULE,
     kernels=("moe_plan_fwd",),
-    dtypes=INDEX_DTYPES,
+    dtypes=errors.INDEX_DTYPES,
 )
 def moe_plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sorts the slots of ``ids`` by expert, stably.
@@ -71,10 +73,10 @@ def moe_plan(ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     Source: the dispatch of MegaBlocks (2211.15841) and vLLM's ``moe_align_block_size``, without padding.
     """
     if ids.dim() != 2:
-        value_error("moe_plan", "ids", "[T, k] int32 or int64", ids)
-    check_dtype("moe_plan", "ids", ids, INDEX_DTYPES)
+        errors.value_error("moe_plan", "ids", "[T, k] int32 or int64", ids)
+    errors.check_dtype("moe_plan", "ids", ids, errors.INDEX_DTYPES)
     if num_experts < 1:
-        value_error("moe_plan", "num_experts", ">= 1", num_experts)
+        errors.value_error("moe_plan", "num_experts", ">= 1", num_experts)
     if ids.shape[0] * ids.shape[1] >= 2**31:
-        value_error("moe_plan", "ids", "[T, k] with T * k < 2^31", ids)
+        errors.value_error("moe_plan", "ids", "[T, k] with T * k < 2^31", ids)
     return moe_plan_fwd(ids.contiguous(), num_experts)

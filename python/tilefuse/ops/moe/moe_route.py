@@ -5,19 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import (
-    FLOATS,
-    check_device,
-    check_dtype,
-    check_last_dim_contiguous,
-    needs_grad,
-    type_error,
-    value_error,
-)
+from ... import errors
 from ...library import gradient_of, kernel, once_differentiable, op
 
 __all__ = ["moe_route"]
 
+_MODULE = "moe/moe_route"
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
 GROUP_SCORES = ("max", "top2")
 NAN_POLICIES = ("propagate", "zero")
@@ -35,28 +28,28 @@ def _check(
 ) -> None:
     name = "moe_route"
     if logits.dim() != 2 or logits.shape[1] == 0:
-        value_error(name, "logits", "[T, E] with E >= 1", logits)
-    check_dtype(name, "logits", logits, FLOATS)
+        errors.value_error(name, "logits", "[T, E] with E >= 1", logits)
+    errors.check_dtype(name, "logits", logits, errors.FLOATS)
     experts = logits.shape[1]
     if bias is not None:
         if bias.shape != (experts,):
-            value_error(name, "bias", f"[{experts}] float32", bias)
+            errors.value_error(name, "bias", f"[{experts}] float32", bias)
         if bias.dtype != torch.float32 and not (bias.dtype == logits.dtype == torch.float64):
-            type_error(name, "bias", f"[{experts}] float32", bias)
-        check_device(name, "bias", bias, logits, "logits")
+            errors.type_error(name, "bias", f"[{experts}] float32", bias)
+        errors.check_device(name, "bias", bias, logits, "logits")
     if score not in SCORES:
-        value_error(name, "score", f"one of {', '.join(SCORES)}", score)
+        errors.value_error(name, "score", f"one of {', '.join(SCORES)}", score)
     if group_score not in GROUP_SCORES:
-        value_error(name, "group_score", f"one of {', '.join(GROUP_SCORES)}", group_score)
+        errors.value_error(name, "group_score", f"one of {', '.join(GROUP_SCORES)}", group_score)
     if nan_policy not in NAN_POLICIES:
-        value_error(name, "nan_policy", f"one of {', '.join(NAN_POLICIES)}", nan_policy)
+        errors.value_error(name, "nan_policy", f"one of {', '.join(NAN_POLICIES)}", nan_policy)
     if n_group < 1 or experts % n_group:
-        value_error(name, "n_group", f"a divisor of E = {experts}", n_group)
+        errors.value_error(name, "n_group", f"a divisor of E = {experts}", n_group)
     if not 1 <= topk_group <= n_group:
-        value_error(name, "topk_group", f"between 1 and n_group = {n_group}", topk_group)
+        errors.value_error(name, "topk_group", f"between 1 and n_group = {n_group}", topk_group)
     eligible = topk_group * (experts // n_group)
     if not 1 <= top_k <= eligible:
-        value_error(name, "top_k", f"between 1 and the {eligible} experts of topk_group groups", top_k)
+        errors.value_error(name, "top_k", f"between 1 and the {eligible} experts of topk_group groups", top_k)
 
 
 def _fwd_fake(logits, bias, top_k, score, renormalize, n_group, topk_group, group_score, scale, nan_policy):
@@ -65,7 +58,7 @@ def _fwd_fake(logits, bias, top_k, score, renormalize, n_group, topk_group, grou
     return logits.new_empty(shape, dtype=dtype), logits.new_empty(shape, dtype=torch.int32)
 
 
-def _bwd_fake(grad, logits, ids, score, renormalize, scale, nan_policy):
+def _bwd_fake(dweights, logits, ids, score, renormalize, scale, nan_policy):
     return logits.new_empty(logits.shape)
 
 
@@ -79,15 +72,15 @@ def _few_experts(most, position=0):
 moe_route_fwd = kernel(
     "moe_route_fwd(Tensor logits, Tensor? bias, int top_k, str score, bool renormalize, int n_group, int topk_group,"
     " str group_score, float scale, str nan_policy) -> (Tensor, Tensor)",
-    module="moe/moe_route",
+    module=_MODULE,
     fake=_fwd_fake,
     backends=("reference", "cpu", "triton", "cuda"),
     when={"cuda": _few_experts(1024), "triton": _few_experts(4096)},
 )
 moe_route_bwd = kernel(
-    "moe_route_bwd(Tensor grad, Tensor logits, Tensor ids, str score, bool renormalize, float scale,"
+    "moe_route_bwd(Tensor dweights, Tensor logits, Tensor ids, str score, bool renormalize, float scale,"
     " str nan_policy) -> Tensor",
-    module="moe/moe_route",
+    module=_MODULE,
     fake=_bwd_fake,
     backends=("reference", "cpu", "triton", "cuda"),
     when={"cuda": _few_experts(1024, position=1)},
@@ -109,13 +102,13 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, dweights, _):
         logits, ids = ctx.saved_tensors
-        return moe_route_bwd(grad.contiguous(), logits, ids, *ctx.options), *[None] * 9
+        return moe_route_bwd(dweights.contiguous(), logits, ids, *ctx.options), *[None] * 9
 
 
 @op(
-    module="moe/moe_route",
+    module=_MODULE,
     kernels=("moe_route_fwd", "moe_route_bwd"),
     differentiable=("logits",),
 )
@@ -178,10 +171,10 @@ def moe_route(
     Sources: Switch (Fedus et al. 2021), DeepSeek-V2 (2405.04434), DeepSeek-V3 (2412.19437), section 2.1.2.
     """
     _check(logits, bias, top_k, score, n_group, topk_group, group_score, nan_policy)
-    logits = check_last_dim_contiguous(logits)
+    logits = errors.check_last_dim_contiguous(logits)
     args = (top_k, score, renormalize, n_group, topk_group, group_score, float(scale), nan_policy)
     if bias is not None:
         bias = bias.detach().contiguous()
-    if needs_grad(logits):
+    if errors.needs_grad(logits):
         return _Route.apply(logits, bias, *args)
     return moe_route_fwd(logits, bias, *args)
