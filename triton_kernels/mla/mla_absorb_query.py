@@ -52,9 +52,11 @@ def mla_absorb_query_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(row_in[:, None] + k[None, :], mask=mask[:, None] & (k < K)[None, :], other=0.0)  # [BM, BK]
+        a = tl.load(
+            row_in[:, None] + k[None, :], mask=mask[:, None] & (k < K)[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
         keep = (k < K)[:, None] & (n < N)[None, :]
-        b = tl.load(weight_ptr + k[:, None] * w_k + n[None, :] * w_n, mask=keep, other=0.0)  # [BK, BN]
+        b = tl.load(weight_ptr + k[:, None] * w_k + n[None, :] * w_n, mask=keep, other=0.0)  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
     tl.store(row_out[:, None] + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask[:, None] & (n < N)[None, :])
     if HALF > 0:  # noqa: SIM102, the outer one is decided by the compiler
@@ -83,7 +85,7 @@ def mla_absorb_query_bwd_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """grad_w[h] = q[:, h, :K].T @ grad[:, h, :N], summed over tokens in their order."""
+    """dw_uk[h] = q[:, h, :K].T @ dout[:, h, :N], summed over tokens in their order."""
     head = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,10 +95,12 @@ def mla_absorb_query_bwd_weight_kernel(
     for start in range(0, tokens, BLOCK_K):
         token = start + tl.arange(0, BLOCK_K).to(tl.int64)
         mask = (token < tokens)[:, None]
-        a = tl.load(q_ptr + token[:, None] * q_token + p[None, :], mask=mask & (p < K)[None, :], other=0.0)  # [BK, BM]
+        a = tl.load(
+            q_ptr + token[:, None] * q_token + p[None, :], mask=mask & (p < K)[None, :], other=0.0
+        )  # [BLOCK_K, BLOCK_M]
         b = tl.load(
             dout_ptr + token[:, None] * g_token + n[None, :], mask=mask & (n < N)[None, :], other=0.0
-        )  # [BK, BN]
+        )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     keep = (p < K)[:, None] & (n < N)[None, :]
     at = head * K * N + p.to(tl.int64)[:, None] * N + n[None, :]

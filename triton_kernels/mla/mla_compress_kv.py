@@ -17,19 +17,19 @@ from .host import token_positions
 def rstd_of(x, RANK: tl.constexpr, eps):
     # the float64 sum makes the result independent of its order: every backend rounds to the same bits
     wide = x.to(tl.float64)
-    mean = (tl.sum(wide * wide, axis=1) / RANK).to(tl.float32)  # [BT]
+    mean = (tl.sum(wide * wide, axis=1) / RANK).to(tl.float32)  # [BLOCK_T]
     return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
 
 
 @triton.jit
 def load_pairs(rows, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both members of every rotated pair as float32, [BT, HALF_PAD] each; ``rows`` [BT] points at the first."""
+    """Both members of every rotated pair as float32, [BLOCK_T, HALF_PAD] each; ``rows`` points at the first."""
     i = tl.arange(0, HALF_PAD)
     if INTERLEAVED:
         # one contiguous read, then apart
         offset = 2 * i[:, None] + tl.arange(0, 2)[None, :]
         keep = mask[:, None, None] & (i < HALF)[None, :, None]
-        both = tl.load(rows[:, None, None] + offset[None, :, :], mask=keep, other=0.0)  # [BT, HALF_PAD, 2]
+        both = tl.load(rows[:, None, None] + offset[None, :, :], mask=keep, other=0.0)  # [BLOCK_T, HALF_PAD, 2]
         first, second = tl.split(both)
     else:
         keep = mask[:, None] & (i < HALF)[None, :]
@@ -56,7 +56,7 @@ def store_pairs(rows, first, second, mask, HALF: tl.constexpr, HALF_PAD: tl.cons
 def load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr):
     i = tl.arange(0, HALF_PAD)
     keep = mask[:, None] & (i < HALF)[None, :]
-    c = tl.load(cos_ptr + position[:, None] * cos_stride + i[None, :], mask=keep, other=0.0)  # [BT, HALF_PAD]
+    c = tl.load(cos_ptr + position[:, None] * cos_stride + i[None, :], mask=keep, other=0.0)  # [BLOCK_T, HALF_PAD]
     s = tl.load(sin_ptr + position[:, None] * sin_stride + i[None, :], mask=keep, other=0.0)
     return c, s
 
@@ -99,7 +99,7 @@ def mla_compress_kv_fwd_kernel(
     keep = mask[:, None] & inside[None, :]
     row_in = kv_a_ptr + token * kv_stride
     row_out = out_ptr + token * (RANK + 2 * HALF)
-    x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
+    x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, R]
     w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = x * rstd_of(x, RANK, eps)[:, None] * w[None, :]
     tl.store(row_out[:, None] + column[None, :], y.to(out_ptr.dtype.element_ty), mask=keep)
@@ -123,7 +123,7 @@ def mla_compress_kv_bwd_kernel(
     tokens,
     table_rows,
     rows_per_program,
-    grad_stride,
+    dout_stride,
     kv_stride,
     cos_stride,
     sin_stride,
@@ -146,10 +146,10 @@ def mla_compress_kv_bwd_kernel(
         mask = token < last
         keep = mask[:, None] & inside[None, :]
         row_in = kv_a_ptr + token * kv_stride
-        row_grad = dout_ptr + token * grad_stride
+        row_dout = dout_ptr + token * dout_stride
         row_out = dkv_a_ptr + token * (RANK + 2 * HALF)
-        x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
-        g = tl.load(row_grad[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)
+        x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, R]
+        g = tl.load(row_dout[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)
         rstd = rstd_of(x, RANK, eps)[:, None]
         normed = x * rstd
         total += tl.sum(g * normed, axis=0)
@@ -160,7 +160,7 @@ def mla_compress_kv_bwd_kernel(
         if HALF > 0:
             position = position_of(positions_ptr, token, mask, table_rows)
             c, s = load_tables(cos_ptr, sin_ptr, cos_stride, sin_stride, position, mask, HALF, HALF_PAD)
-            a, b = load_pairs(row_grad + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
+            a, b = load_pairs(row_dout + RANK, mask, HALF, HALF_PAD, INTERLEAVED)
             store_pairs(row_out + RANK, a * c + b * s, b * c - a * s, mask, HALF, HALF_PAD, INTERLEAVED)
     tl.store(dweight_ptr + tl.program_id(0).to(tl.int64) * RANK + column, total, mask=inside)
 

@@ -15,7 +15,7 @@ from .mla_absorb_query import Config, config
 
 
 @triton.jit
-def head_block(pid, P: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
+def _head_block(pid, P: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr):
     """Head, whether this block of columns belongs to v, and its first column there."""
     k_blocks: tl.constexpr = (P + BLOCK - 1) // BLOCK
     blocks: tl.constexpr = k_blocks + (V + BLOCK - 1) // BLOCK
@@ -46,7 +46,7 @@ def mla_expand_kv_fwd_kernel(
 ):
     token = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = token < tokens
-    head, is_v, first = head_block(tl.program_id(1), P, V, BLOCK_N)
+    head, is_v, first = _head_block(tl.program_id(1), P, V, BLOCK_N)
     column = first + tl.arange(0, BLOCK_N)
     width = tl.where(is_v, V, P)
     inside = column < width
@@ -55,8 +55,12 @@ def mla_expand_kv_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, RANK, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(row_in[:, None] + k[None, :], mask=mask[:, None] & (k < RANK)[None, :], other=0.0)  # [BM, BK]
-        b = tl.load(w_rows[:, None] + k[None, :], mask=inside[:, None] & (k < RANK)[None, :], other=0.0)  # [BN, BK]
+        a = tl.load(
+            row_in[:, None] + k[None, :], mask=mask[:, None] & (k < RANK)[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        b = tl.load(
+            w_rows[:, None] + k[None, :], mask=inside[:, None] & (k < RANK)[None, :], other=0.0
+        )  # [BLOCK_N, BLOCK_K]
         acc = tl.dot(a, tl.trans(b.to(a.dtype)), acc, input_precision="ieee")
     keep = mask[:, None] & inside[None, :]
     value = acc.to(k_ptr.dtype.element_ty)
@@ -71,21 +75,25 @@ def mla_expand_kv_fwd_kernel(
         if is_v & (first == 0):
             r = tl.arange(0, ROPE_PAD)
             keep_r = mask[:, None] & (r < ROPE)[None, :]
-            rope = tl.load(row_in[:, None] + RANK + r[None, :], mask=keep_r, other=0.0)  # [BM, r]
+            rope = tl.load(row_in[:, None] + RANK + r[None, :], mask=keep_r, other=0.0)  # [BLOCK_M, r]
             tl.store(row_k[:, None] + P + r[None, :], rope, mask=keep_r)
 
 
 @triton.jit
-def grad_product(
-    acc, grad_rows, w_rows, w_stride, mask, n, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_K: tl.constexpr
+def _dout_product(
+    acc, dout_rows, w_rows, w_stride, mask, n, WIDTH: tl.constexpr, RANK: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """acc [BM, BN] += grad [BM, WIDTH] @ weight rows [WIDTH, BN]."""
+    """acc [BLOCK_M, BLOCK_N] += dout [BLOCK_M, WIDTH] @ weight rows [WIDTH, BLOCK_N]."""
     for start in range(0, WIDTH, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
         inside = c < WIDTH
-        a = tl.load(grad_rows[:, None] + c[None, :], mask=mask[:, None] & inside[None, :], other=0.0)  # [BM, BK]
+        a = tl.load(
+            dout_rows[:, None] + c[None, :], mask=mask[:, None] & inside[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
         keep = inside[:, None] & (n < RANK)[None, :]
-        b = tl.load(w_rows + c.to(tl.int64)[:, None] * w_stride + n[None, :], mask=keep, other=0.0)  # [BK, BN]
+        b = tl.load(
+            w_rows + c.to(tl.int64)[:, None] * w_stride + n[None, :], mask=keep, other=0.0
+        )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(a, b.to(a.dtype), acc, input_precision="ieee")
     return acc
 
@@ -123,8 +131,8 @@ def mla_expand_kv_bwd_latent_kernel(
         from_v = dv_ptr + token * gv_token
         w_rows = weight_ptr
         for _ in range(HEADS):
-            acc = grad_product(acc, from_k, w_rows, w_stride, mask, n, P, RANK, BLOCK_K)
-            acc = grad_product(acc, from_v, w_rows + P * w_stride, w_stride, mask, n, V, RANK, BLOCK_K)
+            acc = _dout_product(acc, from_k, w_rows, w_stride, mask, n, P, RANK, BLOCK_K)
+            acc = _dout_product(acc, from_v, w_rows + P * w_stride, w_stride, mask, n, V, RANK, BLOCK_K)
             from_k += gk_head
             from_v += gv_head
             w_rows += (P + V) * w_stride
@@ -142,9 +150,9 @@ def mla_expand_kv_bwd_latent_kernel(
 
 
 @triton.jit
-def weight_product(
+def _weight_product(
     acc,
-    grad_ptr,
+    dout_ptr,
     g_token,
     latent_ptr,
     latent_stride,
@@ -155,14 +163,16 @@ def weight_product(
     RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc [BM, BN] += grad[:, column].T @ latent[:, n], over tokens in their order."""
+    """acc [BLOCK_M, BLOCK_N] += dout[:, column].T @ latent[:, n], over tokens in their order."""
     for start in range(0, tokens, BLOCK_K):
         token = start + tl.arange(0, BLOCK_K).to(tl.int64)
         mask = (token < tokens)[:, None]
         keep = mask & (column < WIDTH)[None, :]
-        a = tl.load(grad_ptr + token[:, None] * g_token + column[None, :], mask=keep, other=0.0)  # [BK, BM]
+        a = tl.load(dout_ptr + token[:, None] * g_token + column[None, :], mask=keep, other=0.0)  # [BLOCK_K, BLOCK_M]
         keep = mask & (n < RANK)[None, :]
-        b = tl.load(latent_ptr + token[:, None] * latent_stride + n[None, :], mask=keep, other=0.0)  # [BK, BN]
+        b = tl.load(
+            latent_ptr + token[:, None] * latent_stride + n[None, :], mask=keep, other=0.0
+        )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(a), b.to(a.dtype), acc, input_precision="ieee")
     return acc
 
@@ -186,16 +196,16 @@ def mla_expand_kv_bwd_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    head, is_v, first = head_block(tl.program_id(0), P, V, BLOCK_M)
+    head, is_v, first = _head_block(tl.program_id(0), P, V, BLOCK_M)
     column = first + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if is_v:
-        acc = weight_product(
+        acc = _weight_product(
             acc, dv_ptr + head * gv_head, gv_token, latent_ptr, latent_stride, tokens, column, V, n, RANK, BLOCK_K
         )
     else:
-        acc = weight_product(
+        acc = _weight_product(
             acc, dk_ptr + head * gk_head, gk_token, latent_ptr, latent_stride, tokens, column, P, n, RANK, BLOCK_K
         )
     row = (head * (P + V) + tl.where(is_v, P, 0) + column) * RANK

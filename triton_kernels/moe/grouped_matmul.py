@@ -93,17 +93,17 @@ def grouped_matmul_fwd_kernel(
             tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (col < n)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "a_rows", "grad_rows", "index_div"])
+@triton.jit(do_not_specialize=["rows", "a_rows", "dout_rows", "index_div"])
 def grouped_matmul_wgrad_kernel(
     a: Matrix,
-    grad: Matrix,
+    dout: Matrix,
     out_ptr,
     offsets_ptr,
     a_index_ptr,
-    grad_index_ptr,
+    dout_index_ptr,
     rows,
     a_rows,
-    grad_rows,
+    dout_rows,
     n,
     k,
     index_div,
@@ -118,7 +118,7 @@ def grouped_matmul_wgrad_kernel(
     tiles = tl.cdiv(n, BLOCK_N) * tiles_k
     if TMA:
         a_blocks = tl.make_tensor_descriptor(a.ptr, [a_rows, k], [a.row, 1], [BLOCK_M, BLOCK_K])
-        grad_blocks = tl.make_tensor_descriptor(grad.ptr, [grad_rows, n], [grad.row, 1], [BLOCK_M, BLOCK_N])
+        dout_blocks = tl.make_tensor_descriptor(dout.ptr, [dout_rows, n], [dout.row, 1], [BLOCK_M, BLOCK_N])
     for tile in range(tl.program_id(0), GROUPS * tiles, tl.num_programs(0)):
         group = tile // tiles
         tile_n = tile % tiles // tiles_k
@@ -133,16 +133,16 @@ def grouped_matmul_wgrad_kernel(
             start = begin + tl.maximum(end - begin, 0) // BLOCK_M * BLOCK_M
             for whole in range(begin, start, BLOCK_M):
                 x = a_blocks.load([whole, tile_k * BLOCK_K])  # [BLOCK_M, BLOCK_K]
-                g = grad_blocks.load([whole, tile_n * BLOCK_N])  # [BLOCK_M, BLOCK_N]
+                g = dout_blocks.load([whole, tile_n * BLOCK_N])  # [BLOCK_M, BLOCK_N]
                 acc = tl.dot(g.T, x, acc, input_precision="ieee")
         for block in range(start, end, BLOCK_M):
             row = block + tl.arange(0, BLOCK_M)
             a_at, a_exists = source_rows(a_index_ptr, row, row < end, a_rows, index_div)
-            g_at, g_exists = source_rows(grad_index_ptr, row, row < end, grad_rows, index_div)
+            g_at, g_exists = source_rows(dout_index_ptr, row, row < end, dout_rows, index_div)
             # rows past the end must not enter the sum, not even as 0 * NaN: both sides are masked
             x_at = a.ptr + a_at[:, None] * a.row + col_k[None, :]
             x = tl.load(x_at, mask=a_exists[:, None] & (col_k < k)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-            g_at = grad.ptr + g_at[None, :] * grad.row + row_n[:, None]
+            g_at = dout.ptr + g_at[None, :] * dout.row + row_n[:, None]
             g = tl.load(g_at, mask=g_exists[None, :] & (row_n < n)[:, None], other=0.0)  # [BLOCK_N, BLOCK_M]
             acc = tl.dot(g, x, acc, input_precision="ieee")
         out_at = out_ptr + group.to(tl.int64) * n * k + row_n.to(tl.int64)[:, None] * k + col_k[None, :]
@@ -370,26 +370,26 @@ def grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype):
     return out
 
 
-def grouped_matmul_wgrad(a, grad, offsets, a_index, grad_index, index_div, out_dtype):
+def grouped_matmul_wgrad(a, dout, offsets, a_index, dout_index, index_div, out_dtype):
     rows = a.shape[0] if a_index is None else a_index.shape[0]
-    groups, n, k = offsets.shape[0] - 1, grad.shape[1], a.shape[1]
+    groups, n, k = offsets.shape[0] - 1, dout.shape[1], a.shape[1]
     out = a.new_empty((groups, n, k), dtype=out_dtype)
     if out.numel() == 0:
         return out
     tile = wgrad_config(n, k, a.element_size())
-    tma = a_index is None and grad_index is None and fit_tma(a, grad)
+    tma = a_index is None and dout_index is None and fit_tma(a, dout)
     programs = programs_of(groups * triton.cdiv(n, tile.block_n) * triton.cdiv(k, tile.block_k), a.device)
     with on_device(a), scratch(a.device, needed=tma):
         grouped_matmul_wgrad_kernel[(programs,)](
             Matrix.of(a),
-            Matrix.of(grad),
+            Matrix.of(dout),
             out,
             offsets,
             a_index,
-            grad_index,
+            dout_index,
             rows,
             a.shape[0],
-            grad.shape[0],
+            dout.shape[0],
             n,
             k,
             index_div,

@@ -46,25 +46,25 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q_t, scale_t, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        grad_x = grad_weight = grad_bias = None
-        rows = as_rows(grad)
+        dx = dweight = dbias = None
+        rows = as_rows(dout)
         if ctx.needs_input_grad[1]:
             g, g_scale, g_t, g_scale_t = fp8_quantize_dual_fwd(rows, *ctx.quantization)
             # both operands run along the tokens with 1 x 128 scales
-            grad_weight = matmul(g_t, g_scale_t, q_t, scale_t, None, weight_dtype)
+            dweight = matmul(g_t, g_scale_t, q_t, scale_t, None, weight_dtype)
         elif ctx.needs_input_grad[0]:
             g, g_scale = fp8_quantize_rows(rows, *ctx.quantization)
         if ctx.needs_input_grad[0]:
             # square blocks transpose without another rounding
             w, w_scale = _quantize_weight(weight, *ctx.quantization)
-            grad_x = matmul(g, g_scale, w.t(), w_scale.t(), None, x_dtype)
+            dx = matmul(g, g_scale, w.t(), w_scale.t(), None, x_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
-            wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-            grad_bias = grad.sum(0, dtype=wide).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None
+            wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
+            dbias = dout.sum(0, dtype=wide).to(bias_dtype)
+        return dx, dweight, dbias, None, None
 
 
 @op(

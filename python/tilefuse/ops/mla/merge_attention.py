@@ -35,7 +35,7 @@ def _fake(out_a, lse_a, out_b, lse_b):
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
-def _fake_backward(grad_out, grad_lse, out_a, lse_a, out_b, lse_b):
+def _fake_backward(dout, dlse, out_a, lse_a, out_b, lse_b):
     return tuple(x.new_empty(x.shape) for x in (out_a, lse_a, out_b, lse_b))
 
 
@@ -45,7 +45,7 @@ merge_attention_fwd = kernel(
     fake=_fake,
 )
 merge_attention_bwd = kernel(
-    "merge_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
+    "merge_attention_bwd(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
@@ -61,8 +61,8 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        return merge_attention_bwd(rows_of(grad_out), grad_lse, *ctx.saved_tensors)
+    def backward(ctx, dout, dlse):
+        return merge_attention_bwd(rows_of(dout), dlse, *ctx.saved_tensors)
 
 
 @op(

@@ -30,14 +30,14 @@ def _fake(q, w_uk, cos, sin, positions, interleaved):
     return q.new_empty(*q.shape[:2], w_uk.shape[2] + q.shape[2] - w_uk.shape[1])
 
 
-def _fake_backward(grad, q, w_uk, cos, sin, positions, interleaved):
+def _fake_backward(dout, q, w_uk, cos, sin, positions, interleaved):
     return q.new_empty(q.shape), w_uk.new_empty(w_uk.shape)
 
 
 _ARGS = "Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved"
 mla_absorb_query_fwd = kernel(f"mla_absorb_query_fwd({_ARGS}) -> Tensor", module=_MODULE, fake=_fake, linear=("q",))
 mla_absorb_query_bwd = kernel(
-    f"mla_absorb_query_bwd(Tensor grad, {_ARGS}) -> (Tensor, Tensor)",
+    f"mla_absorb_query_bwd(Tensor dout, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
 )
@@ -53,8 +53,8 @@ class _Absorb(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        return *mla_absorb_query_bwd(rows_of(grad), *ctx.saved_tensors, ctx.interleaved), None, None, None, None
+    def backward(ctx, dout):
+        return *mla_absorb_query_bwd(rows_of(dout), *ctx.saved_tensors, ctx.interleaved), None, None, None, None
 
 
 @op(

@@ -52,7 +52,7 @@ def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     return q.new_empty(*lead, rows, heads, v.shape[-1]), q.new_empty(*lead, heads, rows, dtype=wide)
 
 
-def _fake_backward(grad_out, grad_lse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+def _fake_backward(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
@@ -63,7 +63,7 @@ mla_attention_fwd = kernel(
     fake=_fake,
 )
 mla_attention_bwd = kernel(
-    "mla_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "mla_attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_ARGS}) -> (Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
@@ -81,8 +81,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_lse):
-        grads = mla_attention_bwd(rows_of(grad_out), grad_lse, *ctx.saved_tensors, *ctx.options)
+    def backward(ctx, dout, dlse):
+        grads = mla_attention_bwd(rows_of(dout), dlse, *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None, None
 
 

@@ -38,14 +38,14 @@ def _fake(kv_a, weight, cos, sin, positions, eps, interleaved):
     return kv_a.new_empty(kv_a.shape)
 
 
-def _fake_backward(grad, kv_a, weight, cos, sin, positions, eps, interleaved):
+def _fake_backward(dout, kv_a, weight, cos, sin, positions, eps, interleaved):
     return kv_a.new_empty(kv_a.shape), weight.new_empty(weight.shape)
 
 
 _ARGS = "Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, Tensor? positions, float eps, bool interleaved"
 mla_compress_kv_fwd = kernel(f"mla_compress_kv_fwd({_ARGS}) -> Tensor", module=_MODULE, fake=_fake)
 mla_compress_kv_bwd = kernel(
-    f"mla_compress_kv_bwd(Tensor grad, {_ARGS}) -> (Tensor, Tensor)",
+    f"mla_compress_kv_bwd(Tensor dout, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
 )
@@ -61,9 +61,9 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        grad_kv, grad_weight = mla_compress_kv_bwd(rows_of(grad), *ctx.saved_tensors, *ctx.options)
-        return grad_kv, grad_weight, None, None, None, None, None
+    def backward(ctx, dout):
+        dkv_a, dweight = mla_compress_kv_bwd(rows_of(dout), *ctx.saved_tensors, *ctx.options)
+        return dkv_a, dweight, None, None, None, None, None
 
 
 @op(

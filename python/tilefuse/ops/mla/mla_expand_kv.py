@@ -37,7 +37,7 @@ def _fake(latent, w_ukv, kv_lora_rank, nope_dim, v_dim):
     return latent.new_empty(tokens, heads, nope_dim + rope_dim), latent.new_empty(tokens, heads, v_dim)
 
 
-def _fake_backward(grad_k, grad_v, latent, w_ukv, kv_lora_rank, nope_dim, v_dim):
+def _fake_backward(dk, dv, latent, w_ukv, kv_lora_rank, nope_dim, v_dim):
     return latent.new_empty(latent.shape), w_ukv.new_empty(w_ukv.shape)
 
 
@@ -46,7 +46,7 @@ mla_expand_kv_fwd = kernel(
     f"mla_expand_kv_fwd({_ARGS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake, linear=("latent",)
 )
 mla_expand_kv_bwd = kernel(
-    f"mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, {_ARGS}) -> (Tensor, Tensor)",
+    f"mla_expand_kv_bwd(Tensor dk, Tensor dv, {_ARGS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
 )
@@ -62,8 +62,8 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_k, grad_v):
-        grads = mla_expand_kv_bwd(rows_of(grad_k), rows_of(grad_v), *ctx.saved_tensors, *ctx.options)
+    def backward(ctx, dk, dv):
+        grads = mla_expand_kv_bwd(rows_of(dk), rows_of(dv), *ctx.saved_tensors, *ctx.options)
         return *grads, None, None, None
 
 

@@ -15,11 +15,11 @@ def fp8_linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, pow2: bool, o
 
 
 def fp8_linear_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, pow2: bool, out_dtype: torch.dtype
+    dout: Tensor, x: Tensor, weight: Tensor, pow2: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     w, w_scale = fp8_quantize_tiles(weight.t().contiguous().unsqueeze(0), pow2, 1e-12)
-    grad_x = fp8_matmul_fwd(*fp8_quantize_rows(grad, pow2, 1e-12), w[0], w_scale[0], None, out_dtype)
-    grad_t = fp8_quantize_rows(grad.t(), pow2, 1e-12)
-    grad_weight = fp8_matmul_fwd(*grad_t, *fp8_quantize_rows(x.t(), pow2, 1e-12), None, out_dtype)
-    return grad_x, grad_weight, grad.to(out_dtype).sum(0)
+    dx = fp8_matmul_fwd(*fp8_quantize_rows(dout, pow2, 1e-12), w[0], w_scale[0], None, out_dtype)
+    dout_t = fp8_quantize_rows(dout.t(), pow2, 1e-12)
+    dweight = fp8_matmul_fwd(*dout_t, *fp8_quantize_rows(x.t(), pow2, 1e-12), None, out_dtype)
+    return dx, dweight, dout.to(out_dtype).sum(0)

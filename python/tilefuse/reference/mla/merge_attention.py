@@ -28,18 +28,18 @@ def merge_attention_fwd(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tens
 
 
 def merge_attention_bwd(
-    grad_out: Tensor, grad_lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+    dout: Tensor, dlse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of all four inputs."""
     dtype = compute_dtype(out_a)
     w_a, w_b, _ = merged_weights(lse_a, lse_b, dtype)
     column_a, column_b = w_a.transpose(-1, -2).unsqueeze(-1), w_b.transpose(-1, -2).unsqueeze(-1)
-    grad = grad_out.to(dtype)
+    dout, dlse = dout.to(dtype), dlse.to(dtype)
     a = torch.where(column_a == 0, 0.0, out_a.to(dtype))
     b = torch.where(column_b == 0, 0.0, out_b.to(dtype))
     # d out / d lse_a = w_a (a - out) = w_a w_b (a - b)
-    inner = ((a - b) * grad).sum(-1).transpose(-1, -2) * w_a * w_b
-    grad_lse_a = w_a * grad_lse.to(dtype) + inner
-    grad_lse_b = w_b * grad_lse.to(dtype) - inner
-    grads = (column_a * grad, grad_lse_a, column_b * grad, grad_lse_b)
+    inner = ((a - b) * dout).sum(-1).transpose(-1, -2) * w_a * w_b
+    dlse_a = w_a * dlse + inner
+    dlse_b = w_b * dlse - inner
+    grads = (column_a * dout, dlse_a, column_b * dout, dlse_b)
     return tuple(g.to(x.dtype).contiguous() for g, x in zip(grads, (out_a, lse_a, out_b, lse_b)))

@@ -20,14 +20,14 @@ def mla_absorb_query_fwd(
 
 
 def mla_absorb_query_bwd(
-    grad: Tensor, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
+    dout: Tensor, q: Tensor, w_uk: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and w_uk."""
     dtype = compute_dtype(q)
     _, nope, rank = w_uk.shape
-    grad_latent = grad[..., :rank].to(dtype)
-    grad_nope = torch.einsum("thr,hpr->thp", grad_latent, w_uk.to(dtype))
+    dlatent = dout[..., :rank].to(dtype)
+    dnope = torch.einsum("thr,hpr->thp", dlatent, w_uk.to(dtype))
     cos, sin = tables_of("mla_absorb_query", cos, sin, positions, q.shape[0], dtype, conjugate=True)
-    grad_rope = rotate(grad[..., rank:].to(dtype), cos, sin, interleaved)
-    grad_w = torch.einsum("thp,thr->hpr", q[..., :nope].to(dtype), grad_latent)
-    return torch.cat((grad_nope, grad_rope), -1).to(q.dtype), grad_w.to(w_uk.dtype)
+    drope = rotate(dout[..., rank:].to(dtype), cos, sin, interleaved)
+    dw_uk = torch.einsum("thp,thr->hpr", q[..., :nope].to(dtype), dlatent)
+    return torch.cat((dnope, drope), -1).to(q.dtype), dw_uk.to(w_uk.dtype)

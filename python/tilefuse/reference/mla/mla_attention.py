@@ -77,8 +77,8 @@ def mla_attention_fwd(
 
 
 def mla_attention_bwd(
-    grad_out: Tensor,
-    grad_lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -91,28 +91,28 @@ def mla_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     dtype = compute_dtype(q)
-    grad_q, grad_k, grad_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    grad_q, grad_k, grad_v = (x.contiguous() for x in (grad_q, grad_k, grad_v))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = (x.contiguous() for x in (dq, dk, dv))
     for rows_q, rows_k in sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         q_s, k_s, v_s = heads_first(q, rows_q, dtype), heads_first(k, rows_k, dtype), heads_first(v, rows_k, dtype)
-        g_s, o_s = heads_first(grad_out, rows_q, dtype), heads_first(out, rows_q, dtype)
+        dout_s, o_s = heads_first(dout, rows_q, dtype), heads_first(out, rows_q, dtype)
         lse_s = lse[..., rows_q].to(dtype).unsqueeze(-1)
         # softmax's own gradient, with that of lse folded in
-        delta = (g_s * o_s).sum(-1, keepdim=True) - grad_lse[..., rows_q].to(dtype).unsqueeze(-1)
-        grad_k_s, grad_v_s = torch.zeros_like(k_s), torch.zeros_like(v_s)
+        delta = (dout_s * o_s).sum(-1, keepdim=True) - dlse[..., rows_q].to(dtype).unsqueeze(-1)
+        dk_s, dv_s = torch.zeros_like(k_s), torch.zeros_like(v_s)
         for i, j, seen, visible in blocks(q_s.shape[-2], k_s.shape[-2], causal, q.device):
             if seen == 0:
                 continue
-            k_b, v_b, g_b, lse_b = k_s[..., :seen, :], v_s[..., :seen, :], g_s[..., i:j, :], lse_s[..., i:j, :]
+            k_b, v_b, dout_b, lse_b = k_s[..., :seen, :], v_s[..., :seen, :], dout_s[..., i:j, :], lse_s[..., i:j, :]
             scores = (q_s[..., i:j, :] @ k_b.transpose(-1, -2)) * softmax_scale
             weights = torch.exp(scores - torch.where(lse_b == float("-inf"), float("inf"), lse_b))
             if visible is not None:
                 weights = weights.masked_fill(~visible, 0.0)
-            grad_v_s[..., :seen, :] += weights.transpose(-1, -2) @ g_b
-            grad_s = weights * (g_b @ v_b.transpose(-1, -2) - delta[..., i:j, :]) * softmax_scale
+            dv_s[..., :seen, :] += weights.transpose(-1, -2) @ dout_b
+            ds = weights * (dout_b @ v_b.transpose(-1, -2) - delta[..., i:j, :]) * softmax_scale
             place = slice(rows_q.start + i, rows_q.start + j)
-            grad_q[..., place, :, :] = (grad_s @ k_b).transpose(-3, -2).to(q.dtype)
-            grad_k_s[..., :seen, :] += grad_s.transpose(-1, -2) @ q_s[..., i:j, :]
-        grad_k[..., rows_k, :, :] = grad_k_s.transpose(-3, -2).to(k.dtype)
-        grad_v[..., rows_k, :, :] = grad_v_s.transpose(-3, -2).to(v.dtype)
-    return grad_q, grad_k, grad_v
+            dq[..., place, :, :] = (ds @ k_b).transpose(-3, -2).to(q.dtype)
+            dk_s[..., :seen, :] += ds.transpose(-1, -2) @ q_s[..., i:j, :]
+        dk[..., rows_k, :, :] = dk_s.transpose(-3, -2).to(k.dtype)
+        dv[..., rows_k, :, :] = dv_s.transpose(-3, -2).to(v.dtype)
+    return dq, dk, dv

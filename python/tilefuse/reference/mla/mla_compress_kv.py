@@ -66,7 +66,7 @@ def mla_compress_kv_fwd(
 
 
 def mla_compress_kv_bwd(
-    grad: Tensor,
+    dout: Tensor,
     kv_a: Tensor,
     weight: Tensor,
     cos: Tensor,
@@ -78,12 +78,12 @@ def mla_compress_kv_bwd(
     """Gradients of kv_a (its dtype) and weight (its dtype)."""
     dtype = compute_dtype(kv_a)
     rank = weight.shape[0]
-    latent, grad_latent = kv_a[:, :rank].to(dtype), grad[:, :rank].to(dtype)
+    latent, dlatent = kv_a[:, :rank].to(dtype), dout[:, :rank].to(dtype)
     rstd = rstd_of(latent, eps)
     normed = latent * rstd
-    scaled = grad_latent * weight.to(dtype)
-    grad_in = (scaled - normed * (scaled * normed).sum(-1, keepdim=True) / rank) * rstd
+    scaled = dlatent * weight.to(dtype)
+    din = (scaled - normed * (scaled * normed).sum(-1, keepdim=True) / rank) * rstd
     cos, sin = tables_of("mla_compress_kv", cos, sin, positions, kv_a.shape[0], dtype, conjugate=True)
-    grad_rope = rotate(grad[:, None, rank:].to(dtype), cos, sin, interleaved).squeeze(1)
-    grad_weight = (grad_latent * normed).sum(0).to(weight.dtype)
-    return torch.cat((grad_in, grad_rope), -1).to(kv_a.dtype), grad_weight
+    drope = rotate(dout[:, None, rank:].to(dtype), cos, sin, interleaved).squeeze(1)
+    dweight = (dlatent * normed).sum(0).to(weight.dtype)
+    return torch.cat((din, drope), -1).to(kv_a.dtype), dweight

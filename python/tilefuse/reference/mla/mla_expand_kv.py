@@ -20,12 +20,12 @@ def mla_expand_kv_fwd(
 
 
 def mla_expand_kv_bwd(
-    grad_k: Tensor, grad_v: Tensor, latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
+    dk: Tensor, dv: Tensor, latent: Tensor, w_ukv: Tensor, kv_lora_rank: int, nope_dim: int, v_dim: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of latent and w_ukv."""
     dtype = compute_dtype(latent)
-    grad_up = torch.cat((grad_k[..., :nope_dim], grad_v), -1).to(dtype).flatten(1)
-    grad_latent = grad_up @ w_ukv.to(dtype)
-    grad_rope = grad_k[..., nope_dim:].to(dtype).sum(1)
-    grad_w = grad_up.T @ latent[:, :kv_lora_rank].to(dtype)
-    return torch.cat((grad_latent, grad_rope), -1).to(latent.dtype), grad_w.to(w_ukv.dtype)
+    dup = torch.cat((dk[..., :nope_dim], dv), -1).to(dtype).flatten(1)
+    dlatent = dup @ w_ukv.to(dtype)
+    drope = dk[..., nope_dim:].to(dtype).sum(1)
+    dw_ukv = dup.T @ latent[:, :kv_lora_rank].to(dtype)
+    return torch.cat((dlatent, drope), -1).to(latent.dtype), dw_ukv.to(w_ukv.dtype)

@@ -60,15 +60,15 @@ def grouped_matmul_fwd(
 
 def grouped_matmul_wgrad(
     a: Tensor,
-    grad: Tensor,
+    dout: Tensor,
     offsets: Tensor,
     a_index: Tensor | None,
-    grad_index: Tensor | None,
+    dout_index: Tensor | None,
     index_div: int,
     out_dtype: torch.dtype,
 ) -> Tensor:
     rows = a.shape[0] if a_index is None else a_index.shape[0]
-    out = computed(a).new_zeros(offsets.shape[0] - 1, grad.shape[1], a.shape[1])
+    out = computed(a).new_zeros(offsets.shape[0] - 1, dout.shape[1], a.shape[1])
     for e, here in groups(offsets, rows):
-        out[e] = gather(grad, grad_index, index_div, here).T @ gather(a, a_index, index_div, here)
+        out[e] = gather(dout, dout_index, index_div, here).T @ gather(a, a_index, index_div, here)
     return out.to(out_dtype)

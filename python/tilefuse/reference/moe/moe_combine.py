@@ -25,13 +25,13 @@ def moe_combine_fwd(y: Tensor, inverse: Tensor, weights: Tensor | None, top_k: i
     return out.to(y.dtype)
 
 
-def moe_combine_bwd(grad: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def moe_combine_bwd(dout: Tensor, y: Tensor, inverse: Tensor, weights: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     compute = y.dtype if y.dtype == torch.float64 else torch.float32
     at, kept = _rows(y, inverse, top_k)
     dy = torch.zeros(y.shape, dtype=compute, device=y.device)
     dweights = torch.zeros(at.shape, dtype=compute, device=y.device)
     if y.shape[0]:
-        g = grad.to(compute)
+        g = dout.to(compute)
         for j in range(top_k):
             dot = (g * y[at[:, j]].to(compute)).sum(-1)
             dweights[:, j] = dot.masked_fill(~kept[:, j], 0)

@@ -95,14 +95,14 @@ def moe_route_fwd(
 
 
 def moe_route_bwd(
-    grad: Tensor, logits: Tensor, ids: Tensor, score: str, renormalize: bool, scale: float, nan_policy: str
+    dweights: Tensor, logits: Tensor, ids: Tensor, score: str, renormalize: bool, scale: float, nan_policy: str
 ) -> Tensor:
     x = _computed(logits)
     ids = ids.long()
     s = route_scores(x, score)
     chosen = s.gather(1, ids)
     total = chosen.sum(-1, keepdim=True) + EPS
-    d_chosen = grad.to(x.dtype) * scale
+    d_chosen = dweights.to(x.dtype) * scale
     dot = (d_chosen * chosen).sum(-1, keepdim=True)
     if renormalize:
         d_chosen = (d_chosen - dot / total) / total
