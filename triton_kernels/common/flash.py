@@ -86,23 +86,23 @@ def values_of(ptr, batch, first, head, heads, rows):
 
 
 @triton.jit
-def load_rows(base, rows, stride, valid, D: tl.constexpr, BD: tl.constexpr, MASK: tl.constexpr):
-    """[len(rows), BD] from a row-major matrix; columns past D, and invalid rows if MASK, are 0."""
-    columns = tl.arange(0, BD)
+def load_rows(base, rows, stride, valid, D: tl.constexpr, PAD: tl.constexpr, MASK: tl.constexpr):
+    """[len(rows), PAD] from a row-major matrix; columns past D, and invalid rows if MASK, are 0."""
+    columns = tl.arange(0, PAD)
     pointers = base + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     if MASK:
-        if D == BD:
+        if D == PAD:
             return tl.load(pointers, mask=valid[:, None], other=0.0)
         return tl.load(pointers, mask=valid[:, None] & (columns < D)[None, :], other=0.0)
-    if D == BD:
+    if D == PAD:
         return tl.load(pointers)
     return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
 
 
 @triton.jit
-def store_rows(base, rows, stride, valid, tile, D: tl.constexpr, BD: tl.constexpr):
+def store_rows(base, rows, stride, valid, tile, D: tl.constexpr, PAD: tl.constexpr):
     """Stores the first D columns of the valid rows, rounded once to the destination's dtype."""
-    columns = tl.arange(0, BD)
+    columns = tl.arange(0, PAD)
     pointers = base + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=valid[:, None] & (columns < D)[None, :])
 

@@ -32,10 +32,6 @@ def _casts(name: str) -> bool:
     return arch.capability(name) >= 90 or name.startswith(("gfx95", "gfx12"))
 
 
-# whether a kernel casts (NATIVE) -> the compile targets where it is launched so
-CAST_TARGETS = {native: tuple(t for t in arch.COMPILE_TARGETS if _casts(t) == native) for native in (True, False)}
-
-
 @triton.jit
 def finite_magnitude(x):
     """Bits of |x| as int32, 0 for NaN and infinities: blocks take the maximum of these. ``x`` is float32."""

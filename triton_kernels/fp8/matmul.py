@@ -28,7 +28,7 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
-def load_codes(ptr, mask, UPCAST: tl.constexpr):
+def _load_codes(ptr, mask, UPCAST: tl.constexpr):
     """A tile of operands for the matrix unit: e4m3, or bfloat16 from e4m3 bytes."""
     if UPCAST:
         return fp8.decode(tl.load(ptr, mask, 0)).to(tl.bfloat16)
@@ -37,25 +37,25 @@ def load_codes(ptr, mask, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def row_factor(sa, sb):
+def _row_factor(sa, sb):
     """Product of two scales, kept finite: zero codes times an overflown product would be NaN."""
     return tl.minimum(sa * sb, FLOAT32_MAX, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def add_scaled(acc, product, sa_ptr, sb_ptr, row_mask, col, n, sb_sn, B_ROWS: tl.constexpr, SWAP: tl.constexpr):
+def _add_scaled(acc, product, sa_ptr, sb_ptr, row_mask, col, n, sb_sn, B_ROWS: tl.constexpr, SWAP: tl.constexpr):
     """acc + product * scales. ``sa_ptr`` [BLOCK_M] points at each row's scale of this K block, ``sb_ptr`` at b's."""
     sa = tl.load(sa_ptr, row_mask, 0.0)
     if B_ROWS:
         sb = tl.load(sb_ptr + col * sb_sn, col < n, 0.0)
         if SWAP:
-            return acc + product * row_factor(sb[:, None], sa[None, :])
+            return acc + product * _row_factor(sb[:, None], sa[None, :])
         else:
-            return acc + product * row_factor(sa[:, None], sb[None, :])
+            return acc + product * _row_factor(sa[:, None], sb[None, :])
     else:
         # all columns of the tile share one scale; loaded as a vector, since the pipeliner may race on a scalar
         sb = tl.load(sb_ptr + tl.zeros_like(sa).to(tl.int32))
-        factor = row_factor(sa, sb)
+        factor = _row_factor(sa, sb)
         if SWAP:
             return acc + product * factor[None, :]
         else:
@@ -107,13 +107,13 @@ def accumulate(
             a_mask = row_mask[:, None] & inside
             b_mask = (col < n)[:, None] & inside
         # [BLOCK_M, 128], [BLOCK_N, 128]
-        a = load_codes(a_row + block * 128, a_mask, UPCAST)
-        b = load_codes(b_row + block * 128, b_mask, UPCAST)
+        a = _load_codes(a_row + block * 128, a_mask, UPCAST)
+        b = _load_codes(b_row + block * 128, b_mask, UPCAST)
         if SWAP:
             product = tl.dot(b, tl.trans(a))
         else:
             product = tl.dot(a, tl.trans(b))
-        acc = add_scaled(
+        acc = _add_scaled(
             acc, product, sa_row + block * sa_sk, sb_ptr + block * sb_sk, row_mask, col, n, sb_sn, B_ROWS, SWAP
         )
     return acc
@@ -250,7 +250,7 @@ def fp8_matmul_fwd_tma_kernel(
             sb = sb_ptr + block * sb_sk
             if not B_ROWS:
                 sb += tile_n * BLOCK_N // 128 * sb_sn
-            acc = add_scaled(
+            acc = _add_scaled(
                 acc, product, sa_ptr + row * sa_sm + block * sa_sk, sb, row < m, col, n, sb_sn, B_ROWS, False
             )
         store_tile(acc, out_ptr, bias_ptr, row, row < m, col, n, False)

@@ -12,7 +12,7 @@ from .host import CODES, blocks_of, empty_row_scale
 
 
 @triton.jit
-def tree_sum(x, LOG2: tl.constexpr):
+def _tree_sum(x, LOG2: tl.constexpr):
     """Sum of a vector of 2^LOG2 elements by halving: an order that every backend can follow."""
     for _ in tl.static_range(LOG2):
         x = tl.sum(tl.reshape(x, (2, x.shape[0] // 2)), 0)
@@ -50,7 +50,7 @@ def rms_norm_quantize_fwd_kernel(
         tl.store(h_ptr + row * k + col, total.to(h_ptr.dtype.element_ty), mask)
     else:
         tl.store(h_ptr + row * k + col, x, mask)
-    mean = tl.div_rn(tree_sum(total * total, LOG2), k.to(tl.float32))
+    mean = tl.div_rn(_tree_sum(total * total, LOG2), k.to(tl.float32))
     factor = tl.div_rn(1.0, tl.sqrt_rn(mean + norm_eps))
     normed = total * factor * tl.load(weight_ptr + col, mask, 0.0).to(tl.float32)
     # columns past k are zeros of a whole row that may hold an infinite factor

@@ -17,7 +17,7 @@ LSE_STRIDES = ("gl_batch", "gl_head", "la_batch", "la_head", "lb_batch", "lb_hea
 
 
 @triton.jit
-def merged_weights(lse_a, lse_b):
+def _merged_weights(lse_a, lse_b):
     """Weight of each side and the merged lse; a side of -inf (or +inf, FlashMLA's mark) is empty."""
     empty = float("-inf")
     lse_a = tl.where(lse_a == float("inf"), empty, lse_a)
@@ -31,7 +31,7 @@ def merged_weights(lse_a, lse_b):
 
 
 @triton.jit
-def row_of(rows, queries, heads):
+def _row_of(rows, queries, heads):
     """Row numbers run over [.., S, H]; lse is [.., H, S]: both indices as (batch, query, head)."""
     head = rows % heads
     query = (rows // heads) % queries
@@ -68,16 +68,16 @@ def merge_attention_fwd_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < total
-    batch, query, head = row_of(rows, queries, heads)
+    batch, query, head = _row_of(rows, queries, heads)
     column = tl.arange(0, D_PAD)
     keep = mask[:, None] & (column < D)[None, :]
-    l_a = tl.load(lse_a_ptr + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
+    l_a = tl.load(lse_a_ptr + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BLOCK_M]
     l_b = tl.load(lse_b_ptr + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
-    w_a, w_b, merged = merged_weights(l_a, l_b)
+    w_a, w_b, merged = _merged_weights(l_a, l_b)
     # a side of weight 0 may hold anything and is not read
     from_a = out_a_ptr + batch * a_batch + query * a_query + head * a_head
     from_b = out_b_ptr + batch * b_batch + query * b_query + head * b_head
-    a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0)  # [BM, D]
+    a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0)  # [BLOCK_M, D]
     b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0)
     value = w_a[:, None] * a.to(tl.float32) + w_b[:, None] * b.to(tl.float32)
     tl.store(out_ptr + rows[:, None] * D + column[None, :], value.to(out_ptr.dtype.element_ty), mask=keep)
@@ -123,19 +123,19 @@ def merge_attention_bwd_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = rows < total
-    batch, query, head = row_of(rows, queries, heads)
+    batch, query, head = _row_of(rows, queries, heads)
     column = tl.arange(0, D_PAD)
     keep = mask[:, None] & (column < D)[None, :]
-    l_a = tl.load(lse_a_ptr + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BM]
+    l_a = tl.load(lse_a_ptr + batch * la_batch + head * la_head + query * la_query, mask=mask, other=0.0)  # [BLOCK_M]
     l_b = tl.load(lse_b_ptr + batch * lb_batch + head * lb_head + query * lb_query, mask=mask, other=0.0)
     dlse = tl.load(dlse_ptr + batch * gl_batch + head * gl_head + query * gl_query, mask=mask, other=0.0)
-    w_a, w_b, _ = merged_weights(l_a, l_b)
+    w_a, w_b, _ = _merged_weights(l_a, l_b)
     from_a = out_a_ptr + batch * a_batch + query * a_query + head * a_head
     from_b = out_b_ptr + batch * b_batch + query * b_query + head * b_head
     from_g = dout_ptr + batch * g_batch + query * g_query + head * g_head
     a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0).to(tl.float32)
     b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0).to(tl.float32)
-    dout = tl.load(from_g[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BM, D]
+    dout = tl.load(from_g[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BLOCK_M, D]
     at = rows[:, None] * D + column[None, :]
     tl.store(dout_a_ptr + at, (w_a[:, None] * dout).to(dout_a_ptr.dtype.element_ty), mask=keep)
     tl.store(dout_b_ptr + at, (w_b[:, None] * dout).to(dout_b_ptr.dtype.element_ty), mask=keep)

@@ -61,14 +61,14 @@ def mla_append_kv_fwd_kernel(
     inside = column < RANK
     keep = mask[:, None] & inside[None, :]
     row_in = kv_a_ptr + token * kv_stride
-    x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BT, R]
+    x = tl.load(row_in[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BLOCK_T, R]
     w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = x * rstd_of(x, RANK, eps)[:, None] * w[None, :]
     row_out = latent_ptr + page * latent_page + offset * latent_row
     if FP8:
         groups: tl.constexpr = RANK_PAD // GROUP
         blocks = tl.reshape(y, [BLOCK_T, groups, GROUP])
-        amax = tl.max(fp8.finite_magnitude(blocks), axis=2)  # [BT, groups]
+        amax = tl.max(fp8.finite_magnitude(blocks), axis=2)  # [BLOCK_T, groups]
         scale = fp8.block_scale(amax, quantize_eps, True)
         codes = tl.reshape(fp8.quantize(blocks, scale[:, :, None], True, NATIVE), [BLOCK_T, RANK_PAD])
         tl.store(row_out[:, None] + column[None, :], codes, mask=keep)

@@ -51,7 +51,7 @@ def compiled_for(*values: int | bool) -> Constants:
 
 
 @triton.jit
-def key_span(length, queries, window, SPARSE: tl.constexpr):
+def _key_span(length, queries, window, SPARSE: tl.constexpr):
     """The first key that any query row of a sequence may see; the last is ``length - 1``."""
     first = length * 0
     if not SPARSE:
@@ -60,7 +60,7 @@ def key_span(length, queries, window, SPARSE: tl.constexpr):
 
 
 @triton.jit
-def split_size(
+def _split_size(
     span,
     seq_lens_ptr,
     batch,
@@ -72,7 +72,7 @@ def split_size(
     BALANCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys per split of one sequence, a multiple of BN.
+    """Keys per split of one sequence, a multiple of BLOCK_N.
 
     BALANCE: as many splits as make ``target`` programs of about equal work out of the whole batch, ``num_splits`` at
     most. Otherwise ``num_splits``, whatever else is in the batch.
@@ -91,7 +91,7 @@ def split_size(
 
 
 @triton.jit
-def sequence_length(seq_lens_ptr, b, capacity, SPARSE: tl.constexpr):
+def _sequence_length(seq_lens_ptr, b, capacity, SPARSE: tl.constexpr):
     length = capacity
     if not SPARSE:
         length = tl.minimum(tl.maximum(tl.load(seq_lens_ptr + b).to(tl.int64), 0), capacity)
@@ -156,9 +156,9 @@ def mla_decode_fwd_kernel(
         sequence = b
         table_ptr += sequence * table_batch
         capacity = columns.to(tl.int64) * C.PAGE_SIZE
-    length = sequence_length(seq_lens_ptr, b, capacity, C.SPARSE)
-    first = key_span(length, queries, window, C.SPARSE)
-    size = split_size(
+    length = _sequence_length(seq_lens_ptr, b, capacity, C.SPARSE)
+    first = _key_span(length, queries, window, C.SPARSE)
+    size = _split_size(
         length - first, seq_lens_ptr, batch, queries, window, capacity, num_splits, target, C.BALANCE, BLOCK_N
     )
     start = first + split * size
@@ -170,12 +170,12 @@ def mla_decode_fwd_kernel(
     if C.DIRECT or start < length:
         keep = live[:, None] & (column < C.RANK)[None, :]
         q_row = q_ptr + sequence * q_batch + query.to(tl.int64) * q_query + head.to(tl.int64) * q_head
-        q_latent = tl.load(q_row[:, None] + column[None, :], mask=keep, other=0.0)  # [BM, R]
+        q_latent = tl.load(q_row[:, None] + column[None, :], mask=keep, other=0.0)  # [BLOCK_M, R]
         if C.ROPE > 0:
             keep_r = live[:, None] & (column_r < C.ROPE)[None, :]
-            q_rope = tl.load(q_row[:, None] + C.RANK + column_r[None, :], mask=keep_r, other=0.0)  # [BM, r]
+            q_rope = tl.load(q_row[:, None] + C.RANK + column_r[None, :], mask=keep_r, other=0.0)  # [BLOCK_M, r]
         # the newest key is the last query row's own
-        own = length - queries + query  # [BM]
+        own = length - queries + query  # [BLOCK_M]
         if C.SPARSE or not C.CAUSAL:
             last = tl.zeros([BLOCK_M], tl.int64) + length
         else:
@@ -203,16 +203,16 @@ def mla_decode_fwd_kernel(
             offset = tl.where(exists, offset, 0)
             k_row = latent_ptr + page * latent_page + offset * latent_row
             inside = exists[:, None] & (column < C.RANK)[None, :]
-            k = tl.load(k_row[:, None] + column[None, :], mask=inside, other=0)  # [BN, R]
+            k = tl.load(k_row[:, None] + column[None, :], mask=inside, other=0)  # [BLOCK_N, R]
             if C.FP8:
                 s_row = scales_ptr + page * scale_page + offset * scale_row
                 scale = load_scales(s_row, exists, C.RANK, C.RANK_PAD)
                 k = dequantize(k, scale, C.NATIVE, C.RANK_PAD).to(q_latent.dtype)
-            scores = tl.dot(q_latent, tl.trans(k), input_precision="ieee")  # [BM, BN]
+            scores = tl.dot(q_latent, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if C.ROPE > 0:
                 r_row = rotated_ptr + (page * rotated_page + offset * rotated_row) * C.ROPE_VEC
                 inside_r = exists[:, None] & (column_r < C.ROPE)[None, :]
-                k_rope = tl.load(r_row[:, None] + column_r[None, :], mask=inside_r, other=0.0)  # [BN, r]
+                k_rope = tl.load(r_row[:, None] + column_r[None, :], mask=inside_r, other=0.0)  # [BLOCK_N, r]
                 scores += tl.dot(q_rope, tl.trans(k_rope.to(q_rope.dtype)), input_precision="ieee")
             visible = exists[None, :] & (key[None, :] < last[:, None]) & (key[None, :] >= lowest[:, None])
             scores = tl.where(visible, scores * scale2, float("-inf"))
@@ -267,9 +267,9 @@ def mla_decode_fwd_combine_kernel(
         query = m // C.HEADS
         sequence = b
         capacity = columns.to(tl.int64) * C.PAGE_SIZE
-    length = sequence_length(seq_lens_ptr, b, capacity, C.SPARSE)
-    first = key_span(length, queries, window, C.SPARSE)
-    size = split_size(
+    length = _sequence_length(seq_lens_ptr, b, capacity, C.SPARSE)
+    first = _key_span(length, queries, window, C.SPARSE)
+    size = _split_size(
         length - first, seq_lens_ptr, batch, queries, window, capacity, num_splits, target, C.BALANCE, BLOCK_N
     )
     splits = tl.cdiv(length - first, size)

@@ -97,7 +97,7 @@ def mla_gather_kv_fwd_kernel(
     row_out = out_ptr + token * (RANK + ROPE)
     dtype = out_ptr.dtype.element_ty
     inside = (column < RANK)[None, :]
-    x = tl.load(row_in[:, None] + column[None, :], mask=found[:, None] & inside, other=0)  # [BT, R]
+    x = tl.load(row_in[:, None] + column[None, :], mask=found[:, None] & inside, other=0)  # [BLOCK_T, R]
     if FP8:
         row_scale = scales_ptr + page * scale_page + offset * scale_row
         x = dequantize(x, load_scales(row_scale, found, RANK, RANK_PAD), NATIVE, RANK_PAD)

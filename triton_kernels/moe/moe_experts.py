@@ -30,7 +30,7 @@ def _sigmoid(x):
 
 
 @triton.jit
-def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
+def _activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     """The activation and its derivatives for gate and up."""
     if ACTIVATION == "silu":
         s = _sigmoid(gate)
@@ -134,7 +134,7 @@ def moe_experts_up_kernel(
                 z_at = z_ptr + row.to(tl.int64)[:, None] * (2 * inner) + col[None, :]
                 tl.store(z_at, gate.to(z_ptr.dtype.element_ty), mask=mask)
                 tl.store(z_at + inner, up.to(z_ptr.dtype.element_ty), mask=mask)
-            h, _, _ = activate(gate, up, alpha, limit, ACTIVATION)
+            h, _, _ = _activate(gate, up, alpha, limit, ACTIVATION)
             h_at = h_ptr + row.to(tl.int64)[:, None] * inner + col[None, :]
             tl.store(h_at, h.to(h_ptr.dtype.element_ty), mask=mask)
 
@@ -170,7 +170,7 @@ def moe_experts_act_bwd_kernel(
         gate = tl.load(z_ptr + wide * 2 * inner + col, mask=read, other=0.0).to(tl.float32)
         up = tl.load(z_ptr + wide * 2 * inner + inner + col, mask=read, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + wide * inner + col, mask=read, other=0.0).to(tl.float32)
-        h, d_gate, d_up = activate(gate, up, alpha, limit, ACTIVATION)
+        h, d_gate, d_up = _activate(gate, up, alpha, limit, ACTIVATION)
         dot += h * dh
         dz_at = dz_ptr + wide * 2 * inner + col
         tl.store(dz_at, tl.where(read, d_gate * dh * weight, 0.0).to(dz_ptr.dtype.element_ty), mask=mask)

@@ -36,7 +36,7 @@ def _norm_rope_block(
     head = head_block * L.BLOCK_H + tl.arange(0, L.BLOCK_H)
     mask = (token_mask[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
-    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BT, BH, 1]
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BLOCK_T, BLOCK_H, 1]
     out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * L.VEC
     cos = cos[:, None, :]
     sin = sin[:, None, :]
@@ -44,12 +44,12 @@ def _norm_rope_block(
     dim = tl.arange(0, L.BLOCK_COPY)[None, None, :]
     wide = tl.arange(0, 2 * L.BLOCK_HALF)[None, None, :]
     if L.INTERLEAVED:
-        x = tl.load(x_row + L.OFFSET + wide, mask & (wide < 2 * L.HALF), 0.0).to(tl.float32)  # [BT, BH, R]
+        x = tl.load(x_row + L.OFFSET + wide, mask & (wide < 2 * L.HALF), 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R]
         a, b = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
     else:
-        a = tl.load(x_row + L.OFFSET + pair, mask & (pair < L.HALF), 0.0).to(tl.float32)  # [BT, BH, R / 2]
+        a = tl.load(x_row + L.OFFSET + pair, mask & (pair < L.HALF), 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R / 2]
         b = tl.load(x_row + L.OFFSET + L.HALF + pair, mask & (pair < L.HALF), 0.0).to(tl.float32)
-    square = tl.sum(a * a, 2) + tl.sum(b * b, 2)  # [BT, BH]
+    square = tl.sum(a * a, 2) + tl.sum(b * b, 2)  # [BLOCK_T, BLOCK_H]
     for start in tl.static_range(0, L.OFFSET, L.BLOCK_COPY):
         c = tl.load(x_row + start + dim, mask & (dim < L.OFFSET - start), 0.0).to(tl.float32)
         square += tl.sum(c * c, 2)
@@ -112,7 +112,7 @@ def _norm_rope_bwd_block(
     mask = (token_mask[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
     grad_row = grad_ptr + ((batch * grad_sb + place * grad_ss)[:, None] + head * grad_sh)[:, :, None] * L.VEC
-    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BT, BH, 1]
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BLOCK_T, BLOCK_H, 1]
     out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * L.VEC
     cos = cos[:, None, :]
     sin = sin[:, None, :]
@@ -122,7 +122,7 @@ def _norm_rope_bwd_block(
     # the rotary slice: gradients turned back, then both sums over the row
     if L.INTERLEAVED:
         inside = mask & (wide < 2 * L.HALF)
-        g = tl.load(grad_row + L.OFFSET + wide, inside, 0.0).to(tl.float32)  # [BT, BH, R]
+        g = tl.load(grad_row + L.OFFSET + wide, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R]
         ga, gb = tl.split(tl.reshape(g, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
         x = tl.load(x_row + L.OFFSET + wide, inside, 0.0).to(tl.float32)
         xa, xb = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
@@ -130,14 +130,14 @@ def _norm_rope_bwd_block(
         wa, wb = tl.split(tl.reshape(weight, (1, 1, L.BLOCK_HALF, 2)))
     else:
         inside = mask & (pair < L.HALF)
-        ga = tl.load(grad_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
+        ga = tl.load(grad_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R / 2]
         gb = tl.load(grad_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
         xa = tl.load(x_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)
         xb = tl.load(x_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
         wa = tl.load(weight_ptr + L.OFFSET + pair, pair < L.HALF, 0.0).to(tl.float32) + weight_offset
         wb = tl.load(weight_ptr + L.OFFSET + L.HALF + pair, pair < L.HALF, 0.0).to(tl.float32) + weight_offset
     ga, gb = rotate_half(ga, gb, cos, sin)
-    square = tl.sum(xa * xa, 2) + tl.sum(xb * xb, 2)  # [BT, BH]
+    square = tl.sum(xa * xa, 2) + tl.sum(xb * xb, 2)  # [BLOCK_T, BLOCK_H]
     cross = tl.sum(ga * wa * xa, 2) + tl.sum(gb * wb * xb, 2)
     for part in tl.static_range(2):
         for start in tl.static_range(

@@ -57,7 +57,7 @@ def load_tables(
     SECTION_H: tl.constexpr,
     SECTION_W: tl.constexpr,
 ):
-    """cos and sin of a block of tokens, [BT, BLOCK_HALF]."""
+    """cos and sin of a block of tokens, [BLOCK_T, BLOCK_HALF]."""
     pair = tl.arange(0, L.BLOCK_HALF)[None, :]
     mask = mask[:, None] & (pair < L.HALF)
     row = row[:, None]
@@ -106,7 +106,7 @@ def rotate_block(
     mask = mask[:, :, None]
     head = head.to(tl.int64)[None, :]
     # strides come in units of VEC elements, so that the compiler knows how far every row is aligned
-    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BT, BH, 1]
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BLOCK_T, BLOCK_H, 1]
     out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * L.VEC
     cos = cos[:, None, :]
     sin = sin[:, None, :]
@@ -114,7 +114,7 @@ def rotate_block(
         # one contiguous access, the pairs are parted in registers
         dim = tl.arange(0, 2 * L.BLOCK_HALF)[None, None, :]
         inside = mask & (dim < 2 * L.HALF)
-        x = tl.load(x_row + L.OFFSET + dim, inside, 0.0)  # [BT, BH, R]
+        x = tl.load(x_row + L.OFFSET + dim, inside, 0.0)  # [BLOCK_T, BLOCK_H, R]
         a, b = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
         a, b = rotate_half(a.to(tl.float32), b.to(tl.float32), cos, sin)
         out = tl.reshape(tl.join(a, b), (L.BLOCK_T, L.BLOCK_H, 2 * L.BLOCK_HALF))
@@ -122,7 +122,7 @@ def rotate_block(
     else:
         pair = tl.arange(0, L.BLOCK_HALF)[None, None, :]
         inside = mask & (pair < L.HALF)
-        a = tl.load(x_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
+        a = tl.load(x_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R / 2]
         b = tl.load(x_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
         a, b = rotate_half(a, b, cos, sin)
         tl.store(out_row + L.OFFSET + pair, a.to(out_ptr.dtype.element_ty), inside)

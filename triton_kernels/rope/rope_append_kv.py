@@ -81,7 +81,7 @@ def _append_block(
     head = head_block * L.BLOCK_H + tl.arange(0, L.BLOCK_H)
     mask = (valid[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
-    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BT, BH, 1]
+    x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BLOCK_T, BLOCK_H, 1]
     out_row = cache_ptr + ((page * cache_sp + offset * cache_so)[:, None] + head * cache_sh)[:, :, None] * S.CACHE_VEC
     if HALF > 0:
         cos = cos[:, None, :]
@@ -89,7 +89,7 @@ def _append_block(
         if INTERLEAVED:
             dim = tl.arange(0, 2 * L.BLOCK_HALF)[None, None, :]
             inside = mask & (dim < 2 * HALF)
-            x = tl.load(x_row + OFFSET + dim, inside, 0.0)  # [BT, BH, R]
+            x = tl.load(x_row + OFFSET + dim, inside, 0.0)  # [BLOCK_T, BLOCK_H, R]
             a, b = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
             a, b = rotate_half(a.to(tl.float32), b.to(tl.float32), cos, sin)
             _store(
@@ -103,7 +103,7 @@ def _append_block(
         else:
             pair = tl.arange(0, L.BLOCK_HALF)[None, None, :]
             inside = mask & (pair < HALF)
-            a = tl.load(x_row + OFFSET + pair, inside, 0.0).to(tl.float32)  # [BT, BH, R / 2]
+            a = tl.load(x_row + OFFSET + pair, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R / 2]
             b = tl.load(x_row + OFFSET + HALF + pair, inside, 0.0).to(tl.float32)
             a, b = rotate_half(a, b, cos, sin)
             _store(out_row + OFFSET + pair, a, scale, inside, S.FP8, S.NATIVE)
