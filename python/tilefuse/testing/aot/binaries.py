@@ -142,9 +142,6 @@ def lacking(expected: Iterable[str], figures: Mapping[str, Any]) -> list[str]:
     return [item for item in expected if not any(has(choice) for choice in item.split("|"))]
 
 
-# ---- compiling Triton kernels ----
-
-
 def _cache_dir() -> Path:
     if os.access(_ROOT, os.W_OK) and (_ROOT / "setup.py").exists():
         return _ROOT / "build" / "aot"
@@ -199,9 +196,6 @@ def _compile(launch: Launch) -> dict[str, Any]:
         "seconds": seconds,
         "error": None,
     }
-
-
-# ---- reading the CUDA library ----
 
 
 def _demangle(names: Sequence[str]) -> dict[str, str]:

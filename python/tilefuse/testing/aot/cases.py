@@ -131,9 +131,6 @@ class AotCase:
             raise ValueError(f"aot case {self.name}: targets must be of {arch.COMPILE_TARGETS}, got {sorted(unknown)}")
 
 
-# ---- what there is to compile ----
-
-
 def modules(family: str | None = None) -> Iterator[tuple[str, str, Any]]:
     """(family, op, module) of every Triton module."""
     from ... import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
