@@ -75,6 +75,30 @@ def test_a_pickled_model_comes_back_patched(tiny, name):
         assert_bit_equal(logits(twin, ids), stock)
 
 
+def replica_of(model):
+    """As ``nn.DataParallel`` makes them, but on the same device and with weights that are twice as large."""
+    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in copies.items():
+        for name, child in module._modules.items():
+            twin._modules[name] = child and copies[child]
+        for name, parameter in module._parameters.items():
+            setattr(twin, name, None if parameter is None else 2 * parameter.detach())
+    return copies[model]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_replicas_compute_with_their_own_weights(tiny, name):
+    model = tiny(name)
+    ids = tokens()
+    expected, stock = logits(replica_of(model), ids), logits(model, ids)
+    assert (expected - stock).abs().max() > 1e-3
+    patch(model)
+    close(logits(replica_of(model), ids), expected)
+    close(logits(model, ids), stock)
+    unpatch(model)
+    assert not any("_replicate_for_data_parallel" in module.__dict__ for module in model.modules())
+
+
 def test_another_process_loads_it_patched(tiny, tmp_path):
     model = tiny("qwen3")
     patch(model)

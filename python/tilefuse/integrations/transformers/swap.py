@@ -142,6 +142,16 @@ def set_method(state: _State, module: nn.Module, name: str, method: Callable[...
     setattr(module, slot, bound)
 
 
+def _replicate(module: nn.Module) -> nn.Module:
+    """What ``nn.DataParallel`` calls for its copies, which share the instance's attributes: each gets methods of its
+    own, on its own device."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    for name, method in module.__dict__.items():
+        if isinstance(method, functools.partial) and method.args[:1] == (module,):
+            replica.__dict__[name] = functools.partial(method.func, replica, *method.args[1:], **method.keywords)
+    return replica
+
+
 def _code_key(function: Any) -> tuple[Any, ...] | None:
     code = getattr(function, "__code__", None)
     # where in its file a function stands does not matter
@@ -207,6 +217,7 @@ def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left |
                     set_method(state, module, name, method)
                 if answer.forward is not None:
                     set_method(state, module, "forward", answer.forward, **answer.options)
+                set_method(state, module, "_replicate_for_data_parallel", _replicate)
                 if answer.what:
                     changes[path] = Change(answer.what, answer.left)
     except BaseException:
