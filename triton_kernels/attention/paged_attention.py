@@ -37,7 +37,7 @@ from ..common.rows import Rows
 from .chunks import merge_chunks, store_row
 from .window_tiles import UNBOUNDED
 
-# keys of one program for each tile of rows; from shapes alone, so that a row's result depends on its own sequence only
+# keys of one program for each tile of rows; from shapes alone, so that no other sequence changes a row's result
 CHUNK = 512
 # programs of one sequence from which on its keys are not split
 ENOUGH = 128
@@ -269,7 +269,7 @@ def constants(d: int, dv: int, block_m: int, block_n: int, *flags: bool) -> Cons
 def chunk_size(tiles: int, kv_heads: int, span: int) -> int:
     """Keys of one program. More tiles need fewer chunks: all parts together are smaller than the keys that they read.
 
-    Never a function of the batch or of lengths: a row's result depends on its own sequence alone.
+    Never a function of the batch or of lengths: no other sequence changes a row's result.
     """
     return max(1, span) if tiles * kv_heads >= ENOUGH else CHUNK * tiles
 

@@ -76,8 +76,9 @@ def paged_attention(
         ``out [B, Sq, Hq, Dv]`` in q's dtype and ``lse [B, Hq, Sq]`` float32, natural log, sinks included. A row
         without a visible key has out 0 and lse -inf (the sink's logit with sinks).
 
-    Not differentiable. Deterministic and batch-invariant: the chunks depend on the sequence alone. Rules:
-    PagedAttention (arXiv:2309.06180), split over keys as in Flash-Decoding, the window of FlashAttention-2.
+    Not differentiable. Deterministic and batch-invariant, on a GPU among calls with block tables of one width: one that
+    is no wider than a chunk needs no merge, which rounds lse, and out with sinks, once more. Rules: PagedAttention
+    (arXiv:2309.06180), split over keys as in Flash-Decoding, the window of FlashAttention-2.
 
     Raises:
         ValueError: shapes, window, scale, softcap, or scales with a cache that is not float8.
