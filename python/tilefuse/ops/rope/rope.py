@@ -174,8 +174,8 @@ class _Rope(torch.autograd.Function):
         return rope_fwd(x, cos, sin, positions, cu_seqlens, interleaved, rotary_offset, conjugate, section, mrope)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _apply(grad, (*ctx.saved_tensors, *ctx.options)), *(None,) * 9
+    def backward(ctx, dout):
+        return _apply(dout, (*ctx.saved_tensors, *ctx.options)), *(None,) * 9
 
 
 @gradient_of(rope_qk_fwd)
