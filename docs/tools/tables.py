@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tilefuse.benchmarks import records, report
 import tilefuse
 from tilefuse import cli, library
 from tilefuse.ops.mla.layout import GROUP, RowLayout
+from tilefuse.testing.sweep import record as sweep_record
 
 FAMILIES = {"rope": "rope.md", "fp8": "fp8.md", "moe": "moe.md", "mla": "mla.md", "attention": "attention.md"}
 
@@ -155,6 +157,26 @@ def benchmark_pictures(folder: Path) -> list[Path]:
         if report.draw_growth(lines, path):
             paths.append(path)
     return paths
+
+
+def sweep() -> str:
+    """What the sweep over Hugging Face's architectures found, a row each, as the verified list keeps it."""
+    found = json.loads(sweep_record.VERIFIED.read_text())
+    rows = []
+    for name, row in found["rows"].items():
+        runs = ", ".join(dict.fromkeys(part.split(" (")[0] for what in row["runs"] for part in what.split(", ")))
+        left = "; ".join(row["left"])
+        rows.append(
+            [f"`{name}`", runs or "-", left or "-", row["modes"], f"{row['difference']:.1e}", f"{row['noise']:.1e}"]
+        )
+    taken = sum(bool(row["runs"]) for row in found["rows"].values())
+    counts = f"{len(rows)} architectures passed in every mode; `patch` swaps something in {taken} of them."
+    header = ["architecture", "what runs on tilefuse", "what is left, and why", "modes", "difference", "stock's noise"]
+    table = report.markdown_table(header, rows)
+    wrong = {name: f"fails: {next(iter(modes.values()))}" for name, modes in found["failed"].items()}
+    rows = [[f"`{name}`", why] for name, why in (wrong | found["not_run"]).items()]
+    absent = report.markdown_table(["architecture", "why"], rows)
+    return f"{counts}\n\n{table}\n\n### Not in the sweep\n\n{absent}"
 
 
 def commands() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.action == "merge":
         found = record.merged(record.records(given.folder))
-        record.VERIFIED.write_text(json.dumps(found, indent=1) + "\n")
+        record.VERIFIED.write_text(record.text(found))
         print(f"{record.VERIFIED}: {len(found['types'])} types, {len(found['rows'])} rows")
         return 0
     failed = 0

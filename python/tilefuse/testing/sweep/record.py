@@ -82,6 +82,18 @@ def records(folder: Path = FOLDER) -> list[Record]:
     return [Record(**json.loads(line)) for file in sorted(folder.glob("*.jsonl")) for line in file.open()]
 
 
+def text(found: dict[str, Any]) -> str:
+    """JSON with a row a line."""
+    parts = []
+    for name, value in found.items():
+        if isinstance(value, dict) and value:
+            lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in value.items())
+            parts.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}")
+        else:
+            parts.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def merged(found: Iterable[Record]) -> dict[str, Any]:
     """What ``verified.json`` says.
 
