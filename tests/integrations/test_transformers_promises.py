@@ -303,6 +303,19 @@ def test_types_that_are_not_verified(tiny, monkeypatch):
     assert "verified with transformers 4.0, this is 5." in str(patch(model))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_whole_model_has_to_be_verified(tiny, wrapped):
+    """What surrounds a model of a verified type may hand it other masks, whatever is wrapped around that."""
+    model = torch.nn.Module()
+    model.config = transformers.LlavaConfig()
+    model.config.model_type = "of_someone"
+    model.language_model = tiny("llama")
+    report = patch(torch.nn.ModuleList([tiny("llama"), model]) if wrapped else model)
+    left = {path: why for path, why in report.left.items() if "language_model" in path}
+    assert len(left) == 2 and set(left.values()) == {"attention: of_someone is not verified"}
+    assert len(report.left) == 2
+
+
 def test_a_difference_is_found_before_anyone_uses_it(tiny, monkeypatch):
     from tilefuse.integrations.transformers import attention
 

@@ -153,13 +153,13 @@ def _makes_masks(value: Any) -> bool:
 
 def part(model: nn.Module, unverified: bool) -> Callable[[nn.Module, Any], Swap | Left | None]:
     """The part for one model."""
-    whole = model.__dict__.get("config")
+    wholes = _wholes(model, None)
     other_tables = rope.files_of_other_tables(model)
 
     def swap(module: nn.Module, config: Any) -> Swap | Left | None:
         cls = type(module)
         attends, makes = _methods(cls)
-        why = "" if unverified else verified.why_not(whole, config)
+        why = "" if unverified else verified.why_not(wholes[module], config)
         if attends:
             return _swap_attention(module, config, _why_left(module, config) or why, attends, other_tables)
         if rope.in_forward(cls)[0] and cls.__module__ not in other_tables:
@@ -173,6 +173,15 @@ def part(model: nn.Module, unverified: bool) -> Callable[[nn.Module, Any], Swap 
         return Swap(None, "", methods=methods) if methods else None
 
     return swap
+
+
+def _wholes(module: nn.Module, config: Any) -> dict[nn.Module, Any]:
+    """The config of the whole model that each module belongs to, also where a wrapper has none."""
+    config = config or module.__dict__.get("config")
+    found = {module: config}
+    for child in module.children():
+        found = _wholes(child, config) | found
+    return found
 
 
 def _why_left(module: nn.Module, config: Any) -> str:
