@@ -67,7 +67,7 @@ def _says_more(more: tuple[Any, ...], options: dict[str, Any]) -> bool:
 def _halves(stock: Apply, full: bool) -> Apply:
     """Pairs ``(i, i + R / 2)``; ``full`` tables hold every angle twice."""
 
-    def apply_rotary_pos_emb(q, k=None, cos=None, sin=None, *more, **options):
+    def apply_rotary_pos_emb(q: Any, k: Any = None, cos: Any = None, sin: Any = None, *more: Any, **options: Any):
         if _says_more(more, options) or _refuses(q, k, cos):
             return stock(q, k, cos, sin, *more, **options)
         half = cos.shape[-1] // 2 if full else cos.shape[-1]
@@ -79,7 +79,7 @@ def _halves(stock: Apply, full: bool) -> Apply:
 def _pairs_to_halves(stock: Apply) -> Apply:
     """DeepSeek-V3: pairs ``(2i, 2i + 1)`` come out as ``(i, i + R / 2)``, and the cache holds them so."""
 
-    def apply_rotary_pos_emb_interleave(q, k, cos, sin, *more, **options):
+    def apply_rotary_pos_emb_interleave(q: Any, k: Any, cos: Any, sin: Any, *more: Any, **options: Any):
         if _says_more(more, options) or _refuses(q, k, cos) or q.shape[-1] != cos.shape[-1]:
             return stock(q, k, cos, sin, *more, **options)
         half = cos.shape[-1] // 2
