@@ -69,6 +69,8 @@ class LazyMask(Tensor):
         mask = args[0] if args else None
         if isinstance(mask, LazyMask):
             compact = compact_of(mask)
+            if func._schema.is_mutable:
+                mask.compact = None
             if func in _SAME:
                 return mask._like(mask.dense, compact, mask.device)
             same_dtype = kwargs.get("dtype") in (None, mask.dtype)
@@ -94,6 +96,7 @@ class LazyMask(Tensor):
     # what does not pass through the dispatcher, or not as a mask
     def __setitem__(self, index: Any, value: Any) -> None:
         self.dense()[index] = value
+        self.compact = None
         torch.autograd.graph.increment_version(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -124,8 +127,9 @@ class TracedMask(Tensor):
 def compact_of(mask: Any) -> Compact | None:
     """What a mask says, or None if it has to be looked at."""
     compact = getattr(mask, "compact", None)
-    # what was written, also to a view, is in the entries alone
-    return None if compact is not None and type(mask) is LazyMask and mask._version > 0 else compact
+    # what was written, also to a view, is in the entries alone; a graph cannot ask for versions
+    asks = type(mask) is LazyMask and not torch.compiler.is_dynamo_compiling()
+    return None if compact is not None and asks and mask._version > 0 else compact
 
 
 def dense(mask: Any) -> Any:
