@@ -195,7 +195,9 @@ def check(row: Architecture, *, unverified: bool = False, compiled: bool = False
         return record
     record.types = model_types(model.config)
     record.parameters = sum(p.numel() for p in model.parameters())
-    asked = {name: f for name, f in (MODES | (COMPILED if compiled else {})).items() if not only or name in only}
+    # compiled before hooks of other modes are on the model, which dynamo would follow
+    asked = {"plain": MODES["plain"]} | (COMPILED if compiled else {}) | MODES
+    asked = {name: f for name, f in asked.items() if not only or name in only}
     stock_model = copy.deepcopy(model)
     other_model = _over_eager(model)
     images: dict[str, Any] = {}
