@@ -1,12 +1,14 @@
 // A call of the rope family from tensors, for CPU and CUDA.
 #pragma once
 
+#include <stdexcept>
+
 #include "common/host.h"
 #include "rope/rope.h"
 
 namespace tilefuse {
 
-// pairs of each axis; absent without mrope
+// pairs of each axis; absent or empty without mrope
 using Section = std::optional<std::vector<int64_t>>;
 
 inline void set_strides(int64_t* strides, const Tensor& t) {
@@ -30,6 +32,8 @@ inline RopeCall rope_call(const Tensor& q, const Tensor* k, const Tensor& q_out,
                           const Tensor& sin, const OptionalTensor& positions, const OptionalTensor& cu_seqlens,
                           bool interleaved, int64_t rotary_offset, bool conjugate, bool copy, const Section& section,
                           bool mrope_interleaved) {
+  const bool mrope = section && !section->empty();
+  if (mrope && !positions) throw std::runtime_error("tilefuse.rope: positions must be given with mrope_section");
   RopeCall call{};
   call.tensors[0] = rope_tensor(q, q_out);
   if (k != nullptr) call.tensors[1] = rope_tensor(*k, *k_out);
@@ -47,7 +51,7 @@ inline RopeCall rope_call(const Tensor& q, const Tensor* k, const Tensor& q_out,
   call.sin_stride = sin.stride(0);
   if (positions) {
     call.positions = index_of(*positions);
-    const int64_t lead = section ? 1 : 0;
+    const int64_t lead = mrope ? 1 : 0;
     if (lead != 0) call.position_strides[0] = positions->stride(0);
     if (rank == 4) call.position_strides[1] = positions->stride(lead);
     call.position_strides[2] = positions->stride(rank == 4 ? lead + 1 : lead);
@@ -58,7 +62,7 @@ inline RopeCall rope_call(const Tensor& q, const Tensor* k, const Tensor& q_out,
   call.interleaved = interleaved;
   call.conjugate = conjugate;
   call.copy = copy;
-  call.mrope = section.has_value();
+  call.mrope = mrope;
   call.mrope_interleaved = mrope_interleaved;
   for (size_t i = 0; section && i < section->size() && i < 3; ++i) call.section[i] = static_cast<int>((*section)[i]);
   return call;

@@ -356,6 +356,15 @@ def test_errors_of_k_and_tables():
             tilefuse.rope(q, *both)
 
 
+def test_sections_without_positions():
+    """The kernel refuses what the op would have refused before it, and an empty list of sections is none."""
+    q, _, (cos, sin, *_), _ = case("batched")
+    rotated = tilefuse.rope(q, cos, sin)
+    assert_bit_equal(torch.ops.tilefuse.rope_fwd(q, cos, sin, None, None, False, 0, False, [], False), rotated)
+    with pytest.raises(ValueError, match=r"^tilefuse.rope: positions must be given with mrope_section"):
+        torch.ops.tilefuse.rope_fwd(q, cos, sin, None, None, False, 0, False, [8, 12, 12], False)
+
+
 @pytest.mark.parametrize("name", ["batched", "dim96_30_66_interleaved", "cu_seqlens", "mrope", "packed_qkv"])
 def test_17_opcheck(name):
     q, k, rest, options = case(name)
