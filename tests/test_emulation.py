@@ -272,22 +272,22 @@ def test_asynchronous_copies_land_when_waited_for(module):
 
 
 FAULTS = {
-    "barrier some skip": r"only 40 of 64 threads reach a barrier: .* waits at the barrier of self_test.cpp:\d+, but "
+    "barrier some skip": r"only 40 of 64 threads reach a barrier: .* waits at the barrier of test.cpp:\d+, but "
     r"thread \(40, 0, 0\) has exited",
-    "barriers differ": r"waits at the barrier of self_test.cpp:\d+, but thread \(\d+, 0, 0\) waits at the barrier of "
-    r"self_test.cpp:\d+: every thread must reach the same one",
-    "lane not in mask": r"thread \(\d+, 0, 0\) \(lane \d+\) calls __shfl_sync at self_test.cpp:\d+ with mask "
+    "barriers differ": r"waits at the barrier of test.cpp:\d+, but thread \(\d+, 0, 0\) waits at the barrier of "
+    r"test.cpp:\d+: every thread must reach the same one",
+    "lane not in mask": r"thread \(\d+, 0, 0\) \(lane \d+\) calls __shfl_sync at test.cpp:\d+ with mask "
     "0x0000ffff, which does not name it",
     "masks differ": r"__shfl_xor_sync",
     "operations differ": "must execute the same operation with the same mask",
     "lanes at a barrier": r"waits at the barrier of .*, but .* waits in __shfl_xor_sync of .* with mask 0xffffffff",
     "bad width": "has width 12, not a power of two",
     "misaligned": r"thread \(\d+, 0, 0\): access through a null or misaligned pointer at cuda.cuh:\d+",
-    "shared index": r"thread \(63, 0, 0\): index out of the array's bounds at self_test.cpp:\d+",
+    "shared index": r"thread \(63, 0, 0\): index out of the array's bounds at test.cpp:\d+",
     "null": "null or misaligned",
     "overflow": r"thread \([1-9]\d*, 0, 0\): signed integer overflow in \+",
     "division": "division by zero",
-    "trap": r"thread \(5, 0, 0\): __trap\(\) at self_test.cpp:\d+",
+    "trap": r"thread \(5, 0, 0\): __trap\(\) at test.cpp:\d+",
     "spin": "spins forever",
     "async misaligned": "cp.async of 16 bytes is misaligned",
 }
