@@ -489,7 +489,7 @@ def test_5_in_place_refuses_gradients():
         with pytest.raises(RuntimeError, match=r"tilefuse.rope_: works in place and has no gradient, but x requires"):
             tilefuse.rope_(x, cos, sin)
         with pytest.raises(RuntimeError, match=r"tilefuse.rope_qk_: works in place .* but k requires"):
-            tilefuse.rope_qk_(x.detach(), x, cos, sin)
+            tilefuse.rope_qk_(x.detach().clone(), x, cos, sin)
     with torch.no_grad():
         tilefuse.rope_(leaf, cos, sin)
 
