@@ -327,11 +327,11 @@ def _check_sample(
 
 def _backward_kernels(function: Callable[..., Any], call: _Call, sample: Sample) -> set[str]:
     def run(*args: Any, **kwargs: Any) -> None:
-        leaves = [a.detach().requires_grad_() if i in call.differentiable else a for i, a in enumerate(args)]
+        given = [a.detach().requires_grad_() if i in call.differentiable else a for i, a in enumerate(args)]
         with torch.enable_grad():
-            out = function(*leaves, **kwargs)
+            out = function(*given, **kwargs)
             outputs = [o for o in tree_leaves(out) if isinstance(o, Tensor) and o.requires_grad]
-            leaves = [args[i] for i in call.differentiable]
+            leaves = [given[i] for i in call.differentiable]
             torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs], allow_unused=True)
 
     return set(library.trace_call(run, sample.args, sample.kwargs))
