@@ -110,13 +110,14 @@ __global__ void __launch_bounds__(kNormThreads) qk_norm_rope_kernel(QkNormRopeCa
         Unit values;
         float cos[Unit::kPairs], sin[Unit::kPairs];
         values.load(in, r, pair);
-        load_table<Unit::kPairs>(r, where.token, pair, cos, sin);
 #pragma unroll
         for (int i = 0; i < Unit::kPairs; ++i) {
           const int element = unit_element<kInterleaved>(r, pair, i);
           values.a[i] *= rstd * norm_weight(p, where.which, element);
           values.b[i] *= rstd * norm_weight(p, where.which, element + pair_step);
         }
+        // loaded this late, cos and sin leave the weights their registers: nothing spills on sm_100
+        load_table<Unit::kPairs>(r, where.token, pair, cos, sin);
         values.rotate(cos, sin);
         values.store(out, r, pair);
       },
