@@ -42,7 +42,7 @@ X86_ISAS = {
     "baseline": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
-    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16"],
+    "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"],
 }
 
 

@@ -56,7 +56,7 @@ def defined_functions(path):
 
 
 def test_the_package_imports_what_its_modules_name():
-    public = {"__version__", "backend", "explain", "nn", "ops"}
+    public = {"PackedWeight", "__version__", "backend", "explain", "nn", "ops", "pack_weight"}
     for path in (ROOT / "python/tilefuse/ops").glob("*/*.py"):
         if path.stem != "__init__":
             module = importlib.import_module(f"tilefuse.ops.{path.parent.name}.{path.stem}")

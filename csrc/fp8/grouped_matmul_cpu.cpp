@@ -1,12 +1,12 @@
 // fp8_grouped_matmul on the CPU: the rows of each expert are a segment of the dense matmul.
-#include "fp8/segments_cpu.h"
+#include "common/panel_matmul.h"
 
 #ifdef TILEFUSE_REGISTER
 
 namespace tilefuse {
 namespace {
 
-Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+Tensor grouped_matmul(const Tensor& a, const OptionalTensor& a_scale, const Tensor& b, const Tensor& b_scale,
                       const Tensor& offsets, ScalarType out_dtype) {
   const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
   Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
@@ -16,7 +16,7 @@ Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, c
     const int64_t value = bounds[i] < m ? bounds[i] : m;
     return value > least ? value : least;
   };
-  std::vector<fp8::Segment> segments;
+  std::vector<Segment> segments;
   int64_t begin = bound(0, 0);
   const int64_t first = begin;
   for (int64_t e = 0; e < groups; ++e) {
@@ -30,7 +30,10 @@ Tensor grouped_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, c
     std::memset(data, 0, static_cast<size_t>(first * row_bytes));
     std::memset(data + begin * row_bytes, 0, static_cast<size_t>((m - begin) * row_bytes));
   }
-  fp8::matmul_segments(a, a_scale, b, b_scale, nullptr, segments, out);
+  PanelProduct product{};
+  product.weight = panel_weight(b, b_scale, 3, a.size(1));
+  product.rows = panel_rows(a, a_scale);
+  panel_matmul(product, segments, std::nullopt, out);
   return out;
 }
 

@@ -1,7 +1,7 @@
-// Host side of the grouped CPU kernels: tiles, and PyTorch's matmul where the dot-product kernel does not apply.
+// Host side of the grouped CPU kernels: segments, and PyTorch's matmul where the panels do not apply.
 #pragma once
 
-#include "moe/dot_cpu.h"
+#include "common/panel_matmul.h"
 
 #ifdef TILEFUSE_REGISTER
 
@@ -34,25 +34,16 @@ inline void zero_outside(const Tensor& t, const std::vector<int64_t>& bounds) {
   std::memset(data + row * static_cast<size_t>(last), 0, row * static_cast<size_t>(t.size(0) - last));
 }
 
-// tiles in the order of the weights, so that one thread reads a weight block for all its rows
-inline std::vector<GroupTile> tiles_of(const std::vector<int64_t>& bounds, int64_t n) {
-  std::vector<GroupTile> tiles;
+inline std::vector<Segment> segments_of(const std::vector<int64_t>& bounds) {
+  std::vector<Segment> segments;
   for (size_t e = 0; e + 1 < bounds.size(); ++e) {
-    if (bounds[e + 1] <= bounds[e]) continue;
-    for (int64_t c = 0; c < n; c += kTileCols) {
-      for (int64_t r = bounds[e]; r < bounds[e + 1]; r += kTileRows) {
-        tiles.push_back(
-            {static_cast<int64_t>(e), r, std::min(r + kTileRows, bounds[e + 1]), c, std::min(c + kTileCols, n)});
-      }
-    }
+    if (bounds[e + 1] > bounds[e]) segments.push_back({static_cast<int64_t>(e), bounds[e], bounds[e + 1]});
   }
-  return tiles;
+  return segments;
 }
 
-// whether the dot-product kernel takes this call
-inline bool dot_applies(const Tensor& a, const Tensor& b) {
-  return isa() == Isa::avx512bf16 && dtype_of(a) == Dtype::bf16 && (b.stride(2) == 1 || b.size(2) <= 1);
-}
+// whether the panels take this call: float32 and float16 are PyTorch's
+inline bool panels_apply(const Tensor& a) { return a.scalar_type() == ScalarType::BFloat16; }
 
 inline Tensor blob(void* data, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, ScalarType dtype) {
   return torch::stable::from_blob(data, {sizes.data(), 2}, {strides.data(), 2},

@@ -1,90 +1,24 @@
-// grouped_matmul on the CPU: dot products on AVX512-BF16, PyTorch's matmul elsewhere.
-#include "moe/dot_cpu.h"
-
-namespace tilefuse {
-
-struct GroupedMatmulCall {
-  SourceRows a;
-  const void* b;
-  int64_t b_expert, b_row;  // strides
-  const void* bias;         // [E, N] or nullptr
-  void* out;
-  bool out_f32;
-  int64_t n, k;
-};
-
-namespace TILEFUSE_ISA {
-
-void grouped_dot([[maybe_unused]] const GroupedMatmulCall& call, [[maybe_unused]] const GroupTile* tiles,
-                 [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
-#if defined(TILEFUSE_MOE_DOT)
-  PackedRows packed = packed_rows(call.k);
-  alignas(64) float product[kTileRows * kPanelCols];
-  DotState states[kDotStates];
-  for (int64_t t = begin; t < end; ++t) {
-    const GroupTile& tile = tiles[t];
-    const int64_t count = tile.row_end - tile.row_begin;
-    pack(packed, call.a, tile, call.k);
-    const bf16* w = static_cast<const bf16*>(call.b) + tile.expert * call.b_expert;
-    const bf16* bias = call.bias == nullptr ? nullptr : static_cast<const bf16*>(call.bias) + tile.expert * call.n;
-    for (int64_t first = tile.n_begin; first < tile.n_end; first += kPanelCols) {
-      const int64_t width = tile.n_end - first < kPanelCols ? tile.n_end - first : kPanelCols;
-      if (!call.out_f32)
-        fetch_rows(static_cast<const bf16*>(call.out) + tile.row_begin * call.n + first, call.n, count);
-      for (int64_t n = first; n < first + width; n += kDotCols) {
-        const bf16 *columns[kDotCols], *next[kDotCols];
-        weight_rows(w, call.b_row, n, tile.n_end, columns);
-        weight_rows(w, call.b_row, n + 2 * kDotCols <= tile.n_end ? n + kDotCols : n, tile.n_end, next);
-        dot_panel(packed.data, count, columns, next, call.k, states, product + (n - first));
-      }
-      if (bias != nullptr) add_bias(product, count, width, bias + first);
-      for (int64_t r = 0; r < count; ++r) {
-        const float* row = product + r * kPanelCols;
-        const int64_t at = (tile.row_begin + r) * call.n + first;
-        if (call.out_f32) {
-          std::memcpy(static_cast<float*>(call.out) + at, row, static_cast<size_t>(width) * sizeof(float));
-        } else {
-          store_panel_row(row, width, static_cast<bf16*>(call.out) + at);
-        }
-      }
-    }
-  }
-  std::free(packed.data);
-#endif
-}
-
-}  // namespace TILEFUSE_ISA
-}  // namespace tilefuse
-
+// grouped_matmul on the CPU: bfloat16 and e4m3 weights through panels, PyTorch's matmul for the others.
 #include "moe/grouped_cpu_host.h"
 
 #ifdef TILEFUSE_REGISTER
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(grouped_dot)
-
 namespace {
 
 Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, OptionalTensor a_index, OptionalTensor bias, int64_t index_div,
-                  ScalarType out_dtype) {
-  const int64_t rows = a_index ? a_index->numel() : a.size(0), n = b.size(1), k = b.size(2);
+                  ScalarType out_dtype, OptionalTensor b_scale) {
+  const int64_t rows = a_index ? a_index->numel() : a.size(0), n = b.size(1);
   Tensor out = torch::stable::new_empty(a, {rows, n}, out_dtype);
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   zero_outside(out, bounds);
   const SourceRows source = rows_of(a, a_index, index_div);
-  if (dot_applies(a, b)) {
-    const GroupedMatmulCall call{source,
-                                 b.const_data_ptr(),
-                                 b.stride(0),
-                                 stride_or_zero(b, 1),
-                                 pointer<const void>(bias),
-                                 out.data_ptr(),
-                                 out_dtype == ScalarType::Float,
-                                 n,
-                                 k};
-    const std::vector<GroupTile> tiles = tiles_of(bounds, n);
-    run_parallel(grouped_dot, static_cast<int64_t>(tiles.size()), 1, call, tiles.data());
+  if (panels_apply(a)) {
+    PanelProduct product{};
+    product.weight = panel_weight(b, b_scale, 3, a.size(1));
+    product.rows = panel_rows(source);
+    panel_matmul(product, segments_of(bounds), bias, out);
     return out;
   }
   const size_t row_bytes = static_cast<size_t>(n) * static_cast<size_t>(out.element_size());

@@ -1,16 +1,15 @@
 // The expert layer's own CPU kernels: up-projection with the activation in its epilogue, and the activation's backward.
-#include "moe/dot_cpu.h"
+#include "common/panel_matmul.h"
+#include "moe/activation_cpu.h"
 
 namespace tilefuse {
 
 struct MoeExpertsUpCall {
-  SourceRows x;
-  const void* w;
-  int64_t w_expert, w_row;  // strides
-  const void* bias;         // [E, 2 I] or nullptr
-  void* h;                  // [S, I]
-  void* z;                  // [S, 2 I] or nullptr
-  int64_t inner, hidden;
+  Dtype dtype;
+  const void* bias;  // [E, 2 I] or nullptr
+  void* h;           // [S, I]
+  void* z;           // [S, 2 I] or nullptr
+  int64_t inner;
   ActivationOptions activation;
 };
 
@@ -65,53 +64,41 @@ inline Slopes slopes_of(float gate, float up, const ActivationOptions& o) {
   return {g * (up + 1.0f), gate_passes * (up + 1.0f) * (s + o.alpha * g * (1.0f - s)), up_passes * g};
 }
 
+// a row of panels [64] of gates and ups: plus bias, to z, through the activation to h
+template <typename T>
+inline void finish_row(const MoeExpertsUpCall& call, int64_t expert, int64_t row, int64_t n, int64_t columns,
+                       float* gate, float* up) {
+  const int64_t inner = call.inner;
+  if (call.bias != nullptr) {
+    const T* bias = static_cast<const T*>(call.bias) + expert * 2 * inner + n;
+    for (int64_t c = 0; c < columns; ++c) gate[c] += to_float(bias[c]);
+    for (int64_t c = 0; c < columns; ++c) up[c] += to_float(bias[inner + c]);
+  }
+  if (call.z != nullptr) {
+    T* z = static_cast<T*>(call.z) + row * 2 * inner + n;
+    for (int64_t c = 0; c < columns; ++c) z[c] = from_float<T>(gate[c]);
+    for (int64_t c = 0; c < columns; ++c) z[inner + c] = from_float<T>(up[c]);
+  }
+  activate_row(gate, up, columns, call.activation, static_cast<T*>(call.h) + row * inner + n);
+}
+
 }  // namespace
 
-void experts_up_dot([[maybe_unused]] const MoeExpertsUpCall& call, [[maybe_unused]] const GroupTile* tiles,
-                    [[maybe_unused]] int64_t begin, [[maybe_unused]] int64_t end) {
-#if defined(TILEFUSE_MOE_DOT)
-  PackedRows packed = packed_rows(call.hidden);
-  alignas(64) float gates[kTileRows * kPanelCols], ups[kTileRows * kPanelCols];
-  DotState states[kDotStates];
+// the work of `product` from begin to end, gates and ups of the same columns together; c: two panels of a part's rows
+void experts_up_panels(const PanelProduct& product, const MoeExpertsUpCall& call, float* c, int64_t begin,
+                       int64_t end) {
   const int64_t inner = call.inner;
-  for (int64_t t = begin; t < end; ++t) {
-    const GroupTile& tile = tiles[t];
-    const int64_t count = tile.row_end - tile.row_begin;
-    pack(packed, call.x, tile, call.hidden);
-    const bf16* w_gate = static_cast<const bf16*>(call.w) + tile.expert * call.w_expert;
-    const bf16* w_up = w_gate + inner * call.w_row;
-    const bf16* bias = call.bias == nullptr ? nullptr : static_cast<const bf16*>(call.bias) + tile.expert * 2 * inner;
-    for (int64_t first = tile.n_begin; first < tile.n_end; first += kPanelCols) {
-      const int64_t width = tile.n_end - first < kPanelCols ? tile.n_end - first : kPanelCols;
-      fetch_rows(static_cast<const bf16*>(call.h) + tile.row_begin * inner + first, inner, count);
-      for (int64_t n = first; n < first + width; n += kDotCols) {
-        const int64_t after = n + 2 * kDotCols <= tile.n_end ? n + kDotCols : n;
-        const bf16 *gate_rows[kDotCols], *up_rows[kDotCols], *next[kDotCols];
-        weight_rows(w_gate, call.w_row, n, tile.n_end, gate_rows);
-        weight_rows(w_up, call.w_row, n, tile.n_end, up_rows);
-        weight_rows(w_gate, call.w_row, after, tile.n_end, next);
-        dot_panel(packed.data, count, gate_rows, up_rows, call.hidden, states, gates + (n - first));
-        dot_panel(packed.data, count, up_rows, next, call.hidden, states, ups + (n - first));
+  float* ups = c + kPartRows * kPanelWidth;
+  for_panels(product, begin, end, [&](const Segment& part, int64_t panel) {
+    const int64_t n = panel * kPanelWidth, columns = inner - n < kPanelWidth ? inner - n : kPanelWidth;
+    panel_product(product, part, n, c);
+    panel_product(product, part, inner + n, ups);
+    TILEFUSE_BY_DTYPE(call.dtype, T, {
+      for (int64_t row = part.begin, at = 0; row < part.end; ++row, at += kPanelWidth) {
+        finish_row<T>(call, part.group, row, n, columns, c + at, ups + at);
       }
-      if (bias != nullptr) {
-        add_bias(gates, count, width, bias + first);
-        add_bias(ups, count, width, bias + inner + first);
-      }
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = tile.row_begin + r;
-        float *gate = gates + r * kPanelCols, *up = ups + r * kPanelCols;
-        if (call.z != nullptr) {
-          bf16* z = static_cast<bf16*>(call.z) + row * 2 * inner + first;
-          store_panel_row(gate, width, z);
-          store_panel_row(up, width, z + inner);
-        }
-        activate_row(gate, up, kPanelCols, call.activation, gate);
-        store_panel_row(gate, width, static_cast<bf16*>(call.h) + row * inner + first);
-      }
-    }
-  }
-  std::free(packed.data);
-#endif
+    })
+  });
 }
 
 // h [rows, I] from z [rows, 2 I]
@@ -177,7 +164,7 @@ void experts_act_bwd(const MoeExpertsActBwdCall& call, int64_t begin, int64_t en
 
 namespace tilefuse {
 
-TILEFUSE_DISPATCH(experts_up_dot)
+TILEFUSE_DISPATCH(experts_up_panels)
 TILEFUSE_DISPATCH(experts_activate)
 TILEFUSE_DISPATCH(experts_act_bwd)
 
@@ -192,8 +179,9 @@ ActivationOptions activation_of(const std::string& name, double alpha, double li
 }
 
 std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets, Tensor order, OptionalTensor bias,
-                                      int64_t top_k, std::string activation, double alpha, double limit, bool save) {
-  const int64_t rows = order.numel(), inner = w.size(1) / 2, hidden = w.size(2);
+                                      int64_t top_k, std::string activation, double alpha, double limit, bool save,
+                                      OptionalTensor w_scale) {
+  const int64_t rows = order.numel(), inner = w.size(1) / 2;
   const ActivationOptions options = activation_of(activation, alpha, limit);
   Tensor h = torch::stable::new_empty(x, {rows, inner});
   Tensor z = torch::stable::new_empty(x, {save ? rows : 0, 2 * inner});
@@ -201,19 +189,16 @@ std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets, Tensor
   zero_outside(h, bounds);
   if (save) zero_outside(z, bounds);
   const SourceRows source = rows_of(x, order, top_k);
-  if (dot_applies(x, w)) {
-    const MoeExpertsUpCall call{source,
-                                w.data_ptr(),
-                                w.stride(0),
-                                stride_or_zero(w, 1),
-                                pointer<const void>(bias),
-                                h.data_ptr(),
-                                save ? z.data_ptr() : nullptr,
-                                inner,
-                                hidden,
-                                options};
-    const std::vector<GroupTile> tiles = tiles_of(bounds, inner);
-    run_parallel(experts_up_dot, static_cast<int64_t>(tiles.size()), 1, call, tiles.data());
+  if (panels_apply(x)) {
+    PanelProduct product{};
+    product.weight = panel_weight(w, w_scale, 3, x.size(1));
+    product.rows = panel_rows(source);
+    product.panels = panels_of(inner);
+    const MoeExpertsUpCall call{
+        dtype_of(x), pointer<const void>(bias), h.data_ptr(), save ? z.data_ptr() : nullptr, inner, options};
+    panel_matmul(product, segments_of(bounds), [&](const PanelProduct& chunk, int64_t units) {
+      run_parallel(experts_up_panels, units, 64, chunk, call, RangeScratch<float>{2 * kPartRows * kPanelWidth});
+    });
     return {h, z};
   }
   const size_t element = static_cast<size_t>(x.element_size());

@@ -39,10 +39,12 @@ from .ops.rope.qk_norm_rope import qk_norm_rope
 from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
 from .ops.rope.rope_append_kv import rope_append_kv
 from .ops.rope.rope_tables import rope_tables
+from .packing import PackedWeight, pack_weight
 
 __version__ = "0.2.0.dev0"
 __all__ = [
     "BlockPattern",
+    "PackedWeight",
     "__version__",
     "backend",
     "block_pattern",
@@ -76,6 +78,7 @@ __all__ = [
     "moe_z_loss",
     "nn",
     "ops",
+    "pack_weight",
     "paged_attention",
     "qk_norm_rope",
     "rms_norm_quantize",

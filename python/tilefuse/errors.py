@@ -7,13 +7,23 @@ written where it is raised and nowhere before: the text of a symbolic size makes
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+class Typed(Protocol):
+    """A tensor, or what stands for one, such as a packed weight."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 def describe(value: object) -> str:
@@ -35,12 +45,12 @@ def type_error(op: str, arg: str, expected: str, got: object) -> NoReturn:
     raise TypeError(f"tilefuse.{op}: {arg} must be {expected}, got {describe(got)}")
 
 
-def check_dtype(op: str, arg: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_dtype(op: str, arg: str, tensor: Typed, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
         type_error(op, arg, " or ".join(dtype_name(d) for d in dtypes), tensor)
 
 
-def check_device(op: str, arg: str, tensor: Tensor, like: Tensor, like_arg: str) -> None:
+def check_device(op: str, arg: str, tensor: Typed, like: Typed, like_arg: str) -> None:
     if tensor.device != like.device:
         raise ValueError(
             f"tilefuse.{op}: {arg} must be on the device of {like_arg} ({like.device}), got {tensor.device}"

@@ -34,6 +34,7 @@ from torch.autograd import forward_ad
 
 from . import arch, backends, native
 from .backends import Candidate
+from .packing import Weight
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 FunctionClass = TypeVar("FunctionClass", bound=type[torch.autograd.Function])
@@ -447,6 +448,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    Weight: "Tensor",
     Sequence[int]: "SymInt[]",
     int: "SymInt",
     bool: "bool",

@@ -337,7 +337,7 @@ def gathered(a, index, offsets, index_div):
     return out
 
 
-def grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype):
+def grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype, _b_scale=None):
     rows = a.shape[0] if a_index is None else a_index.shape[0]
     groups, n, k = b.shape
     out = a.new_empty((rows, n), dtype=out_dtype)

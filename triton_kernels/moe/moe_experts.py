@@ -202,7 +202,7 @@ def _kind(activation, limit):
     return "silu_clamped" if activation == "silu" and limit > 0 else activation
 
 
-def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):
+def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save, _w_scale=None):
     rows, groups, inner, k = order.shape[0], w_gate_up.shape[0], w_gate_up.shape[1] // 2, w_gate_up.shape[2]
     h = x.new_empty((rows, inner))
     z = x.new_empty((rows if save else 0, 2 * inner))

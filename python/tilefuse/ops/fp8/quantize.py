@@ -259,7 +259,7 @@ def fp8_dequantize(
     return fp8_dequantize_fwd(flat, scales, rows, out_dtype).view(q.shape)
 
 
-def check_scale(name: str, arg: str, scale: Tensor, shape: Sequence[int], like: Tensor, like_arg: str) -> None:
+def check_scale(name: str, arg: str, scale: Tensor, shape: Sequence[int], like: errors.Typed, like_arg: str) -> None:
     """A float32 scale of exactly this shape, on the device of its codes, that asks for no gradient."""
     if tuple(scale.shape) != tuple(shape):
         errors.value_error(name, arg, f"{[*shape]} float32", scale)

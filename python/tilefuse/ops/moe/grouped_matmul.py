@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import gradient_of, kernel, once_differentiable, op
+from ...packing import PackedWeight, Weight, check_inference, refuse_packed
 
 __all__ = ["grouped_matmul"]
 
@@ -21,7 +22,7 @@ def check_offsets(name: str, offsets: Tensor, experts: int, like: Tensor, like_a
 
 
 def _check(
-    a: Tensor, b: Tensor, offsets: Tensor, a_index: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
+    a: Tensor, b: Weight, offsets: Tensor, a_index: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype | None
 ) -> None:
     name = "grouped_matmul"
     if a.dim() != 2:
@@ -48,21 +49,39 @@ def _check(
         errors.type_error(name, "out_dtype", f"{a.dtype} or torch.float32", out_dtype)
 
 
-def either_contiguous(b: Tensor) -> Tensor:
-    """b with a contiguous last or middle dim: transposed weights are read in place."""
+def either_contiguous(b: Weight) -> Tensor:
+    """b with a contiguous last or middle dim: transposed weights are read in place, packed ones as they are."""
+    if isinstance(b, PackedWeight):
+        return b.data
     return b if 1 in b.stride()[1:] or b.numel() == 0 else b.contiguous()
 
 
-def _fwd_fake(a, b, offsets, a_index, bias, index_div, out_dtype):
+def not_triton(b: Tensor, b_scale: Tensor | None) -> str | None:
+    """What the GPU kernels leave to the CPU and to the reference."""
+    if b_scale is not None:
+        return "float activations times e4m3 weights are for the CPU"
+    return refuse_packed(b, 3)
+
+
+def only_bfloat16(a: Tensor, b_scale: Tensor | None) -> str | None:
+    """What the CPU kernels take with e4m3 weights."""
+    return "e4m3 weights meet bfloat16 activations" if b_scale is not None and a.dtype != torch.bfloat16 else None
+
+
+def _fwd_fake(a, b, offsets, a_index, bias, index_div, out_dtype, b_scale):
     rows = a.shape[0] if a_index is None else a_index.shape[0]
     return a.new_empty((rows, b.shape[1]), dtype=out_dtype)
 
 
 grouped_matmul_fwd = kernel(
     "grouped_matmul_fwd(Tensor a, Tensor b, Tensor offsets, Tensor? a_index, Tensor? bias, int index_div,"
-    " ScalarType out_dtype) -> Tensor",
+    " ScalarType out_dtype, Tensor? b_scale) -> Tensor",
     module=_MODULE,
     fake=_fwd_fake,
+    when={
+        "cpu": lambda a, b, offsets, a_index, bias, index_div, out_dtype, b_scale: only_bfloat16(a, b_scale),
+        "triton": lambda a, b, offsets, a_index, bias, index_div, out_dtype, b_scale: not_triton(b, b_scale),
+    },
     linear=("a -bias", "b bias"),
 )
 grouped_matmul_wgrad = kernel(
@@ -95,10 +114,12 @@ def _scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor, size: int, dtype
 @gradient_of(grouped_matmul_fwd)
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, offsets, a_index, bias, index_div, out_dtype):
+    def forward(ctx, a, b, offsets, a_index, bias, index_div, out_dtype, b_scale):
+        if b_scale is not None or b.ndim > 3:
+            raise NotImplementedError("tilefuse.grouped_matmul: packed and e4m3 weights have no derivative")
         ctx.save_for_backward(a, b, offsets, a_index)
         ctx.has_bias, ctx.index_div = bias is not None, index_div
-        return grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype)
+        return grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype, None)
 
     @staticmethod
     @once_differentiable
@@ -108,17 +129,17 @@ class _GroupedMatmul(torch.autograd.Function):
         dout = dout.to(a.dtype).contiguous()
         if ctx.needs_input_grad[0]:
             if a_index is None:
-                da = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, a.dtype)
+                da = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, a.dtype, None)
             else:
                 compute = torch.float64 if a.dtype == torch.float64 else torch.float32
-                rows = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, compute)
+                rows = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, compute, None)
                 index = a_index if ctx.index_div == 1 else a_index // ctx.index_div
                 da = _scatter_rows(rows, index, offsets, a.shape[0], a.dtype)
         if ctx.needs_input_grad[1]:
             db = grouped_matmul_wgrad(a, dout, offsets, a_index, None, ctx.index_div, b.dtype)
         if ctx.has_bias and ctx.needs_input_grad[4]:
             dbias = grouped_bias_grad(dout, offsets, None, 1, dout.dtype)
-        return da, db, None, None, dbias, None, None
+        return da, db, None, None, dbias, None, None, None
 
 
 @op(
@@ -128,7 +149,7 @@ class _GroupedMatmul(torch.autograd.Function):
 )
 def grouped_matmul(
     a: Tensor,
-    b: Tensor,
+    b: Weight,
     offsets: Tensor,
     a_index: Tensor | None = None,
     bias: Tensor | None = None,
@@ -143,7 +164,7 @@ def grouped_matmul(
     Args:
         a: ``[rows, K]`` float32, bfloat16 or float16 (float64 on the reference backend).
         b: ``[E, N, K]`` of a's dtype; K or N may be the contiguous dim (a transposed view is read in place).
-            Any E (0 too), N, K; no alignment is asked for.
+            Any E (0 too), N, K; no alignment is asked for. Or what ``pack_weight`` made of it: the same bits.
         offsets: ``[E + 1]`` int32 or int64, not decreasing. They stay on the device: no host synchronisation.
         a_index: ``[P]`` int32 or int64; an index outside of a counts as a row of zeros.
         bias: ``[E, N]`` of a's dtype.
@@ -156,7 +177,7 @@ def grouped_matmul(
     the other rows, on a GPU among calls of as many rows (their number per group chooses the tile).
 
     Raises:
-        ValueError: a wrong shape. TypeError: a wrong dtype.
+        ValueError: a wrong shape. TypeError: a wrong dtype. RuntimeError: a packed b, and a gradient is wanted.
 
     Example::
 
@@ -166,9 +187,10 @@ def grouped_matmul(
     Source: MegaBlocks (2211.15841); gathered rows as in ScatterMoE (2403.08245).
     """
     _check(a, b, offsets, a_index, bias, out_dtype)
+    check_inference("grouped_matmul", (b,), a=a, bias=bias)
     a, b, offsets = errors.check_last_dim_contiguous(a), either_contiguous(b), offsets.contiguous()
     a_index = None if a_index is None else a_index.contiguous()
     bias = None if bias is None else bias.contiguous()
     out_dtype = out_dtype or a.dtype
-    args = (a, b, offsets, a_index, bias, 1, out_dtype)
+    args = (a, b, offsets, a_index, bias, 1, out_dtype, None)
     return _GroupedMatmul.apply(*args) if errors.needs_grad(a, b, bias) else grouped_matmul_fwd(*args)

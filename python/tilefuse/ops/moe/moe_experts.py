@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ... import errors
 from ...library import kernel, once_differentiable, op
-from .grouped_matmul import either_contiguous, grouped_bias_grad, grouped_matmul_fwd, grouped_matmul_wgrad
+from ...packing import Weight, check_inference
+from .grouped_matmul import (
+    either_contiguous,
+    grouped_bias_grad,
+    grouped_matmul_fwd,
+    grouped_matmul_wgrad,
+    not_triton,
+    only_bfloat16,
+)
 from .moe_combine import check_weights, moe_combine_fwd
 from .moe_plan import moe_plan_fwd
 
@@ -20,8 +28,8 @@ ACTIVATIONS = ("silu", "gelu", "swiglu_oai", "gelu_erf")
 def check_experts(
     name: str,
     x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
+    w_gate_up: Weight,
+    w_down: Weight,
     weights: Tensor,
     ids: Tensor,
     activation: str,
@@ -67,7 +75,7 @@ def _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activati
         errors.check_device(name, arg, bias, x, "x")
 
 
-def _up_fake(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save):
+def _up_fake(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save, w_scale):
     rows, both = order.shape[0], w_gate_up.shape[1]
     return x.new_empty((rows, both // 2)), x.new_empty((rows if save else 0, both))
 
@@ -78,9 +86,13 @@ def _act_bwd_fake(z, dh, offsets, order, weights, activation, alpha, limit):
 
 moe_experts_up = kernel(
     "moe_experts_up(Tensor x, Tensor w_gate_up, Tensor offsets, Tensor order, Tensor? bias, int top_k,"
-    " str activation, float alpha, float limit, bool save) -> (Tensor, Tensor)",
+    " str activation, float alpha, float limit, bool save, Tensor? w_scale) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_up_fake,
+    when={
+        "cpu": lambda x, w, *rest: only_bfloat16(x, rest[-1]),
+        "triton": lambda x, w, *rest: not_triton(w, rest[-1]),
+    },
 )
 moe_experts_act_bwd = kernel(
     "moe_experts_act_bwd(Tensor z, Tensor dh, Tensor offsets, Tensor order, Tensor weights, str activation,"
@@ -90,18 +102,21 @@ moe_experts_act_bwd = kernel(
 )
 
 
-def _forward(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit, save):
+def forward(
+    x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit, save, scales=(None, None)
+):
+    """The layer on checked arguments; scales: of e4m3 weights, which meet x in its own dtype."""
     top_k = ids.shape[1]
     plan = order, inverse, offsets = moe_plan_fwd(ids, w_gate_up.shape[0])
-    h, z = moe_experts_up(x, w_gate_up, offsets, order, bias_gate_up, top_k, activation, alpha, limit, save)
-    y = grouped_matmul_fwd(h, w_down, offsets, None, bias_down, 1, x.dtype)
+    h, z = moe_experts_up(x, w_gate_up, offsets, order, bias_gate_up, top_k, activation, alpha, limit, save, scales[0])
+    y = grouped_matmul_fwd(h, w_down, offsets, None, bias_down, 1, x.dtype, scales[1])
     return moe_combine_fwd(y, inverse, weights, top_k), z, plan
 
 
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit):
-        out, z, plan = _forward(
+        out, z, plan = forward(
             x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, alpha, limit, True
         )
         # of the activations only x and the pre-activation stay
@@ -117,10 +132,10 @@ class _Experts(torch.autograd.Function):
         dout = dout.contiguous()
         need = ctx.needs_input_grad
         dx = dw_gate_up = dw_down = dweights = dbias_gate_up = dbias_down = None
-        dh = grouped_matmul_fwd(dout, w_down.transpose(1, 2), offsets, order, None, top_k, x.dtype)
+        dh = grouped_matmul_fwd(dout, w_down.transpose(1, 2), offsets, order, None, top_k, x.dtype, None)
         dz, weighted_h, dweights = moe_experts_act_bwd(z, dh, offsets, order, weights, *ctx.options)
         if need[0]:
-            rows = grouped_matmul_fwd(dz, w_gate_up.transpose(1, 2), offsets, None, None, 1, x.dtype)
+            rows = grouped_matmul_fwd(dz, w_gate_up.transpose(1, 2), offsets, None, None, 1, x.dtype, None)
             dx = moe_combine_fwd(rows, inverse, None, top_k)
         if need[1]:
             dw_gate_up = grouped_matmul_wgrad(x, dz, offsets, order, None, top_k, w_gate_up.dtype)
@@ -160,8 +175,8 @@ def _weighted_bias_grad(dout, weights, offsets, order, top_k, dtype):
 )  # fmt: skip
 def moe_experts(
     x: Tensor,
-    w_gate_up: Tensor,
-    w_down: Tensor,
+    w_gate_up: Weight,
+    w_down: Weight,
     weights: Tensor,
     ids: Tensor,
     bias_gate_up: Tensor | None = None,
@@ -175,13 +190,14 @@ def moe_experts(
 
     Formula: ``z = x[t] @ w_gate_up[e].T (+ bias_gate_up[e])``, ``gate, up = z.chunk(2)``,
     ``y = act(gate, up) @ w_down[e].T (+ bias_down[e])``, ``out[t] = sum_j weights[t, j] * y`` with
-    ``e = ids[t, j]``. The activation is computed from the pre-activation before z is rounded (on a CPU without
-    AVX512-BF16: after); y has x's dtype.
+    ``e = ids[t, j]``. The activation is computed from the pre-activation before z is rounded (float16 on
+    a CPU: after); y has x's dtype.
 
     Args:
         x: ``[T, H]`` float32, bfloat16 or float16 (float64 on the reference backend), any row stride.
         w_gate_up: ``[E, 2 I, H]`` of x's dtype, gate rows first, then up; H or 2 I may be the contiguous dim.
-        w_down: ``[E, H, I]`` of x's dtype. Any H, I, E.
+        w_down: ``[E, H, I]`` of x's dtype. Any H, I, E. Both weights may be what ``pack_weight`` made of them: the same
+            bits.
         weights: ``[T, k]`` float32 (or x's dtype), from ``moe_route``.
         ids: ``[T, k]`` int32 or int64; an id outside ``[0, E)`` is dropped and contributes exactly 0.
         bias_gate_up, bias_down: ``[E, 2 I]`` and ``[E, H]`` of x's dtype.
@@ -200,7 +216,8 @@ def moe_experts(
     calls of as many tokens (their number per expert chooses the tile). No host synchronisation.
 
     Raises:
-        ValueError: a wrong shape or activation, a limit with gelu. TypeError: a wrong dtype.
+        ValueError: a wrong shape or activation, a limit with gelu. TypeError: a wrong dtype. RuntimeError: a packed
+        weight, and a gradient is wanted.
 
     Example::
 
@@ -210,10 +227,13 @@ def moe_experts(
     Source: the memory scheme is that of SonicMoE (2512.14080).
     """
     _check(x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, limit)
+    check_inference(
+        "moe_experts", (w_gate_up, w_down), x=x, weights=weights, bias_gate_up=bias_gate_up, bias_down=bias_down
+    )
     x, ids, weights = errors.check_last_dim_contiguous(x), ids.contiguous(), weights.contiguous()
     w_gate_up, w_down = either_contiguous(w_gate_up), either_contiguous(w_down)
     bias_gate_up, bias_down = (None if b is None else b.contiguous() for b in (bias_gate_up, bias_down))
     args = (x, w_gate_up, w_down, weights, ids, bias_gate_up, bias_down, activation, float(alpha), float(limit))
     if errors.needs_grad(*args[:4], bias_gate_up, bias_down):
         return _Experts.apply(*args)
-    return _forward(*args, False)[0]
+    return forward(*args, False)[0]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...packing import plain
 from .quantize import expand_scale
 
 
 def fp8_matmul_fwd(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
+    b = plain(b, 2, a.shape[1])
+    if a_scale is None:
+        a_scale = b_scale.new_ones((a.shape[0], b_scale.shape[1]))
     n, k = b.shape
     scale_rows = 1 if b_scale.shape[0] == n else 128
     if out_dtype == torch.float64:

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...packing import plain
+from ..fp8.quantize import expand_scale
+
 
 def computed(t: Tensor) -> Tensor:
     return t if t.dtype == torch.float64 else t.float()
@@ -48,11 +51,17 @@ def grouped_matmul_fwd(
     bias: Tensor | None,
     index_div: int,
     out_dtype: torch.dtype,
+    b_scale: Tensor | None = None,
 ) -> Tensor:
+    b = plain(b, 3, a.shape[1])
     rows = a.shape[0] if a_index is None else a_index.shape[0]
     out = computed(a).new_zeros(rows, b.shape[1])
     for e, here in groups(offsets, rows):
-        out[here] = matmul_rows(gather(a, a_index, index_div, here), computed(b[e]))
+        weight = computed(b[e])
+        if b_scale is not None:
+            scale_rows = 1 if b_scale.shape[1] == b.shape[1] else 128
+            weight = weight * expand_scale(b_scale[e], tuple(weight.shape), scale_rows)
+        out[here] = matmul_rows(gather(a, a_index, index_div, here), weight)
         if bias is not None:
             out[here] += computed(bias[e])
     return out.to(out_dtype)

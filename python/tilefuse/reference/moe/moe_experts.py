@@ -61,8 +61,9 @@ def moe_experts_up(
     alpha: float,
     limit: float,
     save: bool,
+    w_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    z = grouped_matmul_fwd(x, w_gate_up, offsets, order, bias, top_k, computed(x[:0]).dtype)
+    z = grouped_matmul_fwd(x, w_gate_up, offsets, order, bias, top_k, computed(x[:0]).dtype, w_scale)
     h = activate(*z.chunk(2, dim=-1), activation, alpha, limit)
     return h.to(x.dtype), z.to(x.dtype) if save else x.new_empty((0, z.shape[1]))
 
