@@ -344,6 +344,23 @@ def test_threads_that_change_the_setting_see_a_valid_choice(toy):
     assert torch.equal(toy.double(x, 1.0), 2 * x)
 
 
+def test_a_refused_call_names_what_it_tried_whatever_another_thread_sets_meanwhile(toy, monkeypatch):
+    entry = library.kernels()["toy_double"]
+    monkeypatch.setattr(entry, "implementation", lambda b: (run_double, None))
+
+    def refuses(x, factor):
+        # once decided, the call meets a setting under which only cpu, which has no `when`, could run
+        thread = threading.Thread(target=tilefuse.backend, args=("cpu",))
+        thread.start()
+        thread.join()
+        return "factor is negative"
+
+    monkeypatch.setitem(entry.when, "reference", refuses)
+    with tilefuse.backend("reference"), pytest.raises(NotImplementedError, match="reference: factor is negative"):
+        toy.double(torch.randn(3), -1.0)
+    assert calls == []
+
+
 def test_choice_follows_the_setting_at_once(toy, monkeypatch):
     entry = library.kernels()["toy_double"]
     real = entry.implementation

@@ -130,7 +130,7 @@ class Kernel:
         self.gradient: type[torch.autograd.Function] | None = None
         # (generation of the setting, (device index, dtype) -> implementations in order of preference); replaced as
         # one object, so that another thread never sees choices of an older setting
-        self._cache: tuple[int, dict[tuple[int, torch.dtype], list[tuple[Any, Any]]]] = (-1, {})
+        self._cache: tuple[int, dict[tuple[int, torch.dtype], list[tuple[str, Any, Any]]]] = (-1, {})
 
     def implementation(self, name: str) -> tuple[Callable[..., Any] | None, str | None]:
         """The callable of one backend, or the reason why it is not there."""
@@ -175,8 +175,8 @@ class Kernel:
             usable, reasons = self.choices(first.device, first.dtype)
             if not usable:
                 raise self._unavailable(first, reasons)
-            choices = cached[key] = [(self.implementation(b)[0], self.when.get(b)) for b in usable]
-        for run, when in choices:
+            choices = cached[key] = [(b, self.implementation(b)[0], self.when.get(b)) for b in usable]
+        for _, run, when in choices:
             if when is None or when(*args) is None:
                 try:
                     if _autocast_on():
@@ -191,8 +191,9 @@ class Kernel:
                     if message.startswith("tilefuse.") and " must be " in message and type(error) is RuntimeError:
                         raise ValueError(message) from None
                     raise
-        usable, reasons = self.choices(first.device, first.dtype)
-        raise self._unavailable(first, reasons | {b: self.when[b](*args) for b in usable})
+        # another thread may have changed the setting meanwhile: what refused is what was tried
+        _, reasons = self.choices(first.device, first.dtype)
+        raise self._unavailable(first, reasons | {b: when(*args) for b, _, when in choices if when is not None})
 
     def _unavailable(self, first: Tensor, reasons: Mapping[str, str | None]) -> NotImplementedError:
         lines = "; ".join(f"{b}: {reason}" for b, reason in reasons.items())
