@@ -19,6 +19,7 @@ from tilefuse.backends import triton_missing
 from tilefuse.cli import main
 from tilefuse.testing import aot, emulation
 from tilefuse.testing.aot import binaries
+from tilefuse.testing.aot.cases import from_file
 
 pytestmark = pytest.mark.xdist_group("resources")
 
@@ -115,13 +116,18 @@ def test_each_kind_of_problem_is_reported(examples):
     assert "does not compile" in error and "fp8e4nv not supported" in error
 
 
+WIDE = "aot_examples/wide"
+
+
 def as_family(result, **changes):
     """The good example kernels as a family of their own, with changed figures; ``more_registers`` is added."""
     more = changes.pop("more_registers", 0)
     kept = [r for r in result["records"] if r["case"] in ("wide", "tile")]
     records = [{**r, "family": "good", "registers": r["registers"] + more, **changes} for r in kept]
     known = {key: result["known"]["file"][key] for key in ("aot_examples/wide", "aot_examples/tile")}
-    return {**result, "records": records, "uncovered": [], "family": "good", "known": {"good": known}}
+    binaries = {key: result["binaries"]["file"][key] for key in (f"{WIDE}/scale", "aot_examples/tile/matmul")}
+    new = {"known": {"good": known}, "binaries": {"good": binaries}, "kernels": ["matmul", "scale"]}
+    return {**result, "records": records, "uncovered": [], "family": "good", **new}
 
 
 def test_kernels_that_cannot_launch_are_reported(examples, tmp_path):
@@ -164,6 +170,7 @@ def test_baseline(examples, tmp_path):
     fewer = {**good, "records": [r for r in good["records"] if r["case"] != "wide"]}
     assert aot.problems(fewer, tmp_path) == []
     gone = {**fewer, "known": {"good": {"aot_examples/tile": ["sm_80", "sm_90", "sm_100", "gfx942"]}}}
+    gone["binaries"] = {"good": {"aot_examples/tile/matmul": good["targets"]}}
     assert [p for p in aot.problems(gone, tmp_path) if "sm_9" in p] == [
         "good/aot_examples/wide/scale on sm_90: in the baseline but no longer compiled",
     ]
@@ -184,7 +191,9 @@ def test_only_first_cases_must_be_in_the_baseline(examples, tmp_path):
 def test_allowed_spill_still_has_a_baseline(examples, tmp_path):
     def result(**changes):
         record = {**find(examples, "spilling", "sm_80"), "family": "good", "allow_spill": "a test", **changes}
-        return {**as_family(examples), "records": [record], "known": {"good": {"aot_examples/spilling": ["sm_80"]}}}
+        there = {"known": {"good": {"aot_examples/spilling": ["sm_80"]}}}
+        there["binaries"] = {"good": {"aot_examples/spilling/matmul": ["sm_80"]}}
+        return {**as_family(examples), "records": [record], **there}
 
     aot.write_baseline(result(), tmp_path)
     assert aot.problems(result(), tmp_path) == []
@@ -192,6 +201,32 @@ def test_allowed_spill_still_has_a_baseline(examples, tmp_path):
     assert aot.problems(result(spills=spills + 1), tmp_path) == [
         f"good/aot_examples/spilling/matmul on sm_80: spills {spills} -> {spills + 1}"
     ]
+
+
+def test_rows_of_kernels_that_are_gone_are_reported(examples, tmp_path):
+    good = as_family(examples)
+    aot.write_baseline(good, tmp_path)
+    only = {**good, "targets": ["sm_90"], "records": [r for r in good["records"] if r["target"] == "sm_90"]}
+    assert aot.problems(only, tmp_path) == []
+    binaries = {"aot_examples/tile/matmul": ["sm_90"]}
+    # its case launches it no longer; what the other targets do was not looked at
+    tile = [r for r in only["records"] if r["case"] == "tile"]
+    gone = {**only, "records": tile, "binaries": {"good": binaries}}
+    stale = "good/aot_examples/wide/scale on {}: in the baseline but no longer compiled"
+    assert aot.problems(gone, tmp_path) == [stale.format("sm_90")]
+    # no module launches it: stale on every target, whatever is compiled
+    gone["kernels"] = ["matmul"]
+    assert aot.problems(gone, tmp_path) == [stale.format(t) for t in ("gfx942", "sm_100", "sm_80", "sm_90")]
+    # a run of another op says nothing about it, and keeps it
+    other = {**gone, "op": "another"}
+    assert aot.problems(other, tmp_path) == []
+    aot.write_baseline(other, tmp_path)
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]) == {
+        "aot_examples/wide/scale",
+        "aot_examples/tile/matmul",
+    }
+    aot.write_baseline(gone, tmp_path)
+    assert set(aot.read_baseline("good", tmp_path)["kernels"]) == {"aot_examples/tile/matmul"}
 
 
 def test_baseline_of_other_targets_and_backends_is_kept(examples, tmp_path):
@@ -325,8 +360,54 @@ def test_inspect_command(capsys):
     assert "4 HGMMA" in captured.err
 
 
+@needs_triton
+@pytest.mark.parametrize("op", ["merge_attention", "rope_qk"])
+def test_inspect_one_op(capsys, op):
+    # the second one is in the module of rope
+    module = tilefuse.ops()[op].module.split("/")[1]
+    code = main(["inspect", "--json", "--op", op, "--target", "sm_90", "--quick"])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0 and {r["op"] for r in result["records"]} == {module}
+
+
+@needs_triton
+def test_a_file_that_compiles_nothing_fails(capsys, tmp_path):
+    file = tmp_path / "empty_gate.py"
+    file.write_text("x = 1\n")
+    assert main(["inspect", "--json", "--file", str(file), "--target", "sm_90"]) == 1
+    assert json.loads(capsys.readouterr().out)["problems"] == ["nothing was compiled"]
+    file.write_text(
+        "from tilefuse.testing.aot import AotCase\n\ndef aot_cases():\n    yield AotCase('idle', lambda: None)\n"
+    )
+    with pytest.raises(RuntimeError, match="aot case empty_gate/idle launches no kernel on sm_90"):
+        aot.records(file=file, targets=("sm_90",))
+
+
+def test_files_of_packages_are_imported_as_their_modules(tmp_path, monkeypatch):
+    if triton_missing():
+        pytest.skip(triton_missing())
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    package = tmp_path / "gatepackage" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    (package.parent / "sizes.py").write_text("SIZE = 64\n")
+    (package / "gate.py").write_text("from ..sizes import SIZE\n")
+    ((family, op, module),) = from_file(package / "gate.py")
+    assert (family, op, module.__name__, module.SIZE) == ("file", "gate", "gatepackage.inner.gate", 64)
+    from tilefuse.triton_kernels.moe import moe_combine
+
+    ((_, op, module),) = from_file(moe_combine.__file__)
+    assert op == "moe_combine" and module is moe_combine
+
+
 @pytest.mark.parametrize(
-    "arguments, message", [(["--target", "sm_1"], "--target must be one of"), (["--family", "nope"], "no kernels in")]
+    "arguments, message",
+    [
+        (["--target", "sm_1"], "--target must be one of"),
+        (["--family", "nope"], "no kernels in family 'nope'"),
+        (["--op", "nope"], "no kernels in op 'nope'"),
+    ],
 )
 @needs_triton
 def test_inspect_usage_errors(capsys, arguments, message):

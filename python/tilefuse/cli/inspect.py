@@ -11,13 +11,14 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from .. import arch
+from .. import arch, library
 from . import FAILED, OK, UsageError
 from ._console import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", metavar="NAME", help="only this family")
+    parser.add_argument("--op", metavar="NAME", help="only the module of this op")
     parser.add_argument("--target", action="append", default=[], metavar="ARCH", help="only this one (repeatable)")
     parser.add_argument("--file", metavar="PATH", help="a Python file with aot_cases(), in place of this package")
     parser.add_argument("--quick", action="store_true", help="only the first configuration of each kernel")
@@ -57,11 +58,16 @@ def run(args: argparse.Namespace) -> int:
     if args.update_baseline and not aot.BASELINE_DIR.parent.is_dir():
         raise UsageError(f"--update-baseline needs a source checkout: {aot.BASELINE_DIR.parent} is not there")
     console = Console(args.json)
+    family, op = args.family, args.op
+    if op in library.ops():
+        # ops of one module share its cases
+        family, op = library.ops()[op].module.split("/")
     result = aot.records(
-        family=args.family, targets=args.target, file=args.file, quick=args.quick, progress=_progress(console)
+        family=family, op=op, targets=args.target, file=args.file, quick=args.quick, progress=_progress(console)
     )
-    if args.family and not result["records"]:
-        raise UsageError(f"no kernels in family {args.family!r}")
+    for what, name in (("family", args.family), ("op", args.op)):
+        if name and not result["records"]:
+            raise UsageError(f"no kernels in {what} {name!r}")
     if args.update_baseline and not args.file:
         for path in aot.write_baseline(result):
             console.say(f"wrote {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,14 @@ def write_baseline(result: Mapping[str, Any], folder: Path = BASELINE_DIR) -> li
 def problems(result: Mapping[str, Any], folder: Path = BASELINE_DIR) -> list[str]:
     """What is wrong with the compiled kernels, one line each: the resource gate.
 
-    A spill (or any stack) without ``allow_spill``, an expected instruction that is missing, more shared memory than the
-    architecture has, a kernel that no case compiles; and where there are baselines, a first case that is not in its
-    baseline, a line of a baseline whose case no longer exists, and a case that got worse: more than ``REGISTER_SLACK``
-    more registers, more shared memory, more spills, a 128-bit access or the matrix unit lost. Registers, shared memory
-    and spills are compared only for the same version of Triton or nvcc.
+    Nothing to compile, a spill (or any stack) without ``allow_spill``, an expected instruction that is missing, more
+    shared memory than the architecture has, a kernel that no case compiles; and where there are baselines, a first case
+    that is not in its baseline, a line of a baseline whose case or kernel no longer exists, and a case that got worse:
+    more than ``REGISTER_SLACK`` more registers, more shared memory, more spills, a 128-bit access or the matrix unit
+    lost. Registers, shared memory and spills are compared only for the same version of Triton or nvcc.
     """
-    found = [f"{name} is launched but compiled by no aot case" for name in result["uncovered"]]
+    found = [] if result["records"] else ["nothing was compiled"]
+    found += [f"{name} is launched but compiled by no aot case" for name in result["uncovered"]]
     for r in result["records"]:
         if r["error"]:
             found.append(f"{label(r)}: does not compile: {r['error']}")
@@ -118,13 +120,19 @@ def problems(result: Mapping[str, Any], folder: Path = BASELINE_DIR) -> list[str
 
 def _still_there(result: Mapping[str, Any], family: str, name: str) -> Callable[[str], bool]:
     """Whether a kernel of the baseline still exists for a target; yes where this run could not know."""
+    if result["op"] not in (None, re.split(r"\.cu/|/", name)[0]):
+        return lambda t: True
     if ".cu/" in name:
         built = [r for r in result["records"] if r["backend"] == "cuda"]
         targets = {r["target"] for r in built if (r["family"], key(r)) == (family, name)}
         return lambda t: t in targets or t not in {r["target"] for r in built}
     if not result["triton"]:
         return lambda t: True
-    return lambda t: t in result["known"].get(family, {}).get(name.rsplit("/", 1)[0], ())
+    case, kernel = name.rsplit("/", 1)
+    known = result["known"].get(family, {}).get(case, ())
+    compiled = result["binaries"].get(family, {}).get(name, ())
+    exists = re.sub(r"_\d+$", "", kernel) in result["kernels"]
+    return lambda t: t in compiled if t in result["targets"] else t in known and exists
 
 
 def _worse(r: Mapping[str, Any], old: Mapping[str, Any], same_compiler: bool) -> list[str]:

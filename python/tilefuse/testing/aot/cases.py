@@ -131,19 +131,34 @@ class AotCase:
             raise ValueError(f"aot case {self.name}: targets must be of {arch.COMPILE_TARGETS}, got {sorted(unknown)}")
 
 
-def modules(family: str | None = None) -> Iterator[tuple[str, str, Any]]:
-    """(family, op, module) of every Triton module."""
+def modules(family: str | None = None, op: str | None = None) -> Iterator[tuple[str, str, Any]]:
+    """(family, op, module) of every Triton module, or of one family's or one op's."""
     from ... import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
 
     for info in pkgutil.walk_packages(triton_kernels.__path__, triton_kernels.__name__ + "."):
         parts = info.name.removeprefix(triton_kernels.__name__ + ".").split(".")
-        if len(parts) == 2 and parts[0] != "common" and family in (None, parts[0]):
+        if len(parts) == 2 and parts[0] != "common" and family in (None, parts[0]) and op in (None, parts[1]):
             yield parts[0], parts[1], importlib.import_module(info.name)
 
 
 def from_file(path: str) -> Iterator[tuple[str, str, Any]]:
-    """The same of a Python file, in a family called ``file``."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    """The same of a Python file, in a family called ``file``; one of a package is imported as its module."""
+    from ... import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+
+    file = Path(path).resolve()
+    folder, names = file.parent, [file.stem]
+    # this package's kernels lie in a folder that no parent package holds
+    known = {Path(where).resolve(): triton_kernels.__name__ for where in triton_kernels.__path__}
+    while folder not in known and (folder / "__init__.py").exists():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    if folder in known:
+        names.insert(0, known[folder])
+    if len(names) > 1:
+        sys.path.insert(0, str(folder))
+        yield "file", file.stem, importlib.import_module(".".join(names))
+        return
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

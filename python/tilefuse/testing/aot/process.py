@@ -54,6 +54,8 @@ class _Work:
         }
 
 
+# family, op, module, its cases
+_Module = tuple[str, str, Any, list[AotCase]]
 # pool workers are forked and read it: kernels cannot be pickled
 _work: list[_Work] = []
 
@@ -65,14 +67,17 @@ def _compile_one(index: int) -> dict[str, Any]:
 def _recorded(family: str, op: str, case: AotCase, target: str) -> Iterator[tuple[str, Launch]]:
     """(name, launch) of each binary of a case; a kernel that needs several numbers them."""
     names: Counter[str] = Counter()
-    for launch in record(case, target, f"{family}/{op}"):
+    launches = record(case, target, f"{family}/{op}")
+    if not launches:
+        raise ValueError(f"aot case {op}/{case.name} launches no kernel on {target}")
+    for launch in launches:
         names[launch.name] += 1
         count = names[launch.name]
         yield launch.name if count == 1 else f"{launch.name}_{count}", launch
 
 
-def _work_of(family: str, op: str, listed: Sequence[AotCase], target: str, quick: bool) -> Iterator[_Work]:
-    """What one module's cases need on one target, each binary once; ``quick``: only the first of each kernel."""
+def _work_of(family: str, op: str, listed: Sequence[AotCase], target: str) -> Iterator[_Work]:
+    """What one module's cases need on one target, each binary once."""
     binaries: set[str] = set()
     kernels: set[str] = set()
     for case in listed:
@@ -80,7 +85,7 @@ def _work_of(family: str, op: str, listed: Sequence[AotCase], target: str, quick
             continue
         for name, launch in _recorded(family, op, case, target):
             first = launch.name not in kernels
-            if launch.key not in binaries and (first or not quick):
+            if launch.key not in binaries:
                 yield _Work(family, op, case, name, target, first, launch)
             binaries.add(launch.key)
             kernels.add(launch.name)
@@ -90,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="compile every kernel for every architecture")
     parser.add_argument("--json", required=True, help="file for the records")
     parser.add_argument("--family")
+    parser.add_argument("--op", help="only the module of this name")
     parser.add_argument("--file", help="a Python file with aot_cases(), in place of this package")
     parser.add_argument("--targets", nargs="*", default=list(arch.COMPILE_TARGETS))
     parser.add_argument("--quick", action="store_true", help="only the first case of each kernel")
@@ -98,17 +104,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET must be 0: a function decorated under the interpreter cannot be compiled")
     found, uncovered, triton_version = [], [], None
-    known: dict[str, dict[str, list[str]]] = {}
+    known, binaries, kernels = {}, {}, set()
     if importlib.util.find_spec("triton") is not None:
         import triton
 
         triton_version = triton.__version__
-        listed = [(*m, cases(m[2])) for m in (from_file(args.file) if args.file else modules(args.family))]
-        for family, op, _, of_module in listed:
-            for case in of_module:
-                known.setdefault(family, {})[f"{op}/{case.name}"] = list(case.targets or arch.COMPILE_TARGETS)
-            for target in args.targets:
-                _work.extend(_work_of(family, op, of_module, target, args.quick))
+        chosen = from_file(args.file) if args.file else modules(args.family, args.op)
+        listed = [(*m, cases(m[2])) for m in chosen]
+        kernels = {name for *_, module in modules() for name in launched(module)}
+        known, binaries = _gather(listed, args.targets, args.quick)
         uncovered = _uncovered(listed, [t for t in arch.COMPILE_TARGETS if t not in args.targets])
         with tempfile.TemporaryDirectory() as folder:
             # the figures are cached; keeping the binaries as well would only take space
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for entry in pool.imap(_compile_one, range(len(_work))):
                     found.append(entry)
                     print(f"{len(found)}/{len(_work)} {label(entry)}", flush=True)
-    found += [] if args.file else cuda_records(args.targets, args.family)
+    found += [] if args.file else [r for r in cuda_records(args.targets, args.family) if args.op in (None, r["op"])]
     missing = [] if triton_version else ["Triton kernels: triton is not installed"]
     if not CUDA_LIBRARY.exists():
         missing.append(f"CUDA kernels: {CUDA_LIBRARY.name} was not built (needs nvcc)")
@@ -128,7 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nvcc": nvcc_version(),
         "targets": args.targets,
         "family": args.family,
+        "op": args.op,
         "known": known,
+        "binaries": binaries,
+        "kernels": sorted(kernels),
         "records": found,
         "uncovered": uncovered,
         "missing": missing,
@@ -137,7 +144,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _uncovered(listed: Sequence[tuple[str, str, Any, list[AotCase]]], others: Sequence[str]) -> list[str]:
+def _gather(
+    listed: Sequence[_Module], targets: Sequence[str], quick: bool
+) -> tuple[dict[str, dict[str, list[str]]], dict[str, dict[str, list[str]]]]:
+    """Fills the list of what is compiled. Returns, by family, the targets of each case and those of each binary."""
+    known: dict[str, dict[str, list[str]]] = {}
+    binaries: dict[str, dict[str, list[str]]] = {}
+    for family, op, _, of_module in listed:
+        for case in of_module:
+            known.setdefault(family, {})[f"{op}/{case.name}"] = list(case.targets or arch.COMPILE_TARGETS)
+        for target in targets:
+            for work in _work_of(family, op, of_module, target):
+                binaries.setdefault(family, {}).setdefault(f"{op}/{work.case.name}/{work.kernel}", []).append(target)
+                if work.first or not quick:
+                    _work.append(work)
+    return known, binaries
+
+
+def _uncovered(listed: Sequence[_Module], others: Sequence[str]) -> list[str]:
     """Kernels that a module launches but no case records, on the compiled targets or on the others."""
     covered = {id(work.launch.kernel) for work in _work}
     found = [
@@ -149,33 +173,39 @@ def _uncovered(listed: Sequence[tuple[str, str, Any, list[AotCase]]], others: Se
         if all(kernel in covered for _, kernel in found):
             break
         for family, op, _, of_module in listed:
-            covered |= {id(work.launch.kernel) for work in _work_of(family, op, of_module, target, quick=True)}
+            covered |= {id(work.launch.kernel) for work in _work_of(family, op, of_module, target)}
     return [name for name, kernel in found if kernel not in covered]
 
 
 def records(
     *,
     family: str | None = None,
+    op: str | None = None,
     targets: Sequence[str] | None = None,
     file: str | Path | None = None,
     quick: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
-    """Runs the compiling process and returns its result: versions, ``records``, ``uncovered``, ``missing``.
+    """Runs the compiling process and returns its result.
+
+    Beside the versions and ``records``: ``missing`` tools, kernels that no case covers (``uncovered``), the targets of
+    each case (``known``) and, of those asked for, of each binary (``binaries``), the names of all ``kernels``.
 
     Args:
-        family, targets: only these; None is all.
+        family, op, targets: only these; None is all. An op is the name of its module: ``rope`` of ``rope_qk``.
         file: a Python file with ``aot_cases()``, in place of this package.
         quick: only the first case of each kernel and target.
         progress: called with (compiled so far, of how many, name) after each compilation.
 
     Raises:
-        RuntimeError: the process failed (a module that cannot be imported, a case that cannot run).
+        RuntimeError: the process failed (a module that cannot be imported, a case that cannot run or launches
+            nothing).
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "records.json"
         command = [sys.executable, "-m", "tilefuse.testing.aot.process", "--json", str(out)]
         command += ["--family", family] if family else []
+        command += ["--op", op] if op else []
         command += ["--file", str(file)] if file else []
         command += ["--targets", *targets] if targets else []
         command += ["--quick"] if quick else []
