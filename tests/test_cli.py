@@ -111,6 +111,8 @@ def here(**changes):
         cuda_archs=(),
         triton_missing=None,
         tools=frozenset({"g++", "ninja"}),
+        cxx="g++",
+        cxx_runs=True,
         packages=everything,
         verified=frozenset(),
     )
@@ -144,7 +146,23 @@ def test_doctor_says_full_speed_and_means_it():
         ({"hardware": "NVIDIA", "torch_build": "cuda"}, "torch cannot use it", "nvidia-smi"),
         ({"backend": "reference"}, "'reference' is forced", "unset TILEFUSE_BACKEND"),
         ({"cpu_missing": "x"}, "C++ kernels for the CPU were not built", "make native"),
-        ({"cpu_missing": "x", "tools": frozenset()}, "not built", "apt-get install g++ && pip install ninja && make"),
+        (
+            {"cpu_missing": "x", "tools": frozenset(), "cxx_runs": False},
+            "not built",
+            "apt-get install g++ && pip install ninja && make",
+        ),
+        # a compiler of CXX that runs needs no g++; one that does not stops the build whether there is g++ or not
+        ({"cpu_missing": "x", "tools": frozenset({"ninja"}), "cxx": "clang++"}, "were not built.", "make native"),
+        (
+            {"cpu_missing": "x", "cxx": "ccache clang++", "cxx_runs": False},
+            "CXX names a compiler that does not run: ccache clang++.",
+            "unset CXX && make native",
+        ),
+        (
+            {"cpu_missing": "x", "tools": frozenset({"ninja"}), "cxx": "icpx", "cxx_runs": False},
+            "does not run: icpx.",
+            "unset CXX && sudo apt-get install g++ && make native",
+        ),
         ({"cpu_missing": "x", "in_checkout": False}, "not built", "pip install --no-build-isolation ."),
         ({"cpu_missing": "bad magic", "unloadable": frozenset({"cpu"})}, "do not load: bad magic", "make native"),
         (H100 | {"triton_missing": "Triton 3.5.0 is older than 3.6"}, "3.5.0", "pip install -U 'triton>=3.6'"),
@@ -168,6 +186,28 @@ def test_doctor_says_one_thing_in_plain_words(changes, says, fix):
     sentence = doctor.verdict(m, [finding])
     assert "1 thing" in sentence
     assert ("broken" in sentence) == finding.broken
+
+
+@pytest.mark.parametrize(
+    ("value", "command", "version"),
+    [
+        (None, "g++", None),
+        ("", "g++", None),
+        ("echo one", "echo one", "one --version"),
+        ("no-such-compiler -m64", "no-such-compiler -m64", None),
+        ("false", "false", None),
+        ("'open quote", "'open quote", None),
+    ],
+)
+def test_doctor_asks_the_compiler_that_a_build_would_use(monkeypatch, tmp_path, capsys, value, command, version):
+    if value:
+        monkeypatch.setenv("CXX", value)
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    assert doctor.compiler() == (command, version)
+    _code, out, _ = run(capsys, "doctor")
+    assert f"a build uses {command}" in " ".join(out.split())
 
 
 def test_doctor_counts():

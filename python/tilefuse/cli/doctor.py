@@ -11,7 +11,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +58,8 @@ class Machine:
     cuda_archs: tuple[str, ...]  # that the CUDA library was built for
     triton_missing: str | None
     tools: frozenset[str]  # of g++, ninja and nvcc, those found
+    cxx: str  # command of the C++ compiler that a build would use
+    cxx_runs: bool
     packages: dict[str, str | None]
     verified: frozenset[str]  # architectures
     backend: str = "auto"
@@ -110,8 +114,22 @@ def _hardware() -> str | None:
     return "AMD" if Path("/dev/kfd").exists() else None
 
 
+def compiler() -> tuple[str, str | None]:
+    """The command of the C++ compiler that setup.py would use, and what it says of itself: None if it does not run."""
+    command = os.environ.get("CXX", "").strip() or "g++"
+    try:
+        words = shlex.split(command)
+        ran = subprocess.run([*words, "--version"], capture_output=True, text=True)
+    except (OSError, ValueError):
+        # there is no such program, or a quote is left open
+        return command, None
+    lines = ran.stdout.splitlines() or [command]
+    return command, lines[0] if ran.returncode == 0 else None
+
+
 def machine() -> Machine:
     """What there is here."""
+    cxx, cxx_version = compiler()
     cpu, cuda = native.load("cpu"), native.load("cuda")
     home = os.environ.get("CUDA_HOME")
     tools = {tool for tool in ("g++", "ninja", "nvcc") if shutil.which(tool)}
@@ -128,6 +146,8 @@ def machine() -> Machine:
         cuda_archs=tuple(cuda.info.get("architectures", ())),
         triton_missing=backends.triton_missing(),
         tools=frozenset(tools),
+        cxx=cxx,
+        cxx_runs=cxx_version is not None,
         packages={name: _version(name) for name in LIBRARIES},
         verified=frozenset(backends.verified()),
         backend=tilefuse.backend(),
@@ -198,14 +218,21 @@ def findings(m: Machine) -> list[Finding]:
             )
         )
     if m.cpu_missing:
-        absent = [tool for tool in ("g++", "ninja") if tool not in m.tools]
-        first = {"g++": "sudo apt-get install g++", "ninja": "pip install ninja"}
+        first = []
+        if not m.cxx_runs and m.cxx != "g++":
+            first.append("unset CXX")
+        if not m.cxx_runs and "g++" not in m.tools:
+            first.append("sudo apt-get install g++")
+        if "ninja" not in m.tools:
+            first.append("pip install ninja")
         broken = "cpu" in m.unloadable
         what = "The compiled C++ kernels for the CPU " + (
             f"do not load: {m.cpu_missing}" if broken else "were not built."
         )
+        if not m.cxx_runs and m.cxx != "g++":
+            what += f" CXX names a compiler that does not run: {m.cxx}."
         costs = "CPU ops run as plain PyTorch, several times slower" + ("; GPU ops do not notice" if gpu else "")
-        found.append(Finding(what, costs, " && ".join([*(first[tool] for tool in absent), rebuild]), broken))
+        found.append(Finding(what, costs, " && ".join([*first, rebuild]), broken))
     if nvidia and m.cuda_missing:
         broken = "cuda" in m.unloadable
         what = "The compiled CUDA kernels " + (f"do not load: {m.cuda_missing}" if broken else "were not built.")
@@ -326,6 +353,9 @@ def _details(console: Console) -> None:
         entry = native.load(name)
         built = ", ".join(f"{k}: {_words(v)}" for k, v in entry.info.items())
         rows.append((f"compiled {name} library", "missing" if entry.missing else "ok", entry.missing or built))
+    cxx, version = compiler()
+    used = f"a build uses {cxx}" if version is None else f"a build uses {cxx}: {version}"
+    rows.append(("C++ compiler", "ok" if version else "missing", f"{used}; CXX sets it"))
     triton = backends.triton_missing()
     rows.append(("Triton", "missing" if triton else "ok", triton or f"{_version('triton')}"))
     rows.append(("backend", tilefuse.backend(), "TILEFUSE_BACKEND or tilefuse.backend() sets it"))
