@@ -68,18 +68,22 @@ inline int64_t stride_or_zero(const Tensor& tensor, int64_t dim) {
   return tensor.size(dim) <= 1 ? 0 : tensor.stride(dim);
 }
 
-// Fresh memory of a large output costs more in page faults than the kernel does; huge pages cut their number by 512.
-// For memory of the CPU only: the driver's ranges are none of the kernel's business.
-inline void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
+// Fresh memory of a large buffer costs more in page faults than the kernel does; huge pages cut their number by 512.
+inline void prefer_huge_pages([[maybe_unused]] const void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int64_t kHuge = 2 << 20;
-  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
-  if (bytes < 2 * kHuge || !tensor.is_cpu()) return;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  if (bytes < 2 * kHuge) return;
+  const uintptr_t data = reinterpret_cast<uintptr_t>(memory);
   const uintptr_t first = (data + kHuge - 1) / kHuge * kHuge, last = (data + bytes) / kHuge * kHuge;
   // a hint: where it is refused the small pages do
   if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
+}
+
+// For memory of the CPU only: the driver's ranges are none of the kernel's business.
+inline void prefer_huge_pages(const Tensor& tensor) {
+  if (!tensor.is_cpu()) return;
+  prefer_huge_pages(tensor.const_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
 }
 
 // on the device of `like`, without the cost of a dispatcher call

@@ -34,13 +34,12 @@ using Operand = uint16_t;
 using Operand = float;
 #endif
 
-// Lines of the weight that the next panel is made of, in pieces of 2^shift lines that lie `stride` bytes apart: a
-// product asks for `per_pair` of them for each of the first `count` pairs of K, from `at` on.
+// Lines of the weight that the next panel is made of: `count` of them for each pair of K, `line` bytes apart, and the
+// next pair's `pair` bytes on. A tile of rows asks for `share` of them.
 struct Ahead {
   const char* data;
-  int64_t stride;
-  int shift, per_pair;
-  int64_t at, count;
+  int64_t pair, line;
+  int share, count;
 };
 
 // four strips [64 pairs of K][16 of N][2], `stride` operands apart (elsewhere than on AVX512-BF16 another layout)
@@ -312,15 +311,13 @@ void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a
       for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], row, columns[j]);
     }
   };
-  int64_t pair = 0;
-  for (const int64_t fetched = pairs < ahead.count ? pairs : ahead.count; pair < fetched; ++pair) {
-    for (int i = 0; i < ahead.per_pair; ++i, ++ahead.at) {
-      const int64_t piece = ahead.at >> ahead.shift, line = ahead.at & ((int64_t{1} << ahead.shift) - 1);
-      _mm_prefetch(ahead.data + piece * ahead.stride + line * 64, _MM_HINT_T1);
-    }
+  if (ahead.share == 0) {
+    for (int64_t pair = 0; pair < pairs; ++pair) add(pair);
+  }
+  for (int64_t pair = 0; pair < pairs && ahead.share > 0; ++pair, ahead.data += ahead.pair) {
+    for (int i = 0; i < ahead.share; ++i) _mm_prefetch(ahead.data + i * ahead.line, _MM_HINT_T1);
     add(pair);
   }
-  for (; pair < pairs; ++pair) add(pair);
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < kStrips; ++j) {
       float* to = c + r * kPanelWidth + j * 16;
@@ -625,13 +622,15 @@ Ahead ahead_of(const PanelWeight& w, const T* data, int64_t n, int64_t start, in
   }
   Ahead ahead{};
   if (start + kPanelDepth > w.k || n + kPanelWidth > w.n || w.form == WeightForm::columns) return ahead;
-  const bool packed = w.form == WeightForm::packed;
-  const int64_t stride = packed ? kStripWidth * w.stride : w.stride;
-  ahead.data = reinterpret_cast<const char*>(data + n * w.stride + (packed ? start * kStripWidth : start));
-  ahead.stride = stride * static_cast<int64_t>(sizeof(T));
-  ahead.shift = (packed ? 5 : 1) + (sizeof(T) == 2 ? 1 : 0);
-  ahead.per_pair = static_cast<int>((static_cast<int64_t>(2 * sizeof(T)) + tiles - 1) / tiles);
-  ahead.count = kPanelDepth / 2;
+  constexpr int64_t kSize = sizeof(T);
+  if (w.form == WeightForm::packed) {
+    ahead = {reinterpret_cast<const char*>(data + n * w.stride + start * kStripWidth), 32 * kSize,
+             kStripWidth * w.stride * kSize, 0, static_cast<int>(kStrips)};
+  } else {
+    ahead = {reinterpret_cast<const char*>(data + n * w.stride + start), w.stride * kSize, 64, 0,
+             static_cast<int>(kPanelDepth * kSize / 64)};
+  }
+  ahead.share = static_cast<int>((ahead.count + tiles - 1) / tiles);
   return ahead;
 }
 
@@ -660,23 +659,25 @@ void product_of(const PanelProduct& product, const Segment& part, int64_t n, flo
 #endif
   alignas(64) Operand room[kPanelDepth * kPanelWidth];
   alignas(64) float scale_b[kPanelWidth];
+  const int64_t tiles = (count + kTileRows - 1) / kTileRows;
   std::memset(c, 0, static_cast<size_t>(count * kPanelWidth) * sizeof(float));
   for (int64_t start = 0, block = 0; start < k; start += kPanelDepth, ++block) {
     const int64_t depth = k - start < kPanelDepth ? k - start : kPanelDepth;
     const Panel panel = panel_of(w, data, n, start, depth, room);
     if (kScaled) scales.load(block, 0, kPanelWidth, scale_b);
-    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
     Ahead ahead = ahead_of(w, data, n, start, tiles);
-    for (int64_t r = 0; r < count; r += kTileRows) {
-      const Operand* tile = a + (block * rows.rows + r) * kPanelDepth;
-      const float* scale_a = rows.scales + block * rows.rows + first + r;
-      with_rows(count - r, [&](auto tile_rows) {
-        multiply<decltype(tile_rows)::kCount, kScaled>(tile, panel, (depth + 1) / 2, scale_a, scale_b,
-                                                       c + r * kPanelWidth, ahead);
+    for (int64_t tile = 0, r = 0; tile < tiles; ++tile) {
+      // tiles of equal height
+      const int64_t height = (count - r + tiles - tile - 1) / (tiles - tile);
+      const int64_t at = block * rows.rows + r;
+      with_rows(height, [&](auto tile_rows) {
+        multiply<decltype(tile_rows)::kCount, kScaled>(a + at * kPanelDepth, panel, (depth + 1) / 2,
+                                                       rows.scales + first + at, scale_b, c + r * kPanelWidth, ahead);
       });
-      ahead.at += kPanelDepth / 2 * ahead.per_pair;
-      // until all of them are on their way
-      if (ahead.at >= kPanelDepth * static_cast<int64_t>(sizeof(T))) ahead.count = 0;
+      r += height;
+      ahead.data += ahead.share * ahead.line;
+      ahead.count -= ahead.share;
+      if (ahead.count < ahead.share) ahead.share = ahead.count > 0 ? ahead.count : 0;
     }
   }
 }
@@ -821,7 +822,9 @@ void panel_matmul(PanelProduct product, const std::vector<Segment>& segments,
   panel_operand_bytes(&bytes);
   rows.first = segments.front().begin;
   const int64_t most = last - rows.first < kUnpackedRows ? last - rows.first : kUnpackedRows;
-  const std::unique_ptr<char[]> operands(new char[static_cast<size_t>(most * blocks * kPanelDepth * bytes + 64)]);
+  const int64_t room = most * blocks * kPanelDepth * bytes + 64;
+  const std::unique_ptr<char[]> operands(new char[static_cast<size_t>(room)]);
+  prefer_huge_pages(operands.get(), room);
   const std::unique_ptr<float[]> scales(new float[static_cast<size_t>(most * blocks + 1)]);
   // aligned to a cache line
   rows.operands = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(operands.get()) + 63) / 64 * 64);

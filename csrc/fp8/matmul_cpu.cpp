@@ -10,6 +10,7 @@ Tensor matmul(const Tensor& a, const OptionalTensor& a_scale, const Tensor& b, c
               const OptionalTensor& bias, ScalarType out_dtype) {
   const int64_t m = a.size(0);
   Tensor out = torch::stable::new_empty(a, {m, b.size(0)}, out_dtype);
+  prefer_huge_pages(out);
   if (m > 0) {
     PanelProduct product{};
     product.weight = panel_weight(b, b_scale, 2, a.size(1));

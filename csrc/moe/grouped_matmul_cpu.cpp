@@ -11,6 +11,7 @@ Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, OptionalTensor a_index, Op
                   ScalarType out_dtype, OptionalTensor b_scale) {
   const int64_t rows = a_index ? a_index->numel() : a.size(0), n = b.size(1);
   Tensor out = torch::stable::new_empty(a, {rows, n}, out_dtype);
+  prefer_huge_pages(out);
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   zero_outside(out, bounds);
   const SourceRows source = rows_of(a, a_index, index_div);

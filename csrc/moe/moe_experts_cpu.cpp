@@ -185,6 +185,8 @@ std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets, Tensor
   const ActivationOptions options = activation_of(activation, alpha, limit);
   Tensor h = torch::stable::new_empty(x, {rows, inner});
   Tensor z = torch::stable::new_empty(x, {save ? rows : 0, 2 * inner});
+  prefer_huge_pages(h);
+  prefer_huge_pages(z);
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   zero_outside(h, bounds);
   if (save) zero_outside(z, bounds);
