@@ -48,10 +48,10 @@ struct PanelRows {
 struct PanelProduct {
   PanelWeight weight;
   PanelRows rows;
-  // runs of the unpacked rows; each meets `panels` panels of its weight. starts[i]: units of work before part i
+  // runs of the unpacked rows; each meets `items` pairs of panels of its weight. starts[i]: units of work before part i
   const Segment* parts;
   const int64_t* starts;
-  int64_t count, panels;
+  int64_t count, items;
 };
 
 constexpr int64_t kPanelDepth = 128;  // of K: one scale
@@ -60,22 +60,21 @@ constexpr int64_t kPartRows = 512;    // rows that share one unpacking of a pane
 
 static inline int64_t panel_blocks(int64_t k) { return (k + kPanelDepth - 1) / kPanelDepth; }
 
-static inline int64_t panels_of(int64_t n) { return (n + kPanelWidth - 1) / kPanelWidth; }
-
-// work of one panel against a part: to read the weight costs what a few rows do
-static inline int64_t panel_units(const Segment& part) { return part.end - part.begin + 8; }
+// work of two panels against a part: to read the weight costs what a few rows do
+static inline int64_t item_units(const Segment& part) { return part.end - part.begin + 8; }
 
 namespace TILEFUSE_ISA {
 
-// c [rows of the part][64]: the part's rows times columns [n, n + 64) of its weight
-void panel_product(const PanelProduct& product, const Segment& part, int64_t n, float* c);
+// c and d [rows of the part][64]: the part's rows times columns [n, n + 64) and [m, m + 64) of its weight; d is left as
+// it is where m is past the last column
+void panel_products(const PanelProduct& product, const Segment& part, int64_t n, int64_t m, float* c, float* d);
 
-// calls body(part, panel) for the panels whose work starts in [begin, end) units
+// calls body(part, item) for the items whose work starts in [begin, end) units
 template <typename Body>
-static inline void for_panels(const PanelProduct& product, int64_t begin, int64_t end, const Body& body) {
+static inline void for_items(const PanelProduct& product, int64_t begin, int64_t end, const Body& body) {
   for (int64_t p = 0; p < product.count && product.starts[p] < end; ++p) {
-    const int64_t units = panel_units(product.parts[p]);
-    for (int64_t i = 0, at = product.starts[p]; i < product.panels && at < end; ++i, at += units) {
+    const int64_t units = item_units(product.parts[p]);
+    for (int64_t i = 0, at = product.starts[p]; i < product.items && at < end; ++i, at += units) {
       if (at >= begin) body(product.parts[p], i);
     }
   }
@@ -94,8 +93,8 @@ PanelRows panel_rows(const Tensor& a, const OptionalTensor& a_scale);
 // b [G, N, K] or [N, K], or a packed weight's data, which has one dim more: [.., N, K / 2, 2]. `k` is the activation's.
 PanelWeight panel_weight(const Tensor& b, const OptionalTensor& b_scale, int64_t dims, int64_t k);
 
-// unpacks rows and calls run(product, units) for as many at a time as stay in the caches; `panels` is all of the weight
-// unless set
+// unpacks rows and calls run(product, units) for as many at a time as stay in the caches; `items` covers all of the
+// weight unless set
 void panel_matmul(PanelProduct product, const std::vector<Segment>& segments,
                   const std::function<void(const PanelProduct&, int64_t)>& run);
 

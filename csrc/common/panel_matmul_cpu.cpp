@@ -329,6 +329,10 @@ void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a
   }
 }
 
+// rows for which the registers hold the sums of two panels
+template <typename T>
+constexpr int kFewRows = sizeof(T) == 2 ? 3 : 2;
+
 // where few rows' operands and scales lie: `block` and `scale_block` lead from one 128 of K to the next
 struct FewRows {
   const Operand* a;
@@ -336,79 +340,87 @@ struct FewRows {
   int64_t block, scale_block;
 };
 
-// Few rows against packed bfloat16: four strips are read to their end, as fast as memory gives them.
+// Few rows against two panels of packed bfloat16: eight strips are read to their end side by side, as one stream alone
+// does not keep the memory busy. c and d [R][64]
 template <int R>
-__attribute__((noinline)) void multiply_strips(const bf16* strips, int64_t stride, int64_t k, const FewRows& rows,
-                                               const ColumnScales&, float* c) {
+void multiply_strips(const bf16* first, const bf16* second, int64_t stride, int64_t k, const FewRows& rows,
+                     const ColumnScales&, const ColumnScales&, float* c, float* d) {
   constexpr int64_t kAhead = kFetchedBytes / 64;
-  __m512 acc[R][kStrips];
+  __m512 acc[2][R][kStrips];
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_setzero_ps();
+    for (int j = 0; j < kStrips; ++j) acc[0][r][j] = acc[1][r][j] = _mm512_setzero_ps();
   }
   const int64_t pairs = (k + 1) / 2;
   for (int64_t done = 0, block = 0; done < pairs; done += kPanelDepth / 2, ++block) {
     const int64_t count = pairs - done < kPanelDepth / 2 ? pairs - done : kPanelDepth / 2;
     const Operand* a = rows.a + block * rows.block;
-    for (int64_t pair = 0; pair < count; ++pair, strips += 32, a += 2) {
+    for (int64_t pair = 0; pair < count; ++pair, first += 32, second += 32, a += 2) {
       // past the end of these strips, the strips behind them
-      const bf16* next = strips + kAhead * 32 + (done + pair + kAhead < pairs ? 0 : (kStrips - 1) * stride);
-      __m512bh columns[kStrips];
-      for (int j = 0; j < kStrips; ++j) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + j * stride), _MM_HINT_T1);
-        columns[j] = (__m512bh)_mm512_loadu_si512(strips + j * stride);
-      }
-      for (int r = 0; r < R; ++r) {
-        const __m512bh row = pair_of(a + r * kPanelDepth);
-        for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], row, columns[j]);
+      const int64_t next = kAhead * 32 + (done + pair + kAhead < pairs ? 0 : (kStrips - 1) * stride);
+      __m512bh row[R];
+      for (int r = 0; r < R; ++r) row[r] = pair_of(a + r * kPanelDepth);
+      for (int half = 0; half < 2; ++half) {
+        const bf16* strips = half == 0 ? first : second;
+        for (int j = 0; j < kStrips; ++j) {
+          _mm_prefetch(reinterpret_cast<const char*>(strips + next + j * stride), _MM_HINT_T1);
+          const __m512bh columns = (__m512bh)_mm512_loadu_si512(strips + j * stride);
+          for (int r = 0; r < R; ++r) acc[half][r][j] = _mm512_dpbf16_ps(acc[half][r][j], row[r], columns);
+        }
       }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < kStrips; ++j) _mm512_storeu_ps(c + r * kPanelWidth + j * 16, acc[r][j]);
+    for (int j = 0; j < kStrips; ++j) {
+      _mm512_storeu_ps(c + r * kPanelWidth + j * 16, acc[0][r][j]);
+      _mm512_storeu_ps(d + r * kPanelWidth + j * 16, acc[1][r][j]);
+    }
   }
 }
 
 // the same of packed codes
 template <int R>
-__attribute__((noinline)) void multiply_strips(const uint8_t* strips, int64_t stride, int64_t k, const FewRows& rows,
-                                               const ColumnScales& scales, float* c) {
+void multiply_strips(const uint8_t* first, const uint8_t* second, int64_t stride, int64_t k, const FewRows& rows,
+                     const ColumnScales& first_scales, const ColumnScales& second_scales, float* c, float* d) {
   constexpr int64_t kAhead = kFetchedBytes / 64;
   const CodePairs codes;
-  __m512 total[R][kStrips];
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < kStrips; ++j) total[r][j] = _mm512_setzero_ps();
-  }
+  std::memset(c, 0, R * kPanelWidth * sizeof(float));
+  std::memset(d, 0, R * kPanelWidth * sizeof(float));
   const int64_t quads = (k + 3) / 4;
   for (int64_t done = 0, block = 0; done < quads; done += kPanelDepth / 4, ++block) {
     const int64_t count = quads - done < kPanelDepth / 4 ? quads - done : kPanelDepth / 4;
     const Operand* a = rows.a + block * rows.block;
-    __m512 acc[R][kStrips];
+    __m512 acc[2][R][kStrips];
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_setzero_ps();
+      for (int j = 0; j < kStrips; ++j) acc[0][r][j] = acc[1][r][j] = _mm512_setzero_ps();
     }
-    for (int64_t quad = 0; quad < count; ++quad, strips += 64, a += 4) {
-      const uint8_t* next = strips + kAhead * 64 + (done + quad + kAhead < quads ? 0 : (kStrips - 1) * stride);
-      for (int j = 0; j < kStrips; ++j) {
-        _mm_prefetch(reinterpret_cast<const char*>(next + j * stride), _MM_HINT_T1);
-        __m512i pairs[2];
-        codes.unpack(_mm512_loadu_si512(strips + j * stride), pairs);
-        for (int r = 0; r < R; ++r) {
-          acc[r][j] = _mm512_dpbf16_ps(acc[r][j], pair_of(a + r * kPanelDepth), (__m512bh)pairs[0]);
-          acc[r][j] = _mm512_dpbf16_ps(acc[r][j], pair_of(a + r * kPanelDepth + 2), (__m512bh)pairs[1]);
+    for (int64_t quad = 0; quad < count; ++quad, first += 64, second += 64, a += 4) {
+      const int64_t next = kAhead * 64 + (done + quad + kAhead < quads ? 0 : (kStrips - 1) * stride);
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* strips = half == 0 ? first : second;
+        for (int j = 0; j < kStrips; ++j) {
+          _mm_prefetch(reinterpret_cast<const char*>(strips + next + j * stride), _MM_HINT_T1);
+          __m512i pairs[2];
+          codes.unpack(_mm512_loadu_si512(strips + j * stride), pairs);
+          for (int r = 0; r < R; ++r) {
+            __m512& sum = acc[half][r][j];
+            sum = _mm512_dpbf16_ps(sum, pair_of(a + r * kPanelDepth), (__m512bh)pairs[0]);
+            sum = _mm512_dpbf16_ps(sum, pair_of(a + r * kPanelDepth + 2), (__m512bh)pairs[1]);
+          }
         }
       }
     }
-    alignas(64) float scale_b[kPanelWidth];
-    scales.load(block, 0, kPanelWidth, scale_b);
-    for (int r = 0; r < R; ++r) {
-      const float scale_a = rows.scale[block * rows.scale_block + r];
-      for (int j = 0; j < kStrips; ++j) {
-        total[r][j] = _mm512_fmadd_ps(acc[r][j], joint_scale(scale_a, scale_b + j * 16), total[r][j]);
+    for (int half = 0; half < 2; ++half) {
+      alignas(64) float scale_b[kPanelWidth];
+      (half == 0 ? first_scales : second_scales).load(block, 0, kPanelWidth, scale_b);
+      for (int r = 0; r < R; ++r) {
+        const float scale_a = rows.scale[block * rows.scale_block + r];
+        for (int j = 0; j < kStrips; ++j) {
+          float* to = (half == 0 ? c : d) + r * kPanelWidth + j * 16;
+          const __m512 scale = joint_scale(scale_a, scale_b + j * 16);
+          _mm512_storeu_ps(to, _mm512_fmadd_ps(acc[half][r][j], scale, _mm512_loadu_ps(to)));
+        }
       }
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < kStrips; ++j) _mm512_storeu_ps(c + r * kPanelWidth + j * 16, total[r][j]);
   }
 }
 
@@ -643,17 +655,11 @@ void product_of(const PanelProduct& product, const Segment& part, int64_t n, flo
   const int64_t k = w.k, count = part.end - part.begin, first = part.begin - rows.first;
   const Operand* a = static_cast<const Operand*>(rows.operands) + first * kPanelDepth;
 #if defined(TILEFUSE_PAIRS)
-  const bool strips = w.form == WeightForm::packed && n % kStripWidth == 0 && n + kPanelWidth <= w.n / 16 * 16;
-  if (count <= kTileRows && (strips || w.form == WeightForm::rows)) {
+  if (count <= kTileRows && w.form == WeightForm::rows) {
     const FewRows few{a, rows.scales + first, rows.rows * kPanelDepth, rows.rows};
+    const int64_t columns = w.n - n < kPanelWidth ? w.n - n : kPanelWidth;
     return with_rows(count, [&](auto r) {
-      constexpr int kCount = decltype(r)::kCount;
-      if (strips) {
-        multiply_strips<kCount>(data + n * w.stride, kStripWidth * w.stride, k, few, scales, c);
-      } else {
-        const int64_t columns = w.n - n < kPanelWidth ? w.n - n : kPanelWidth;
-        multiply_rows<kCount>(data + n * w.stride, w.stride, columns, k, few, scales, c);
-      }
+      multiply_rows<decltype(r)::kCount>(data + n * w.stride, w.stride, columns, k, few, scales, c);
     });
   }
 #endif
@@ -680,6 +686,29 @@ void product_of(const PanelProduct& product, const Segment& part, int64_t n, flo
       if (ahead.count < ahead.share) ahead.share = ahead.count > 0 ? ahead.count : 0;
     }
   }
+}
+
+template <bool kScaled, typename T>
+void products_of(const PanelProduct& product, const Segment& part, int64_t n, int64_t m, float* c, float* d) {
+#if defined(TILEFUSE_PAIRS)
+  const PanelWeight& w = product.weight;
+  const PanelRows& rows = product.rows;
+  const int64_t count = part.end - part.begin, first = part.begin - rows.first, whole = w.n / kStripWidth * kStripWidth;
+  const auto strips = [&](int64_t column) { return column % kStripWidth == 0 && column + kPanelWidth <= whole; };
+  if (w.form == WeightForm::packed && count <= kFewRows<T> && strips(n) && strips(m)) {
+    const T* data = static_cast<const T*>(w.data) + part.group * w.group;
+    const Operand* a = static_cast<const Operand*>(rows.operands) + first * kPanelDepth;
+    const FewRows few{a, rows.scales + first, rows.rows * kPanelDepth, rows.rows};
+    return with_rows(count, [&](auto r) {
+      // more rows than kFewRows are never asked for
+      constexpr int kCount = decltype(r)::kCount < kFewRows<T> ? decltype(r)::kCount : kFewRows<T>;
+      multiply_strips<kCount>(data + n * w.stride, data + m * w.stride, kStripWidth * w.stride, w.k, few,
+                              ColumnScales{w, part.group, n}, ColumnScales{w, part.group, m}, c, d);
+    });
+  }
+#endif
+  product_of<kScaled, T>(product, part, n, c);
+  if (m < product.weight.n) product_of<kScaled, T>(product, part, m, d);
 }
 
 template <typename T, typename Bias>
@@ -716,12 +745,9 @@ void unpack_rows(const PanelRows& rows, int64_t k, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void panel_product(const PanelProduct& product, const Segment& part, int64_t n, float* c) {
-  if (product.weight.codes) {
-    product_of<true, uint8_t>(product, part, n, c);
-  } else {
-    product_of<false, bf16>(product, part, n, c);
-  }
+void panel_products(const PanelProduct& product, const Segment& part, int64_t n, int64_t m, float* c, float* d) {
+  product.weight.codes ? products_of<true, uint8_t>(product, part, n, m, c, d)
+                       : products_of<false, bf16>(product, part, n, m, c, d);
 }
 
 void panel_operand_bytes(int64_t* bytes) { *bytes = sizeof(Operand); }
@@ -731,19 +757,25 @@ void panel_unpack(const PanelRows& rows, int64_t k, int64_t begin, int64_t end) 
   rows.codes ? unpack_rows<uint8_t>(rows, k, begin, end) : unpack_rows<bf16>(rows, k, begin, end);
 }
 
-// the panels of a range of work, stored as rows of the output; c: kPartRows rows of a panel
+// the panels of a range of work, stored as rows of the output; c: two panels of a part's rows
 void panel_store(const PanelProduct& product, const PanelStore& store_to, float* c, int64_t begin, int64_t end) {
   const int64_t n_all = product.weight.n;
-  for_panels(product, begin, end, [&](const Segment& part, int64_t panel) {
-    const int64_t n = panel * kPanelWidth, columns = n_all - n < kPanelWidth ? n_all - n : kPanelWidth;
-    panel_product(product, part, n, c);
-    TILEFUSE_BY_DTYPE(store_to.dtype, T, {
-      T* out = reinterpret_cast<T*>(store_to.out) + part.begin * n_all + n;
-      TILEFUSE_BY_DTYPE(store_to.bias_dtype, Bias, {
-        const Bias* bias = static_cast<const Bias*>(store_to.bias);
-        store(c, part.end - part.begin, columns, bias == nullptr ? bias : bias + part.group * n_all + n, out, n_all);
+  for_items(product, begin, end, [&](const Segment& part, int64_t item) {
+    const int64_t first = item * 2 * kPanelWidth;
+    float* halves[2] = {c, c + kPartRows * kPanelWidth};
+    panel_products(product, part, first, first + kPanelWidth, halves[0], halves[1]);
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = first + half * kPanelWidth, columns = n_all - n < kPanelWidth ? n_all - n : kPanelWidth;
+      if (columns <= 0) break;
+      TILEFUSE_BY_DTYPE(store_to.dtype, T, {
+        T* out = reinterpret_cast<T*>(store_to.out) + part.begin * n_all + n;
+        TILEFUSE_BY_DTYPE(store_to.bias_dtype, Bias, {
+          const Bias* bias = static_cast<const Bias*>(store_to.bias);
+          if (bias != nullptr) bias += part.group * n_all + n;
+          store(halves[half], part.end - part.begin, columns, bias, out, n_all);
+        })
       })
-    })
+    }
   });
 }
 
@@ -829,7 +861,7 @@ void panel_matmul(PanelProduct product, const std::vector<Segment>& segments,
   // aligned to a cache line
   rows.operands = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(operands.get()) + 63) / 64 * 64);
   rows.scales = product.weight.codes ? scales.get() : nullptr;
-  if (product.panels == 0) product.panels = panels_of(product.weight.n);
+  if (product.items == 0) product.items = (product.weight.n + 2 * kPanelWidth - 1) / (2 * kPanelWidth);
   for (; rows.first < last; rows.first += kUnpackedRows) {
     const int64_t stop = last - rows.first < kUnpackedRows ? last : rows.first + kUnpackedRows;
     rows.rows = stop - rows.first;
@@ -842,7 +874,7 @@ void panel_matmul(PanelProduct product, const std::vector<Segment>& segments,
       for (int64_t r = begin; r < end; r += kPartRows) {
         parts.push_back({s.group, r, end - r < kPartRows ? end : r + kPartRows});
         starts.push_back(units);
-        units += product.panels * panel_units(parts.back());
+        units += product.items * item_units(parts.back());
       }
     }
     product.parts = parts.data();
@@ -857,7 +889,7 @@ void panel_matmul(const PanelProduct& product, const std::vector<Segment>& segme
   const PanelStore store_to{pointer<char>(out), dtype_of(out), pointer<const void>(bias),
                             bias ? dtype_of(*bias) : Dtype::f32};
   panel_matmul(product, segments, [&](const PanelProduct& chunk, int64_t units) {
-    run_parallel(panel_store, units, 64, chunk, store_to, RangeScratch<float>{kPartRows * kPanelWidth});
+    run_parallel(panel_store, units, 64, chunk, store_to, RangeScratch<float>{2 * kPartRows * kPanelWidth});
   });
 }
 

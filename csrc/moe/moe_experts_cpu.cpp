@@ -89,10 +89,9 @@ void experts_up_panels(const PanelProduct& product, const MoeExpertsUpCall& call
                        int64_t end) {
   const int64_t inner = call.inner;
   float* ups = c + kPartRows * kPanelWidth;
-  for_panels(product, begin, end, [&](const Segment& part, int64_t panel) {
-    const int64_t n = panel * kPanelWidth, columns = inner - n < kPanelWidth ? inner - n : kPanelWidth;
-    panel_product(product, part, n, c);
-    panel_product(product, part, inner + n, ups);
+  for_items(product, begin, end, [&](const Segment& part, int64_t item) {
+    const int64_t n = item * kPanelWidth, columns = inner - n < kPanelWidth ? inner - n : kPanelWidth;
+    panel_products(product, part, n, inner + n, c, ups);
     TILEFUSE_BY_DTYPE(call.dtype, T, {
       for (int64_t row = part.begin, at = 0; row < part.end; ++row, at += kPanelWidth) {
         finish_row<T>(call, part.group, row, n, columns, c + at, ups + at);
@@ -195,7 +194,7 @@ std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets, Tensor
     PanelProduct product{};
     product.weight = panel_weight(w, w_scale, 3, x.size(1));
     product.rows = panel_rows(source);
-    product.panels = panels_of(inner);
+    product.items = (inner + kPanelWidth - 1) / kPanelWidth;
     const MoeExpertsUpCall call{
         dtype_of(x), pointer<const void>(bias), h.data_ptr(), save ? z.data_ptr() : nullptr, inner, options};
     panel_matmul(product, segments_of(bounds), [&](const PanelProduct& chunk, int64_t units) {
