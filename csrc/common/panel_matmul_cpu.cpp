@@ -311,10 +311,13 @@ void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a
       for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], row, columns[j]);
     }
   };
-  if (ahead.share == 0) {
-    for (int64_t pair = 0; pair < pairs; ++pair) add(pair);
-  }
-  for (int64_t pair = 0; pair < pairs && ahead.share > 0; ++pair, ahead.data += ahead.pair) {
+  // meanwhile the rows and the sums of the next tile, R rows on, come to the first cache
+  constexpr int64_t kTileLines = R * kPanelDepth * sizeof(Operand) / 64;
+  for (int64_t pair = 0; pair < pairs; ++pair, ahead.data += ahead.pair) {
+    if (pair < kTileLines) {
+      _mm_prefetch(reinterpret_cast<const char*>(a + R * kPanelDepth + pair * 32), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(c + R * kPanelWidth + pair * 16), _MM_HINT_T0);
+    }
     for (int i = 0; i < ahead.share; ++i) _mm_prefetch(ahead.data + i * ahead.line, _MM_HINT_T1);
     add(pair);
   }
