@@ -85,6 +85,8 @@ from torch import Tensor
 Mode = Literal["forward", "backward", "forward+backward"]
 MODES = ("forward", "backward", "forward+backward")
 SUITES = ("quick", "full")
+# folders beside those of the families
+NO_FAMILIES = ("results", "peers")
 
 
 class Failure(Exception):
@@ -107,6 +109,11 @@ class Peer:
         devices: device kinds it exists for; elsewhere it is recorded as missing.
         tolerance: how many times the naive error its outputs may have (peers may round more often than we do);
             None when its result is legitimately another one (say, another random choice): not checked.
+        error: the root mean square error that it may have instead, relative to the output's: of a peer that keeps more
+            or fewer bits than we do (activations in bfloat16 for ours in FP8).
+        compared: turns outputs, the oracle's and the peer's alike, into what is compared (codes into values).
+        package: the distribution that it comes from, whose version the result line carries.
+        apart: its own threads go on spinning after a call, so that it is timed alone, after the others.
         yardstick: not an implementation of the op but a bound, such as a plain copy: not checked, shown in a column
             of its own, never the "best peer".
     """
@@ -119,6 +126,10 @@ class Peer:
     compile: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
     tolerance: float | None = 16.0
+    error: float | None = None
+    compared: Callable[..., tuple[Any, ...]] | None = None
+    package: str = ""
+    apart: bool = False
     yardstick: bool = False
 
     def __post_init__(self):
@@ -199,7 +210,7 @@ def modules() -> Iterator[tuple[str, str, Any]]:
     """(family, op, module) of every ``benchmarks/<family>/<op>.py``."""
     root = importlib.import_module(__package__)
     for package in pkgutil.iter_modules(root.__path__):
-        if package.ispkg and package.name != "results":
+        if package.ispkg and package.name not in NO_FAMILIES:
             folder = importlib.import_module(f"{__package__}.{package.name}")
             for info in pkgutil.iter_modules(folder.__path__):
                 yield package.name, info.name, importlib.import_module(f"{folder.__name__}.{info.name}")

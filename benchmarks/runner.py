@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from . import records, roofline, timing
-from .checks import Checked, check, check_full_size, check_peer
+from .checks import Checked, check, check_first_call, check_full_size, check_peer
 from .contestants import Contestant, kernels_of, nbytes, whole_backends
 from .harness import Case, Failure, Peer
 from .models import ModelCase
+from .peers import version
 from .roofline import Roof
 
 FORMAT = 1
@@ -203,11 +204,13 @@ class Runner:
         peers: dict[str, dict[str, Any]] = {}
 
         def admit(name: str, peer: Peer, backend: str | None = None) -> None:
+            found = version(peer.package) if peer.package else None
+            peers[name] = {"version": found} if found else {}
             try:
                 contestant = Contestant(case, self._available(peer, case.family), backend)
-                peers[name] = self._check_peer(contestant, checked)
+                peers[name] |= self._check_peer(contestant, checked)
             except Exception as reason:
-                peers[name] = {"missing": _first_line(reason)}
+                peers[name]["missing"] = _first_line(reason)
             else:
                 contestants[name] = contestant
 
@@ -257,32 +260,49 @@ class Runner:
         sets = self._sets(case)
         measured = Measured("cold" if nbytes(sets) >= 2 * self.cache else "cached")
         bound: dict[str, list[Callable[[], Any]]] = {}
-        for name, contestant in contestants.items():
+        first: Any = None  # what the first call of tilefuse returned
+
+        def bind(name: str) -> None:
+            nonlocal first
+            contestant = contestants[name]
             before = time.perf_counter()
             try:
                 with contestant.forced():
                     generator = self.generator(200)
                     calls = [contestant.bind(inputs, generator) for inputs in sets]
                     # once more where shapes differ from the check's: compiles, fills caches, finds failures
-                    calls[0]()
+                    out = calls[0]()
+                    if name == "tilefuse":
+                        first = out
+                    elif case.oracle_inputs and contestant.peer.package and case.mode == "forward":
+                        check_first_call(contestant, out, first)
                     if case.call_cost or self.device.type == "cuda":
                         measured.call_us[name] = timing.call_cost(calls[0], self.device) * 1e6
                 bound[name] = calls
             except Exception as reason:
                 if name == "tilefuse":
                     raise
-                peers[name] = {"missing": _first_line(reason)}
+                peers[name]["missing"] = _first_line(reason)
             if contestant.peer.compile and case.oracle_inputs:
                 took = time.perf_counter() - before
                 self.settings.compiling(case.family, took)
                 peers[name].setdefault("compile_seconds", round(took, 2))
+
         measure = timing.measure_cuda if self.device.type == "cuda" else timing.measure_cpu
+        for name, contestant in contestants.items():
+            if not contestant.peer.apart:
+                bind(name)
         # a forced backend is a process-wide setting: those contestants are timed one by one
         free = {name: calls for name, calls in bound.items() if contestants[name].backend is None}
         measured.timings |= measure(free, self.settings.seconds)
         for name in bound.keys() - free.keys():
             with contestants[name].forced():
                 measured.timings |= measure({name: bound[name]}, self.settings.seconds / 4)
+        for name, contestant in contestants.items():
+            if contestant.peer.apart:
+                bind(name)
+                if name in bound:
+                    measured.timings |= measure({name: bound[name]}, self.settings.seconds / 4)
         for name, calls in bound.items() if case.memory else ():
             with contestants[name].forced():
                 measured.peak_bytes[name] = timing.peak_memory(calls[0], self.device)
@@ -315,7 +335,7 @@ class Runner:
             peers[name] |= measured.numbers(name, other, case)
             if contestants[name].peer.yardstick:
                 peers[name]["yardstick"] = True
-            paired = other.samples and contestants[name].backend is None
+            paired = other.samples and contestants[name].backend is None and not contestants[name].peer.apart
             peers[name]["speedup"] = timing.paired_ratio(other, ours) if paired else other.median / ours.median
         attainable, bound = self.roof.attainable_seconds(case.bytes, case.flops, case.dtype, measured.state == "cached")
         return {

@@ -1,6 +1,7 @@
 """The benchmark harness must catch what it is there to catch; shown on a toy op."""
 
 import dataclasses
+import importlib.metadata
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import math
 import pytest
 import torch
 from tilefuse.benchmarks import harness, records, report, roofline, runner, shapes, timing
+from tilefuse.benchmarks import peers as peer_libraries
 from tilefuse.benchmarks.harness import Case, Peer, compiled, normal
 
 CPU = torch.device("cpu")
@@ -133,6 +135,105 @@ def test_missing_and_failing_peers_keep_their_reasons(engine):
     assert "another one" in found["other function"]["missing"]
     assert "shape" in found["wrong shape"]["missing"]
     assert "median_us" in found["eager"]
+
+
+def test_a_library_that_is_not_installed_is_named(engine):
+    peers = {
+        "eager": eager,
+        "library": Peer(load=lambda: peer_libraries.find("nobody-has-this"), package="nobody-has-this"),
+    }
+    line = engine.run(make(peers=peers))
+    assert line["status"] == "ok", line
+    assert report.missing([line]) == {"library": "nobody-has-this is not installed"}
+    assert "version" not in line["peers"]["library"]
+
+
+def test_a_library_for_another_torch_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(peer_libraries, "find", lambda package: importlib.metadata.distribution("torch"))
+    with pytest.raises(ImportError, match=r"needs torch 1\.0, this is"):
+        peer_libraries.load_library("some-kernels", "library.so", "1.0")
+    with pytest.raises(ImportError, match=r"some-kernels: .*library\.so"):
+        peer_libraries.load_library("some-kernels", "library.so", torch.__version__)
+
+
+def test_peers_are_found_in_their_own_folder(tmp_path, monkeypatch):
+    info = tmp_path / "some-kernels" / "some_kernels-1.5.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-kernels\nVersion: 1.5\n")
+    monkeypatch.setattr(peer_libraries, "folder", lambda: tmp_path)
+    assert peer_libraries.version("some-kernels") == "1.5"
+    assert peer_libraries.find("some-kernels").locate_file("a/b.so") == tmp_path / "some-kernels/a/b.so"
+    assert peer_libraries.version("other-kernels") is None
+
+
+def test_line_carries_the_version_of_a_library(engine):
+    line = engine.run(make(peers={"eager": eager, "library": Peer(eager, package="numpy")}))
+    assert line["peers"]["library"]["version"] == importlib.metadata.version("numpy")
+    assert "version" not in line["peers"]["eager"]
+
+
+def test_library_is_checked_at_the_timed_size_too(engine):
+    def small(device, generator):
+        return (normal((8, 256), torch.bfloat16, device, generator),)
+
+    called = []
+
+    def wrong_when_large(x):
+        called.append(x.shape[0])
+        return eager(x) * (1 if x.shape[0] == 8 else 1.5)
+
+    peers = {"eager": eager, "library": Peer(wrong_when_large, package="numpy"), "good": Peer(eager, package="numpy")}
+    found = engine.run(make(oracle_inputs=small, peers=peers))["peers"]
+    assert "at full size" in found["library"]["missing"] and "median_us" not in found["library"]
+    # its first call was its last one
+    assert called.count(64) == 1
+    assert found["good"]["speedup"] > 0
+
+
+def test_peer_may_state_its_own_error(engine):
+    def coarse(x):
+        return eager(x) * 1.04
+
+    def peer(error):
+        found = engine.run(make(peers={"eager": eager, "coarse": Peer(coarse, error=error)}))
+        return found["peers"]["coarse"]
+
+    assert peer(0.05)["speedup"] > 0
+    assert "another one" in peer(0.03)["missing"]
+
+
+def test_outputs_are_compared_as_what_they_have_in_common(engine):
+    def halves(x):
+        return toy(x) / 2, torch.full((1,), 2.0)
+
+    def product(value, scale=None):
+        return (value * scale if scale is not None else value,)
+
+    peers = {"eager": eager, "scaled": Peer(halves, compared=product), "plain": Peer(halves)}
+    found = engine.run(make(peers=peers))["peers"]
+    assert found["scaled"]["speedup"] > 0
+    assert "another one" in found["plain"]["missing"]
+
+
+def test_peer_whose_threads_spin_is_bound_after_the_others_are_timed(engine, monkeypatch):
+    events = []
+    measure = timing.measure_cpu
+
+    def measured(contestants, budget):
+        events.append(sorted(contestants))
+        return measure(contestants, budget)
+
+    def prepare(x):
+        events.append("prepared")
+        return (x,)
+
+    monkeypatch.setattr(timing, "measure_cpu", measured)
+    peers = {"spinning": Peer(eager, prepare=prepare, apart=True), "eager": eager}
+    line = engine.run(make(peers=peers))
+    together = events.index(["eager", "tilefuse"])
+    assert events.index(["spinning"]) == len(events) - 1 and events[together + 1 : -1] == ["prepared"] * 3
+    ratio = line["peers"]["spinning"]["median_us"] / line["median_us"]
+    assert line["peers"]["spinning"]["speedup"] == pytest.approx(ratio)
 
 
 def test_compile_budget_is_shared_by_family():
