@@ -7,11 +7,15 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 BENCH ?= quick
 
-.PHONY: bench test test-full lint docs native setup clean
+.PHONY: bench peers test test-full lint docs native setup clean
 
-bench: native
+bench: native peers
 	$(PY) -m tilefuse verify --quick
 	$(PY) -m tilefuse bench --suite $(BENCH)
+
+# the libraries to compare with, in .peers/ and not in the environment; one line for each that cannot be had
+peers: setup
+	$(PY) scripts/install_peers.py
 
 test: native
 	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
@@ -44,4 +48,4 @@ $(VENV)/.installed: requirements-dev.txt setup.py pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build site $(VENV) python/tilefuse/_*.so
+	rm -rf build site .peers $(VENV) python/tilefuse/_*.so
