@@ -114,7 +114,7 @@ def huggingface(half: int) -> Peer:
             is_global_attn=True,
         )[0]
 
-    return Peer(run, prepare=prepare, post=lambda out: out.unflatten(2, (M.heads, M.head_dim)))
+    return Peer(run, prepare=prepare, post=lambda out: out.unflatten(2, (M.heads, M.head_dim)), package="transformers")
 
 
 def cases() -> Iterator[Case]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm
 from ..shapes import GPT_OSS_20B, LLAMA3_8B, Model
 
 PAGE = 16
@@ -88,6 +89,18 @@ def flashinfer():
     return lambda wrapper, q, caches: wrapper.run(q, caches)
 
 
+def from_pages(q, k_cache, v_cache, block_table, seq_lens, sinks=None):
+    """Sequences in order, for vLLM to put into pages of its own."""
+    k, v = (cache[block_table.long()].flatten(1, 2) for cache in (k_cache, v_cache))
+    return q, k, v, seq_lens, sinks
+
+
+def on_rows(q, k_cache, v_cache, block_table, seq_lens, sinks=None):
+    """The pages' rows, and the rows of each sequence: SGLang's form."""
+    slots = (block_table[..., None] * PAGE + torch.arange(PAGE, dtype=torch.int32)).flatten(1)
+    return q, k_cache.flatten(0, 1), v_cache.flatten(0, 1), slots, seq_lens, q.shape[-1] ** -0.5, sinks
+
+
 def cache_inputs(m: Model, batch: int, length: int, dtype: torch.dtype = torch.bfloat16, *, sinks: bool = False):
     def inputs(device, generator):
         q = normal((batch, 1, m.heads, m.head_dim), torch.bfloat16, device, generator)
@@ -123,9 +136,15 @@ def cases() -> Iterator[Case]:
         plain = eager_fp8 if fp8 else eager
         peers = {"eager": plain, "torch.compile": compiled(plain)}
         if not fp8:
-            peers["FlashAttention"] = Peer(load=flash_attn, devices=("cuda",))
+            peers["vLLM"] = vllm.cpu_attention_with_kv_cache(causal=True, cached=from_pages)
+            peers["SGLang"] = vllm.decode_attention_cpu(on_rows)
+            peers["FlashAttention"] = Peer(load=flash_attn, devices=("cuda",), package="flash-attn")
             peers["FlashInfer"] = Peer(
-                load=flashinfer, prepare=flashinfer_plan, post=lambda out: out[:, None], devices=("cuda",)
+                load=flashinfer,
+                prepare=flashinfer_plan,
+                post=lambda out: out[:, None],
+                devices=("cuda",),
+                package="flashinfer-python",
             )
         dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
         yield Case(
@@ -153,7 +172,12 @@ def cases() -> Iterator[Case]:
             oracle_inputs=cache_inputs(g, 2, 256, sinks=True),
             run=lambda *args: tilefuse.paged_attention(*args, window=(g.window - 1, 0))[0],
             upcast=(0, 1, 2),
-            peers={"eager": eager_sinks(g.window), "torch.compile": compiled(eager_sinks(g.window))},
+            peers={
+                "eager": eager_sinks(g.window),
+                "torch.compile": compiled(eager_sinks(g.window)),
+                "vLLM": vllm.cpu_attention_with_kv_cache(causal=True, window=g.window, cached=from_pages),
+                "SGLang": vllm.decode_attention_cpu(on_rows, window=g.window),
+            },
             bytes=2 * 2 * batch * g.window * g.kv_heads * g.head_dim,
             flops=4 * batch * g.window * g.heads * g.head_dim,
             call_cost=batch == 8,

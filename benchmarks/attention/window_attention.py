@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, normal
+from ..peers import vllm, zentorch
 from ..shapes import GPT_OSS_20B, LONGFORMER_BASE
 
 # rows of queries per call of the eager peer, which never holds more than one band of scores
@@ -107,7 +108,15 @@ def flash_attn(left: int, right: int) -> Peer:
 
         return lambda q, k, v: flash_attn_func(q, k, v, window_size=(left, right))
 
-    return Peer(load=load, devices=("cuda",))
+    return Peer(load=load, devices=("cuda",), package="flash-attn")
+
+
+def serving(left: int) -> dict[str, Peer]:
+    """The kernels that serve one prompt on a CPU; their windows count the row's own key."""
+    return {
+        "vLLM": vllm.cpu_attention_with_kv_cache(causal=True, window=left + 1),
+        "SGLang": vllm.extend_attention_cpu(window=left + 1),
+    }
 
 
 def plain(left: int, right: int):
@@ -205,6 +214,10 @@ def case(
     peers["FlexAttention"] = flex(left, right, devices=("cpu", "cuda") if mode == "forward" else ("cuda",))
     if dense:
         peers["masked SDPA"] = masked_sdpa(left, right)
+    if mode == "forward" and right == 0 and batch == 1:
+        peers |= serving(left)
+        if left >= length - 1:
+            peers["zentorch"] = zentorch.zentorch_sdpa()
     peers["FlashAttention"] = flash_attn(left, right)
     return Case(
         op="window_attention",
@@ -250,6 +263,8 @@ def cases() -> Iterator[Case]:
             series=growing,
         )
 
+    yield case("8 heads, D 128, 2048 tokens, causal", 1, 2048, 8, 8, 128, 2047, 0)
+
     m = LONGFORMER_BASE
     half = m.window // 2
     yield case(f"{m.name}, bidirectional", 1, 4096, m.heads, m.kv_heads, m.head_dim, half, half)
@@ -290,7 +305,7 @@ def cases() -> Iterator[Case]:
             inputs=inputs,
             oracle_inputs=small,
             run=lambda q, k, v, sinks, left=left: tilefuse.window_attention(q, k, v, sinks, window=(left, 0))[0],
-            peers={"eager": plain(left, 0), "FlexAttention": flex(left, 0, sinks=True)},
+            peers={"eager": plain(left, 0), "FlexAttention": flex(left, 0, sinks=True), **serving(left)},
             bytes=2 * 2 * length * (g.heads + g.kv_heads) * g.head_dim,
             flops=2 * 2 * g.head_dim * g.heads * pairs(length, left, 0),
             devices=("cpu", "cuda") if length <= 2048 else ("cuda",),

@@ -99,7 +99,7 @@ def cases() -> Iterator[Case]:
             peers={
                 "eager": each_expert(torch.bfloat16),
                 "bfloat16 grouped_mm": Peer(bf16_grouped, prepare=bf16_operands, yardstick=True),
-                "DeepGEMM": Peer(load=deep_gemm, prepare=deep_gemm_operands, devices=("cuda",)),
+                "DeepGEMM": Peer(load=deep_gemm, prepare=deep_gemm_operands, devices=("cuda",), package="deep-gemm"),
             },
             bytes=rows * (k + k // 32 + 2 * n) + read * n * k,
             flops=2 * rows * n * k,

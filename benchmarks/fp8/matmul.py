@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import tilefuse
 from tilefuse import fp8_layout
 
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm, zentorch
 from ..shapes import DEEPSEEK_V3 as M
+from .quantize import rows
 
 
 def expanded(q, scale, dtype):
@@ -97,7 +100,67 @@ def inputs_of(m: int, n: int, k: int):
     return inputs
 
 
+def linear_inputs(m: int, n: int, k: int):
+    def inputs(device, generator):
+        x = normal((m, k), torch.bfloat16, device, generator)
+        w = normal((n, k), torch.bfloat16, device, generator, k**-0.5)
+        return x, *tilefuse.fp8_quantize(w, block=(128, 128))
+
+    return inputs
+
+
+def linear(x, w, scale):
+    """An FP8 layer at inference: quantises x, multiplies by weights that are quantised already."""
+    return tilefuse.fp8_matmul(*tilefuse.fp8_quantize(x), w, scale)
+
+
+def linear_on(dtype):
+    def run(x, w, scale):
+        return dequantised(dtype)(*rows(x.float()), w, scale)
+
+    return run
+
+
+def linear_oracle(x, w, scale):
+    # the codes of the bf16 x: the rule is exact
+    return oracle(*rows(x), w, scale)
+
+
+def wide(w, scale):
+    return expanded(w, scale, torch.bfloat16)
+
+
+def linear_cases() -> Iterator[Case]:
+    # none of these rounds x to FP8: by that rounding they are off from ours
+    other = {"error": 0.04}
+    for m, n, k in ((1, 2048, 7168), (16, 2048, 7168), (64, 7168, 2048), (512, 2048, 7168)):
+        yield Case(
+            op="fp8_matmul",
+            name=f"{M.name} linear, with fp8_quantize, {m} x {n} x {k}",
+            dtype="bfloat16",
+            inputs=linear_inputs(m, n, k),
+            oracle_inputs=linear_inputs(min(m, 64), 256, 1024),
+            run=linear,
+            oracle=linear_oracle,
+            upcast=(),
+            naive=linear_on(torch.bfloat16),
+            peers={
+                "eager": linear_on(torch.bfloat16),
+                "torch.compile": compiled(linear_on(torch.bfloat16)),
+                "bfloat16 linear": Peer(F.linear, prepare=lambda x, *w: (x, wide(*w)), **other),
+                "SGLang W8A16": vllm.fp8_scaled_mm_cpu(**other),
+                "SGLang bf16": vllm.weight_packed_linear(wide, **other),
+                "SGLang int8": vllm.int8_scaled_mm_with_quant(wide, yardstick=True),
+                "zentorch bf16": zentorch.zentorch_linear_unary(wide, **other),
+            },
+            bytes=2 * m * k + n * k + 2 * m * n,
+            flops=2 * m * n * k,
+            suite="quick",
+        )
+
+
 def cases() -> Iterator[Case]:
+    yield from linear_cases()
     shapes = [
         # CPU, and decode
         (512, 2048, 7168, "quick", ("cpu", "cuda")),
@@ -123,7 +186,7 @@ def cases() -> Iterator[Case]:
                 "float32 matmul": plain_matmul(torch.float32),
                 "bfloat16 matmul": plain_matmul(torch.bfloat16),
                 "scaled_mm": Peer(load=scaled_mm, prepare=scaled_mm_operands, devices=("cuda",)),
-                "DeepGEMM": Peer(load=deep_gemm, prepare=deep_gemm_operands, devices=("cuda",)),
+                "DeepGEMM": Peer(load=deep_gemm, prepare=deep_gemm_operands, devices=("cuda",), package="deep-gemm"),
             },
             bytes=m * k + n * k + 2 * m * n + m * k // 32,
             flops=2 * m * n * k,

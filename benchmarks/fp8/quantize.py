@@ -9,6 +9,7 @@ import torch
 import tilefuse
 
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm
 from ..shapes import DEEPSEEK_V3 as M
 
 F8 = torch.float8_e4m3fn
@@ -85,7 +86,8 @@ def cases() -> Iterator[Case]:
             peers={
                 "eager": rows,
                 "torch.compile": compiled(rows),
-                "torchao": Peer(load=torchao, devices=("cuda",)),
+                "torchao": Peer(load=torchao, devices=("cuda",), package="torchao"),
+                "SGLang, by rows": vllm.quantize_fp8e4m3_vec(),
                 "copy": Peer(copy, yardstick=True),
             },
             bytes=tokens * (3 * k + k // 32),

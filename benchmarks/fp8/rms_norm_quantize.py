@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm
 from ..shapes import DEEPSEEK_V3 as M
 from .quantize import rows
 
@@ -59,6 +60,7 @@ def cases() -> Iterator[Case]:
                 "eager": eager,
                 "torch.compile": compiled(eager),
                 "rms_norm, then fp8_quantize": separate,
+                "vLLM, by rows": vllm.fused_add_rms_norm_quantize(EPS),
                 "copy": Peer(copy, yardstick=True),
             },
             # x and residual in; codes, scales and the sum out

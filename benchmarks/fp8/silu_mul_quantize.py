@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, compiled
+from ..peers import vllm
 from ..shapes import DEEPSEEK_V3 as M
 from .quantize import rows, values
 
@@ -48,6 +49,7 @@ def cases() -> Iterator[Case]:
                 "eager": eager,
                 "torch.compile": compiled(eager),
                 "silu, then fp8_quantize": separate,
+                "vLLM, by rows": vllm.silu_and_mul_quantize(),
                 "copy": Peer(copy, yardstick=True),
             },
             bytes=tokens * (5 * width + width // 32),

@@ -57,7 +57,11 @@ def cases() -> Iterator[Case]:
         peers = {"eager": eager, "torch.compile": compiled(eager)}
         if forward:
             peers["FlashInfer"] = Peer(
-                load=flashinfer, prepare=flashinfer_inputs, post=flashinfer_outputs, devices=("cuda",)
+                load=flashinfer,
+                prepare=flashinfer_inputs,
+                post=flashinfer_outputs,
+                devices=("cuda",),
+                package="flashinfer-python",
             )
         size, lse = 2 * tokens * heads * M.v_dim, 4 * tokens * heads
         yield Case(

@@ -9,6 +9,7 @@ import torch
 import tilefuse
 
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm
 from ..shapes import DEEPSEEK_V3 as M
 from .mla_compress_kv import EPS, WIDTH, norm, rotate_reals, rows
 
@@ -78,6 +79,7 @@ def cases() -> Iterator[Case]:
             peers = {"eager": plain, "torch.compile": compiled(eager_fp8 if fp8 else eager_reals)}
             if not fp8:
                 peers["mla_compress_kv, then store"] = Peer(separate)
+                peers["vLLM"] = vllm.concat_and_cache_mla_cpu(EPS)
             yield Case(
                 op="mla_append_kv",
                 name=f"{M.name}, {tokens} tokens, {layout} cache",

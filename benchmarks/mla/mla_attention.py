@@ -11,6 +11,7 @@ import tilefuse
 
 from ..attention.window_attention import heads_first, heads_last, recomputed
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm, zentorch
 from ..shapes import DEEPSEEK_V3 as M
 
 QUERY = M.nope_dim + M.rope_dim
@@ -71,6 +72,7 @@ def cases() -> Iterator[Case]:
     for tokens, heads, mode, suite, devices in (
         (512, 16, "forward", "quick", ("cpu", "cuda")),
         (512, 16, "backward", "full", ("cpu", "cuda")),
+        (2048, 16, "forward", "quick", ("cpu", "cuda")),
         (4096, 128, "forward", "full", ("cuda",)),
         (4096, 128, "backward", "full", ("cuda",)),
         (16384, 16, "forward", "full", ("cuda",)),
@@ -86,6 +88,8 @@ def cases() -> Iterator[Case]:
         }
         if forward:
             peers["SDPA, v padded"] = Peer(sdpa, prepare=padded_inputs, post=unpadded)
+            peers["SGLang"] = vllm.extend_attention_cpu(scale=SCALE)
+            peers["zentorch"] = zentorch.zentorch_sdpa(scale=SCALE)
         yield Case(
             op="mla_attention",
             name=f"{M.name}, {tokens} tokens, {heads} heads",

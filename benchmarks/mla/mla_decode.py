@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, compiled, normal
+from ..peers import vllm
 from ..shapes import DEEPSEEK_V3 as M
 from .mla_append_kv import FP8_WIDTH, PAGE
 from .mla_attention import SCALE
@@ -94,6 +95,13 @@ def flashinfer():
     return lambda wrapper, *args: wrapper.run(*args)
 
 
+def on_rows(q, cache, block_table, seq_lens):
+    """The pages' rows as one head's keys, their first part as its values, and the rows of each sequence: SGLang's."""
+    slots = (block_table[..., None] * PAGE + torch.arange(PAGE, dtype=torch.int32)).flatten(1)
+    rows = cache.flatten(0, 1)[:, None]
+    return q, rows, rows[..., :R], slots, seq_lens, SCALE, None
+
+
 def inputs_of(batch: int, heads: int, length: int, layout: str):
     def inputs(device, generator):
         # absorbed queries of a size that gives scores of a few units
@@ -142,9 +150,15 @@ def cases() -> Iterator[Case]:
         peers = {"eager": eager(layout), "torch.compile": compiled(eager(layout))}
         if layout == "bf16":
             peers["gathered SDPA"] = gathered_sdpa(layout)
-            peers["FlashMLA"] = Peer(load=flash_mla, prepare=flash_mla_plan, devices=("cuda",))
+            peers["vLLM"] = vllm.mla_decode_kvcache(SCALE)
+            peers["SGLang"] = vllm.decode_attention_cpu(on_rows)
+            peers["FlashMLA"] = Peer(load=flash_mla, prepare=flash_mla_plan, devices=("cuda",), package="flash-mla")
             peers["FlashInfer"] = Peer(
-                load=flashinfer, prepare=flashinfer_plan, post=lambda out: out[:, None], devices=("cuda",)
+                load=flashinfer,
+                prepare=flashinfer_plan,
+                post=lambda out: out[:, None],
+                devices=("cuda",),
+                package="flashinfer-python",
             )
         yield Case(
             op="mla_decode",

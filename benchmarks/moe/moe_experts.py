@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import tilefuse
 
 from ..harness import Case, Peer, normal
-from ..shapes import QWEN3_30B_A3B, Model
+from ..peers import kt, vllm, zentorch
+from ..shapes import DEEPSEEK_V3, QWEN3_30B_A3B, Model
 
 # experts that get random weights of their own; the others are scaled copies, which are made much faster
 DISTINCT = 8
@@ -52,7 +53,7 @@ def huggingface(implementation: str, m: Model, *, compile: bool = False) -> Peer
 
     # compiling it takes too much of the quick suite's time
     devices = ("cuda",) if compile else ("cpu", "cuda")
-    return Peer(load=load, prepare=prepare, compile=compile, devices=devices)
+    return Peer(load=load, prepare=prepare, compile=compile, devices=devices, package="transformers")
 
 
 def scaled_copies(experts: int, rows: int, columns: int, device, generator):
@@ -87,6 +88,16 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) 
     forward, both = mode == "forward", mode == "forward+backward"
     activations = 2 * tokens * m.hidden
     part = "" if experts == m.experts else f", {experts} of {m.experts} experts"
+    peers = {
+        "eager": huggingface("eager", m),
+        "grouped_mm experts": huggingface("grouped_mm", m),
+        "compiled grouped_mm experts": huggingface("grouped_mm", m, compile=True),
+    }
+    if forward:
+        peers["vLLM"] = vllm.cpu_fused_moe()
+        peers["SGLang"] = vllm.fused_experts_cpu()
+        peers["zentorch"] = zentorch.zentorch_fused_moe()
+        peers["kt-kernel"] = kt.moe_experts()
     return Case(
         op="moe_experts",
         name=f"{m.name}{part}, {tokens} tokens",
@@ -96,11 +107,7 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) 
         oracle_inputs=inputs_of(128, 4, 256, 128, 2),
         run=tilefuse.moe_experts,
         naive=loop,
-        peers={
-            "eager": huggingface("eager", m),
-            "grouped_mm experts": huggingface("grouped_mm", m),
-            "compiled grouped_mm experts": huggingface("grouped_mm", m, compile=True),
-        },
+        peers=peers,
         grads=(0, 1, 2, 3),
         bytes=2 * activations + weights if forward else 3 * activations + 2 * weights,
         flops=(2 if forward else 6 if both else 4) * slots * 3 * m.moe_intermediate * m.hidden,
@@ -112,8 +119,11 @@ def cases() -> Iterator[Case]:
     m = QWEN3_30B_A3B
     yield case(m, 512, m.experts, suite="quick")
     # decode: 8 experts, then each expert once
-    yield case(m, 1, m.experts)
-    yield case(m, 16, m.experts)
+    yield case(m, 1, m.experts, suite="quick")
+    yield case(m, 16, m.experts, suite="quick")
+    # as many experts as a token takes
+    for tokens in (1, 16, 128):
+        yield case(DEEPSEEK_V3, tokens, DEEPSEEK_V3.top_k)
     yield case(m, 128, 16, "backward")
     yield case(m, 32768, m.experts, devices=("cuda",))
     yield case(m, 32768, m.experts, "backward", devices=("cuda",))

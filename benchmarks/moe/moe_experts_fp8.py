@@ -9,7 +9,9 @@ import torch
 import tilefuse
 
 from ..harness import Case, Peer, normal
-from ..shapes import QWEN3_30B_A3B as M
+from ..peers import kt, vllm
+from ..shapes import DEEPSEEK_V3, QWEN3_30B_A3B
+from .moe_experts import DISTINCT
 
 
 def dequantised(w, scale):
@@ -40,46 +42,71 @@ def widened(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids):
     return x, dequantised(w_gate_up, w_gate_up_scale), dequantised(w_down, w_down_scale), weights, ids
 
 
+def scaled_copies(experts: int, n: int, k: int, device, generator):
+    """Codes [E, n, k] and scales: a few experts of their own, the others with their codes and other scales."""
+    count = min(experts, DISTINCT)
+    parts = [
+        tilefuse.fp8_quantize(normal((n, k), torch.bfloat16, device, generator, k**-0.5), block=(128, 128))
+        for _ in range(count)
+    ]
+    codes = torch.empty(experts, n, k, dtype=torch.uint8, device=device)
+    scales = torch.stack([parts[e % count][1] * (0.5 + (e + 1) / experts) for e in range(experts)])
+    for e in range(experts):
+        codes[e] = parts[e % count][0].view(torch.uint8)
+    return codes.view(torch.float8_e4m3fn), scales
+
+
+def inputs_of(tokens: int, experts: int, hidden: int, inner: int, top_k: int):
+    def inputs(device, generator):
+        x = normal((tokens, hidden), torch.bfloat16, device, generator)
+        if tokens * top_k <= experts:
+            # few tokens: every slot another expert, so that it is known how many weights are read
+            ids = torch.randperm(experts, generator=generator, device=device)[: tokens * top_k].view(tokens, top_k)
+        else:
+            ids = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k, -1).indices
+        weights = normal((tokens, top_k), torch.float32, device, generator).softmax(-1)
+        gate_up = scaled_copies(experts, 2 * inner, hidden, device, generator)
+        return x, *gate_up, *scaled_copies(experts, hidden, inner, device, generator), weights, ids.int()
+
+    return inputs
+
+
 def cases() -> Iterator[Case]:
-    for tokens in (16, 128, 4096):
-
-        def inputs(device, generator, tokens=tokens, hidden=M.hidden, inner=M.moe_intermediate, experts=M.experts):
-            def weight(n, k):
-                parts = [
-                    tilefuse.fp8_quantize(normal((n, k), torch.bfloat16, device, generator, k**-0.5), block=(128, 128))
-                    for _ in range(experts)
-                ]
-                codes = torch.stack([q.view(torch.uint8) for q, _ in parts]).view(torch.float8_e4m3fn)
-                return codes, torch.stack([s for _, s in parts])
-
-            x = normal((tokens, hidden), torch.bfloat16, device, generator)
-            scores = torch.rand(tokens, experts, device=device, generator=generator)
-            weights, ids = tilefuse.moe_route(scores, top_k=min(M.top_k, experts))
-            return x, *weight(2 * inner, hidden), *weight(hidden, inner), weights, ids
-
-        def small(device, generator, inputs=inputs):
-            return inputs(device, generator, tokens=16, hidden=256, inner=128, experts=8)
-
-        per_expert = 3 * M.hidden * M.moe_intermediate
+    for m, tokens, experts, suite, devices in (
+        (QWEN3_30B_A3B, 1, 128, "quick", ("cpu", "cuda")),
+        (QWEN3_30B_A3B, 16, 128, "quick", ("cpu", "cuda")),
+        (QWEN3_30B_A3B, 128, 128, "full", ("cpu", "cuda")),
+        (QWEN3_30B_A3B, 512, 128, "full", ("cpu", "cuda")),
+        (QWEN3_30B_A3B, 4096, 128, "full", ("cuda",)),
+        # as many experts as a token takes
+        (DEEPSEEK_V3, 1, 8, "full", ("cpu", "cuda")),
+        (DEEPSEEK_V3, 16, 8, "full", ("cpu", "cuda")),
+        (DEEPSEEK_V3, 128, 8, "full", ("cpu", "cuda")),
+    ):
+        per_expert = 3 * m.hidden * m.moe_intermediate
+        slots = tokens * m.top_k
+        part = " layer" if experts == m.experts else f", {experts} of {m.experts} experts"
         yield Case(
             op="moe_experts_fp8",
-            name=f"{M.name} layer, {tokens} tokens",
+            name=f"{m.name}{part}, {tokens} tokens",
             dtype="float8_e4m3fn",
-            inputs=inputs,
+            inputs=inputs_of(tokens, experts, m.hidden, m.moe_intermediate, m.top_k),
             run=tilefuse.moe_experts_fp8,
-            # activations are quantised here and not there
+            # activations are quantised here and not there: by that they are off from ours
             peers={
-                "eager": Peer(eager, tolerance=None),
-                "bf16 layer": Peer(bf16_layer, prepare=widened, tolerance=None),
+                "eager": Peer(eager, error=0.06),
+                "bf16 layer": Peer(bf16_layer, prepare=widened, error=0.06),
+                "SGLang": vllm.fused_experts_cpu(fp8=True, error=0.06),
+                "kt-kernel": kt.moe_experts(fp8=True, error=0.06),
             },
-            oracle_inputs=small,
+            oracle_inputs=inputs_of(16, 8, 256, 128, min(m.top_k, 4)),
             upcast=(),
             oracle=reference,
             naive=reference_naive,
-            bytes=per_expert * M.top_k + 4 * tokens * M.hidden,
-            flops=2 * tokens * M.top_k * per_expert,
-            suite="full",
-            devices=("cpu", "cuda") if tokens <= 128 else ("cuda",),
+            bytes=per_expert * min(slots, m.top_k if slots > experts else slots) + 4 * tokens * m.hidden,
+            flops=2 * slots * per_expert,
+            suite=suite,
+            devices=devices,
         )
 
 

@@ -9,6 +9,7 @@ import torch
 import tilefuse
 
 from ..harness import Case, Peer, normal
+from ..peers import vllm
 from ..shapes import DEEPSEEK_V3, MIXTRAL_8X7B, QWEN3_30B_A3B, Model
 
 
@@ -40,6 +41,16 @@ def grouped(m: Model):
         return weights, ids, choice
 
     return run
+
+
+def ungrouped(logits, bias):
+    """The same without groups."""
+    m = DEEPSEEK_V3
+    scores = logits.float().sigmoid()
+    choice = scores + bias
+    ids = torch.topk(choice, k=m.top_k, dim=-1, sorted=False)[1]
+    weights = scores.gather(1, ids)
+    return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * m.routed_scale, ids, choice
 
 
 def in_order(out):
@@ -108,6 +119,32 @@ def cases() -> Iterator[Case]:
             call_cost=tokens == 1,
             suite="quick" if tokens == 4096 else "full",
             devices=("cpu", "cuda") if tokens <= 4096 else ("cuda",),
+        )
+
+    # DeepSeek-V3's widths without its groups, as Kimi-K2 and GLM-4.5 route
+    flat = {"top_k": d.top_k, "score": d.score, "scale": d.routed_scale}
+    for tokens in (1, 4096):
+
+        def inputs(device, generator, tokens=tokens):
+            logits = normal((tokens, d.experts), torch.float32, device, generator)
+            return logits, normal((d.experts,), torch.float32, device, generator, 0.05)
+
+        yield Case(
+            op="moe_route",
+            name=f"sigmoid and bias, 256 experts, top 8, {tokens} tokens",
+            dtype="float32",
+            inputs=inputs,
+            run=lambda logits, bias: tilefuse.moe_route(logits, bias, **flat),
+            upcast=(),
+            naive=lambda *args: (in_order(ungrouped(*args)),),
+            peers={
+                "eager": Peer(ungrouped, post=in_order),
+                "torch.compile": Peer(ungrouped, post=in_order, compile=True),
+                "SGLang": vllm.biased_topk_cpu(d.top_k, d.routed_scale),
+            },
+            bytes=4 * tokens * (d.experts + 2 * d.top_k),
+            call_cost=tokens == 1,
+            suite="quick",
         )
 
     for m, tokens, mode in (

@@ -9,6 +9,7 @@ import torch
 import tilefuse
 
 from ..harness import Case, compiled, normal
+from ..peers import vllm
 from ..shapes import QWEN3_30B_A3B
 from .rope import eager_qk
 
@@ -49,7 +50,12 @@ def cases() -> Iterator[Case]:
                 mode=mode,
                 inputs=inputs,
                 run=tilefuse.qk_norm_rope,
-                peers={"eager": eager, "torch.compile": compiled(eager), "rms_norm, then rope_qk": separate},
+                peers={
+                    "eager": eager,
+                    "torch.compile": compiled(eager),
+                    "rms_norm, then rope_qk": separate,
+                    **({"vLLM": vllm.qk_norm_rope(1e-6)} if mode == "forward" else {}),
+                },
                 grads=(0, 1, 2, 3),
                 upcast=(0, 1, 2, 3),
                 bytes=(2 if mode == "forward" else 3) * size + tokens * m.head_dim * 4,
