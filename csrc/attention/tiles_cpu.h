@@ -24,7 +24,7 @@ constexpr int kWidth = 8, kVectors = 2, kBlock = 6;
 #else
 constexpr int kWidth = 4, kVectors = 2, kBlock = 4;
 #endif
-constexpr int kRows = 48;
+constexpr int kRows = 96;
 constexpr int32_t kNowhere = INT32_MAX;  // position of a row that nobody sees
 constexpr float kInfinity = __builtin_inff();
 
@@ -37,11 +37,19 @@ static inline void store(float* p, vec x) { *reinterpret_cast<vec*>(p) = x; }
 static inline vec splat(float x) { return vec{} + x; }
 static inline vec max(vec a, vec b) { return a > b ? a : b; }
 
-// e^x for x <= ~0, relative error below 2e-7; NaN stays NaN
+// e^x for x below about 80, relative error below 2e-7; NaN stays NaN
 static inline vec exp(vec x) {
-  const vec t = (x < -87.0f ? splat(-87.0f) : x) * 1.44269504f;
+  constexpr float kLog2E = 1.44269504f;
+#if defined(__AVX512F__)
+  // 2^-160 is 0; the second operand of the maximum is what a NaN gives
+  const __m512 t = _mm512_max_ps(_mm512_set1_ps(-160.0f), (__m512)(x * kLog2E));
+  const __m512 whole = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vec f = (vec)_mm512_sub_ps(t, whole);
+#else
+  const vec t = (x < -87.0f ? splat(-87.0f) : x) * kLog2E;
   const vec shifted = t + 12582912.0f;  // 1.5 * 2^23 rounds to an integer in the low bits
   const vec f = t - (shifted - 12582912.0f);
+#endif
   vec p = splat(1.5403530e-4f);
   p = p * f + 1.3333558e-3f;
   p = p * f + 9.6181291e-3f;
@@ -49,9 +57,13 @@ static inline vec exp(vec x) {
   p = p * f + 2.4022651e-1f;
   p = p * f + 6.9314718e-1f;
   p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, whole);
+#else
   const ivec exponent = ((ivec)shifted - 0x4b400000) << 23;
   const vec result = (vec)((ivec)p + exponent);
   return x != x ? x : (x < -87.0f ? splat(0.0f) : result);
+#endif
 }
 
 static inline vec tanh(vec x) {
@@ -87,45 +99,75 @@ static inline vec multiply_add(uint32_t b, const uint32_t* a, vec c) {
 // what becomes of C: overwritten, the first term of the sum, or what the finished sum is added to
 enum class Into { set, extend, add };
 
-// NR rows of C [.][L]: sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
-template <int L, int NR, Into kInto, typename W>
-static inline void block_product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth,
-                                 float* c) {
-  constexpr int kV = L / kWidth < kVectors ? L / kWidth : kVectors;
-  for (int lane = 0; lane < L; lane += kV * kWidth) {
-    vec acc[NR][kV];
-#pragma GCC unroll 16
-    for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) acc[r][v] = kInto == Into::extend ? load(c + r * L + lane + v * kWidth) : vec{};
-    const W* at = a + lane;
-    const W* row = b;
-    for (int64_t k = 0; k < depth; ++k, at += L, row += depth_step) {
-#pragma GCC unroll 16
-      for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
-        for (int v = 0; v < kV; ++v) acc[r][v] = multiply_add(row[r * row_step], at + v * kWidth, acc[r][v]);
-      // gcc would write a second loop for depth_step = 1, and keep what the two share in memory
-      asm("" : "+r"(row));
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < NR; ++r)
-#pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) {
-        float* to = c + r * L + lane + v * kWidth;
-        store(to, kInto == Into::add ? load(to) + acc[r][v] : acc[r][v]);
-      }
-  }
+template <int N>
+struct Registers {
+  static constexpr int value = N;
+};
+
+// f(lane, Registers<n>) for lanes [first, last), as many registers of them at a time as there are, up to N
+template <int N, typename F>
+static inline void by_registers(int first, int last, const F& f) {
+  for (; last - first >= N * kWidth; first += N * kWidth) f(first, Registers<N>{});
+  if constexpr (N > 1) by_registers<N - 1>(first, last, f);
 }
 
+// NR rows and KV registers of C [.][L]: sum over depth of rows[r][k] * a[k][lane]
+template <int L, int NR, int KV, typename W>
+static inline void rows_product(const W* a, const W* const* rows, int64_t depth, float* c) {
+  vec acc[NR][KV] = {};
+  for (int64_t k = 0; k < depth; ++k, a += L) {
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < KV; ++v) acc[r][v] = multiply_add(rows[r][k], a + v * kWidth, acc[r][v]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < KV; ++v) store(c + r * L + v * kWidth, acc[r][v]);
+}
+
+// NR rows and KV registers of C [.][L]: sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
+template <int L, int NR, int KV, Into kInto, typename W>
+static inline void block_product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth,
+                                 float* c) {
+  vec acc[NR][KV];
+#pragma GCC unroll 16
+  for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < KV; ++v) acc[r][v] = kInto == Into::extend ? load(c + r * L + v * kWidth) : vec{};
+  for (int64_t k = 0; k < depth; ++k, a += L, b += depth_step) {
+#pragma GCC unroll 16
+    for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+      for (int v = 0; v < KV; ++v) acc[r][v] = multiply_add(b[r * row_step], a + v * kWidth, acc[r][v]);
+    // gcc would write a second loop for depth_step = 1, and keep what the two share in memory
+    asm("" : "+r"(b));
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < NR; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < KV; ++v) {
+      float* to = c + r * L + v * kWidth;
+      store(to, kInto == Into::add ? load(to) + acc[r][v] : acc[r][v]);
+    }
+}
+
+// of lanes [first, last)
 template <int L, Into kInto, typename W>
-static void product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, int64_t rows,
-                    float* c) {
+static inline void product(const W* a, const W* b, int64_t row_step, int64_t depth_step, int64_t depth, int64_t rows,
+                           float* c, int first = 0, int last = L) {
+  constexpr int kMost = L / kWidth < kVectors ? L / kWidth : kVectors;
+  const auto block = [&](int64_t r, auto count) {
+    by_registers<kMost>(first, last, [&](int lane, auto registers) {
+      block_product<L, decltype(count)::value, decltype(registers)::value, kInto>(a + lane, b + r * row_step, row_step,
+                                                                                  depth_step, depth, c + r * L + lane);
+    });
+  };
   int64_t r = 0;
-  for (; r + kBlock <= rows; r += kBlock)
-    block_product<L, kBlock, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
-  for (; r + 2 <= rows; r += 2) block_product<L, 2, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
-  for (; r < rows; ++r) block_product<L, 1, kInto>(a, b + r * row_step, row_step, depth_step, depth, c + r * L);
+  for (; r + kBlock <= rows; r += kBlock) block(r, Registers<kBlock>{});
+  for (; r + 2 <= rows; r += 2) block(r, Registers<2>{});
+  for (; r < rows; ++r) block(r, Registers<1>{});
 }
 
 // C[r][lane] = sum_d: lanes packed [depth][L], rows packed [r][depth]
@@ -144,13 +186,7 @@ static inline uint32_t pair_of(bf16 low, bf16 high) {
   return static_cast<uint32_t>(low.bits) | (static_cast<uint32_t>(high.bits) << 16);
 }
 
-// L vectors x [d] -> [d words][L]; a null pointer is a row of zeros
-template <int L, typename T>
-static void pack_lanes(const T* const* x, int64_t dim, float* out) {
-  for (int lane = 0; lane < L; ++lane)
-    for (int64_t d = 0; d < dim; ++d) out[d * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][d]);
-}
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 // r[i] word j <-> r[j] word i
 static inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
@@ -173,7 +209,15 @@ static inline void transpose(__m512i (&r)[16]) {
     r[i] = (i & 8) == 0 ? _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88) : _mm512_shuffle_i32x4(t[i - 8], t[i], 0xdd);
   }
 }
+#endif
 
+// L vectors x [d] -> [d words][L]; a null pointer is a row of zeros
+template <int L, typename T>
+static void pack_lanes(const T* const* x, int64_t dim, float* out) {
+  for (int lane = 0; lane < L; ++lane)
+    for (int64_t d = 0; d < dim; ++d) out[d * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][d]);
+}
+#if defined(__AVX512BF16__)
 template <int L>
 static void pack_lanes(const bf16* const* x, int64_t dim, uint32_t* out) {
   for (int lane = 0; lane < L; lane += 16) {
@@ -216,6 +260,17 @@ static inline void pack_rows(const bf16* const* x, int64_t count, int64_t dim, u
   }
 }
 
+// rows as operands: where they lie if they are made of whole words, packed elsewhere; a null one is `zeros`
+template <typename T, typename W>
+static inline void word_rows(const T* const* x, int64_t count, int64_t dim, const W* zeros, W* packed, const W** rows) {
+  const int64_t n = words(dim, Operand<T>::per_word);
+  const bool in_place = sizeof(T) * Operand<T>::per_word == sizeof(W) && dim % Operand<T>::per_word == 0;
+  if (!in_place) pack_rows(x, count, dim, packed);
+  for (int64_t r = 0; r < count; ++r) {
+    rows[r] = !in_place ? packed + r * n : x[r] == nullptr ? zeros : reinterpret_cast<const W*>(x[r]);
+  }
+}
+
 // rows for sum_over_rows: [row words][dim]
 template <typename T>
 static void pack_values(const T* const* x, int64_t count, int64_t dim, float* out) {
@@ -239,18 +294,80 @@ template <int L>
 static inline const float* pack_weights(const float* p, int64_t, float*) {
   return p;
 }
+#if defined(__AVX512BF16__)
 template <int L>
 static inline const uint32_t* pack_weights(float* p, int64_t count, uint32_t* out) {
+  // element i of the lower row, then of the upper one
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   if (count % 2) std::memset(p + count * L, 0, L * sizeof(float));
   for (int64_t r = 0; r < count; r += 2) {
-    const float *low = p + r * L, *high = low + L;
-    uint32_t* to = out + r / 2 * L;
-    for (int lane = 0; lane < L; ++lane) {
-      const uint32_t a = float_to_bits(low[lane]), b = float_to_bits(high[lane]);
-      to[lane] = ((a + 0x7fffu + ((a >> 16) & 1u)) >> 16) | ((b + 0x7fffu + ((b >> 16) & 1u)) & 0xffff0000u);
+    for (int lane = 0; lane < L; lane += 16) {
+      const float* low = p + r * L + lane;
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(low + L), _mm512_loadu_ps(low));
+      _mm512_storeu_si512(out + r / 2 * L + lane, _mm512_permutexvar_epi16(order, both));
     }
   }
   return out;
+}
+#endif
+
+// total [L] += p [words][L]
+template <int L>
+static inline void add_weights(const float* p, int64_t count, float* total) {
+  for (int lane = 0; lane < L; lane += kWidth) {
+    vec sum = {};
+    for (int64_t r = 0; r < count; ++r) sum += load(p + r * L + lane);
+    store(total + lane, load(total + lane) + sum);
+  }
+}
+#if defined(__AVX512BF16__)
+template <int L>
+static inline void add_weights(const uint32_t* p, int64_t count, float* total) {
+  constexpr uint32_t kOnes = 0x3f803f80;
+  for (int lane = 0; lane < L; lane += kWidth) {
+    vec sum = {};
+    for (int64_t r = 0; r < count; ++r) sum = multiply_add(kOnes, p + r * L + lane, sum);
+    store(total + lane, load(total + lane) + sum);
+  }
+}
+#endif
+
+#if defined(__AVX512F__)
+static inline void store_as(float* to, vec x) { store(to, x); }
+static inline void store_as(f16* to, vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+// as from_float
+static inline void store_as(bf16* to, vec x) {
+  const ivec bits = (ivec)x;
+  const ivec rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const ivec result = x == x ? rounded : bits | 0x400000;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)(result >> 16)));
+}
+#endif
+
+// x [dim][L] -> L vectors [dim]; a null one is not written
+template <int L, typename T>
+static void store_lanes(const float* x, int64_t dim, T* const* out) {
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  for (; d + 16 <= dim; d += 16) {
+    for (int lane = 0; lane < L; lane += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(x + (d + i) * L + lane);
+      transpose(r);
+      for (int i = 0; i < 16; ++i) {
+        if (out[lane + i] != nullptr) store_as(out[lane + i] + d, (vec)r[i]);
+      }
+    }
+  }
+#endif
+  for (int lane = 0; lane < L; ++lane) {
+    if (out[lane] == nullptr) continue;
+    for (int64_t i = d; i < dim; ++i) out[lane][i] = from_float<T>(x[i * L + lane]);
+  }
 }
 
 // bump allocator over one aligned block, freed with it
@@ -321,6 +438,53 @@ static void finish_scores(float* s, const int32_t* position, int64_t count, cons
   }
 }
 
+// the rows of a tile that any lane of each register sees, [first, last)
+template <int L>
+struct Seen {
+  static constexpr int kGroups = L / kWidth;
+  int first[kGroups], last[kGroups];
+
+  Seen(const Queries<L>& q, const int32_t* position, int64_t count, bool mask) {
+    for (int g = 0; g < kGroups; ++g) {
+      first[g] = mask ? static_cast<int>(count) : 0;
+      last[g] = mask ? 0 : static_cast<int>(count);
+      if (!mask) continue;
+      int32_t low = INT32_MAX, high = INT32_MIN;
+      for (int lane = g * kWidth; lane < (g + 1) * kWidth; ++lane) {
+        const bool any = q.low[lane] <= q.high[lane];
+        low = any && q.low[lane] < low ? q.low[lane] : low;
+        high = any && q.high[lane] > high ? q.high[lane] : high;
+      }
+      for (int r = 0; r < count; ++r) {
+        const bool in = position[r] >= low && position[r] <= high;
+        first[g] = in && r < first[g] ? r : first[g];
+        last[g] = in ? r + 1 : last[g];
+      }
+    }
+  }
+
+  // lanes that see any of the rows [begin, end)
+  void lanes(int begin, int end, int* from, int* to) const {
+    *from = L;
+    *to = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      if (first[g] >= end || last[g] <= begin) continue;
+      *from = g * kWidth < *from ? g * kWidth : *from;
+      *to = (g + 1) * kWidth;
+    }
+  }
+
+  // the first row after `begin` at which a register's rows begin or end
+  int next(int begin, int count) const {
+    int end = count;
+    for (int g = 0; g < kGroups; ++g) {
+      end = first[g] > begin && first[g] < end ? first[g] : end;
+      end = last[g] > begin && last[g] < end ? last[g] : end;
+    }
+    return end;
+  }
+};
+
 // Forward of one tile of queries over any number of key tiles.
 template <typename T, int L>
 class Forward {
@@ -336,9 +500,12 @@ class Forward {
         q_(scratch.take<W>(words(dim, kPer) * L)),
         k_(scratch.take<W>(words(dim, kPer) * kRows)),
         v_(scratch.take<W>((kRows + 1) * dim_v)),
+        zeros_(scratch.take<W>(words(dim, kPer))),
         s_(scratch.take<float>((kRows + 1) * L)),
         p_(scratch.take<W>((kRows + 1) * L)),
-        acc_(scratch.take<float>(dim_v * L)) {}
+        acc_(scratch.take<float>(dim_v * L)) {
+    std::memset(zeros_, 0, words(dim, kPer) * sizeof(W));
+  }
 
   // rows of lanes past the tile are null; sinks [L] or null
   void begin(const T* const* q, const float* sinks) {
@@ -346,14 +513,16 @@ class Forward {
     std::memset(acc_, 0, dim_v_ * L * sizeof(float));
     for (int lane = 0; lane < L; ++lane) {
       top_[lane] = sinks == nullptr ? -kInfinity : sinks[lane];
-      total_[lane] = sinks == nullptr || sinks[lane] == -kInfinity ? 0.0f : 1.0f;
+      total_[lane] = weight_[lane] = sinks == nullptr || sinks[lane] == -kInfinity ? 0.0f : 1.0f;
     }
   }
 
   void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score,
             bool mask) {
-    pack_rows(k, count, dim_, k_);
-    rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
+    const W* rows[kRows];
+    word_rows(k, count, dim_, zeros_, k_, rows);
+    const Seen<L> seen(queries, position, count, mask);
+    scores(seen, rows, v, count);
     finish_scores<L>(s_, position, count, queries, score, mask, nullptr);
     for (int lane = 0; lane < L; lane += kWidth) {
       const vec old = load(top_ + lane);
@@ -370,19 +539,28 @@ class Forward {
         sum += p;
       }
       const vec alpha = old == -kInfinity ? splat(0.0f) : exp(old - safe);
-      store(alpha_ + lane, alpha);
       store(top_ + lane, top);
       store(total_ + lane, load(total_ + lane) * alpha + sum);
-    }
-    bool rescale = false;
-    for (int lane = 0; lane < L; ++lane) rescale |= alpha_[lane] != 1.0f;
-    if (rescale) {
-      for (int64_t d = 0; d < dim_v_; ++d)
-        for (int lane = 0; lane < L; lane += kWidth)
-          store(acc_ + d * L + lane, load(acc_ + d * L + lane) * load(alpha_ + lane));
+      bool rescale = false;
+      for (int i = 0; i < kWidth; ++i) rescale |= alpha[i] != 1.0f;
+      if (!rescale) continue;
+      store(weight_ + lane, load(weight_ + lane) * alpha);
+      for (int64_t d = 0; d < dim_v_; ++d) store(acc_ + d * L + lane, load(acc_ + d * L + lane) * alpha);
     }
     pack_values(v, count, dim_v_, v_);
-    sum_over_rows<L>(pack_weights<L>(s_, count, p_), v_, words(count, kPer), dim_v_, acc_);
+    const W* p = pack_weights<L>(s_, count, p_);
+    add_weights<L>(p, words(count, kPer), weight_);
+    for (int r = 0; r < count;) {
+      // whole words of rows that the same lanes see
+      const int next = seen.next(r, static_cast<int>(count));
+      const int end = next < count ? (next + kPer - 1) / kPer * kPer : next;
+      int from, to;
+      seen.lanes(r, end, &from, &to);
+      const int64_t word = r / kPer;
+      product<L, Into::extend>(p + word * L, v_ + word * dim_v_, 1, dim_v_, words(end, kPer) - word, dim_v_, acc_, from,
+                               to);
+      r = end;
+    }
   }
 
   // a null row is not written
@@ -390,19 +568,44 @@ class Forward {
     for (int lane = 0; lane < L; ++lane) {
       if (out[lane] == nullptr) continue;
       const float total = total_[lane];
-      const float inverse = total == 0.0f ? 0.0f : scale / total;
-      for (int64_t d = 0; d < dim_v_; ++d) out[lane][d] = from_float<T>(acc_[d * L + lane] * inverse);
+      inverse_[lane] = total == 0.0f ? 0.0f : scale / weight_[lane];
       *lse[lane] = total == 0.0f ? -kInfinity : top_[lane] + std::log(total);
     }
+    for (int64_t d = 0; d < dim_v_; ++d)
+      for (int lane = 0; lane < L; lane += kWidth)
+        store(acc_ + d * L + lane, load(acc_ + d * L + lane) * load(inverse_ + lane));
+    store_lanes<L>(acc_, dim_v_, out);
   }
 
  private:
+  // the values' rows are fetched meanwhile
+  void scores(const Seen<L>& seen, const W* const* rows, const T* const* v, int64_t count) {
+    constexpr int kMost = L / kWidth < kVectors ? L / kWidth : kVectors;
+    const int64_t depth = words(dim_, kPer);
+    const auto block = [&](int r, auto size) {
+      constexpr int kSize = decltype(size)::value;
+      int from, to;
+      seen.lanes(r, r + kSize, &from, &to);
+      for (int i = r; i < r + kSize; ++i) {
+        for (int64_t d = 0; d < dim_v_; d += 64 / sizeof(T)) __builtin_prefetch(v[i] + d);
+      }
+      by_registers<kMost>(from, to, [&](int lane, auto registers) {
+        rows_product<L, kSize, decltype(registers)::value>(q_ + lane, rows + r, depth, s_ + r * L + lane);
+      });
+    };
+    int r = 0;
+    for (; r + kBlock <= count; r += kBlock) block(r, Registers<kBlock>{});
+    for (; r + 2 <= count; r += 2) block(r, Registers<2>{});
+    for (; r < count; ++r) block(r, Registers<1>{});
+  }
+
   const int64_t dim_, dim_v_;
-  W *q_, *k_, *v_;
+  W *q_, *k_, *v_, *zeros_;
   float* s_;
   W* p_;
   float* acc_;
-  float top_[L], total_[L], alpha_[L];
+  // weight: the sum of the weights as they are multiplied with values, which may be rounded
+  float top_[L], total_[L], weight_[L], inverse_[L];
 };
 
 // p = exp(logit - lse), ds = p (dp - delta) (1 - tanh^2), over [count][L]; lse and delta per lane or per row

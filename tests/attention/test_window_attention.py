@@ -112,6 +112,26 @@ def test_half_in_triton(triton_backend):
     check(qkv(1, 35, 35, 1, 1, 96, 48, dtype=torch.bfloat16), {}, {"window": (10, 3)})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("dim", "dim_v"), [(64, 32), (37, 21), (192, 128)])
+@pytest.mark.parametrize(
+    "window", [(0, 0), (15, 0), (16, 16), (100, 7), (-1, 0), (-1, -1), (0, -1), (200, 100)], ids=str
+)
+def test_tiles_on_the_cpu(window, dim, dim_v, dtype):
+    """Bands that begin and end anywhere in a tile: what no lane of a register sees is not computed."""
+    q, k, v = (
+        normal(1, n, 2, w, seed=i, dtype=dtype) for i, (n, w) in enumerate([(203, dim), (331, dim), (331, dim_v)])
+    )
+    # later keys have larger logits, then smaller ones
+    k = k * (1 + 2 * torch.linspace(0, 3.14159, 331).sin())[:, None, None].to(dtype)
+    with tilefuse.backend("cpu"), poisoned():
+        out, lse = tilefuse.window_attention(q, k, v, window=window)
+    exact, exact_lse = dense_window(q.double(), k.double(), v.double(), window=window)
+    naive, naive_lse = dense_window(q, k, v, window=window)
+    assert_close(out, exact, naive, name="out")
+    assert_close(lse, exact_lse.double(), naive_lse, name="lse")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_reference_is_the_formula(name):
     tensors, others, options = case(name, dtype=torch.float64)
