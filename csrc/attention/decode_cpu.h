@@ -68,8 +68,8 @@ struct Float32Rows {
   static inline Register weight(const float* w) { return splat(*w); }
   static inline vec multiply_add(Register a, Register b, vec c) { return a * b + c; }
   static inline void values(const float* const* v, int64_t d, Register (&out)[kParts]) { out[0] = load(v[0] + d); }
-  // where the sum of column d is kept
-  static inline int64_t column(int64_t d) { return d; }
+  // kStep sums in the order of their columns
+  static inline void in_order(const float* sums, float* out) { store(out, load(sums)); }
   static inline const float* weights(const float* p, int64_t, float*) { return p; }
 };
 
@@ -94,7 +94,12 @@ struct Bfloat16Rows {
     out[0] = _mm512_unpacklo_epi16(a, b);
     out[1] = _mm512_unpackhi_epi16(a, b);
   }
-  static inline int64_t column(int64_t d) { return d / 32 * 32 + d % 8 / 4 * 16 + d % 32 / 8 * 4 + d % 4; }
+  static inline void in_order(const float* sums, float* out) {
+    for (int i = 0; i < 4; ++i) {
+      std::memcpy(out + 8 * i, sums + 4 * i, 4 * sizeof(float));
+      std::memcpy(out + 8 * i + 4, sums + 16 + 4 * i, 4 * sizeof(float));
+    }
+  }
   static inline const bf16* weights(const float* p, int64_t count, bf16* out) {
     for (int64_t i = 0; i < count; i += 16) {
       const __m256i packed = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p + i));
@@ -162,7 +167,8 @@ static inline void read_codes(const uint8_t* codes, int64_t count, bf16* out) {
 }
 #endif
 
-// s [NR][kKeys] = q [NR][width] times keys; `ahead` are fetched meanwhile
+// s [NR][kKeys] = q [NR][width] times keys; `ahead` are fetched meanwhile, into the second-level cache: many more loads
+// may be on their way there than to the first
 template <typename P, int NR>
 static void dot_keys(const typename P::Element* q, int64_t width, const typename P::Element* const* k, int64_t count,
                      const void* const* ahead, int64_t ahead_bytes, float* s) {
@@ -170,7 +176,7 @@ static void dot_keys(const typename P::Element* q, int64_t width, const typename
   for (int64_t n = 0; n < count; n += kNow) {
     for (int j = 0; j < kNow && ahead != nullptr; ++j) {
       const char* line = static_cast<const char*>(ahead[n + j]);
-      for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(line + i);
+      for (int64_t i = 0; i < ahead_bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
     }
     vec sums[kSums] = {};
     for (int64_t d = 0; d < width; d += P::kStep) {
@@ -233,7 +239,7 @@ static void add_values(const typename P::Element* w, const typename P::Element* 
       const int64_t to =
           d + 2 * kSteps * P::kStep > width ? ahead_bytes : (d + kSteps * P::kStep) * ahead_bytes / width / 64 * 64;
       for (int64_t n = 0; n < count; ++n)
-        for (int64_t i = from; i < to; i += 64) __builtin_prefetch(static_cast<const char*>(ahead[n]) + i);
+        for (int64_t i = from; i < to; i += 64) __builtin_prefetch(static_cast<const char*>(ahead[n]) + i, 0, 2);
     }
     add_columns<P, NR, kSteps>(w, v, count, d, width, acc);
   }
@@ -296,7 +302,12 @@ class Decode {
   }
 
   void query(int64_t state, const T* q) {
-    for (int64_t d = 0; d < dim_; ++d) q_[state * width_ + d] = from_float<Element>(to_float(q[d]));
+    Element* to = q_ + state * width_;
+    if constexpr (sizeof(T) == sizeof(Element)) {
+      std::memcpy(static_cast<void*>(to), q, dim_ * sizeof(T));
+    } else {
+      for (int64_t d = 0; d < dim_; ++d) to[d] = from_float<Element>(to_float(q[d]));
+    }
   }
 
   // `count` keys for `rows` rows from `state` on, while those of `next` are fetched
@@ -364,7 +375,12 @@ class Decode {
       top = larger;
     }
     const float factor = total == 0.0f ? 0.0f : scale / total;
-    for (int64_t d = 0; d < dim_v; ++d) out[d] = from_float<T>(acc[P::column(d)] * factor);
+    for (int64_t first = 0; first < dim_v; first += P::kStep) {
+      float x[P::kStep];
+      P::in_order(acc + first, x);
+      const int64_t count = dim_v - first < P::kStep ? dim_v - first : P::kStep;
+      for (int64_t d = 0; d < count; ++d) out[first + d] = from_float<T>(x[d] * factor);
+    }
     *lse = total == 0.0f ? -kInfinity : top + std::log(total);
   }
 
