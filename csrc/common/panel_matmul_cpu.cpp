@@ -291,26 +291,55 @@ inline __m512 joint_scale(float scale_a, const float* scale_b) {
   return _mm512_min_ps(_mm512_set1_ps(kLargest), _mm512_mul_ps(_mm512_set1_ps(scale_a), _mm512_loadu_ps(scale_b)));
 }
 
+// the strips of a panel as they lie
+struct Strips {
+  Panel panel;
+
+  template <typename Add>
+  void pair(int64_t at, const Add& add) const {
+    __m512bh columns[kStrips];
+    for (int j = 0; j < kStrips; ++j) {
+      columns[j] = (__m512bh)_mm512_loadu_si512(panel.data + j * panel.stride + at * 32);
+    }
+    add(at, columns);
+  }
+};
+
+// strips of packed codes, which the first tile of rows unpacks into a panel for the others
+struct CodeStrips {
+  const uint8_t* data;
+  int64_t stride;
+  Operand* panel;
+  CodePairs codes;
+
+  // of the pairs at 2 i and 2 i + 1, at the even one
+  template <typename Add>
+  void pair(int64_t at, const Add& add) const {
+    if (at % 2 != 0) return;
+    __m512bh columns[2][kStrips];
+    for (int j = 0; j < kStrips; ++j) {
+      __m512i two[2];
+      codes.unpack(_mm512_loadu_si512(data + j * stride + at * 32), two);
+      for (int i = 0; i < 2; ++i) {
+        _mm512_store_si512(panel + j * kStrip + (at + i) * 32, two[i]);
+        columns[i][j] = (__m512bh)two[i];
+      }
+    }
+    add(at, columns[0]);
+    add(at + 1, columns[1]);
+  }
+};
+
 // c [R][64] += a [R][128] x panel, with scales c += (a x panel) * scale_a * scale_b
-template <int R, bool kScaled>
-void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a, const float* scale_b, float* c,
-              Ahead ahead) {
+template <int R, bool kScaled, typename Columns>
+void multiply(const Operand* a, const Columns& columns, int64_t pairs, const float* scale_a, const float* scale_b,
+              float* c, Ahead ahead) {
   __m512 acc[R][kStrips];
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < kStrips; ++j) {
       acc[r][j] = kScaled ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * kPanelWidth + j * 16);
     }
   }
-  const auto add = [&](int64_t pair) {
-    __m512bh columns[kStrips];
-    for (int j = 0; j < kStrips; ++j) {
-      columns[j] = (__m512bh)_mm512_loadu_si512(panel.data + j * panel.stride + pair * 32);
-    }
-    for (int r = 0; r < R; ++r) {
-      const __m512bh row = pair_of(a + r * kPanelDepth + pair * 2);
-      for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], row, columns[j]);
-    }
-  };
   // meanwhile the rows and the sums of the next tile, R rows on, come to the first cache
   constexpr int64_t kTileLines = R * kPanelDepth * sizeof(Operand) / 64;
   for (int64_t pair = 0; pair < pairs; ++pair, ahead.data += ahead.pair) {
@@ -319,7 +348,12 @@ void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a
       _mm_prefetch(reinterpret_cast<const char*>(c + R * kPanelWidth + pair * 16), _MM_HINT_T0);
     }
     for (int i = 0; i < ahead.share; ++i) _mm_prefetch(ahead.data + i * ahead.line, _MM_HINT_T1);
-    add(pair);
+    columns.pair(pair, [&](int64_t at, const __m512bh* strips) {
+      for (int r = 0; r < R; ++r) {
+        const __m512bh row = pair_of(a + r * kPanelDepth + at * 2);
+        for (int j = 0; j < kStrips; ++j) acc[r][j] = _mm512_dpbf16_ps(acc[r][j], row, strips[j]);
+      }
+    });
   }
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < kStrips; ++j) {
@@ -531,10 +565,14 @@ void operands_of(const T* from, int64_t count, Operand* out) {
   for (int64_t i = count; i < kPanelDepth; ++i) out[i] = 0.0f;
 }
 
+struct Strips {
+  Panel panel;
+};
+
 // c [R][64] += a [R][128] x panel, or with scales c += (a x panel) * scale_a * scale_b
 template <int R, bool kScaled>
-void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a, const float* scale_b, float* c,
-              Ahead) {
+void multiply(const Operand* a, const Strips& strips, int64_t pairs, const float* scale_a, const float* scale_b,
+              float* c, Ahead) {
   for (int64_t n = 0; n < kPanelWidth; n += kSlice) {
     Vector acc[R][kVectors] = {};
     if (!kScaled) {
@@ -543,7 +581,7 @@ void multiply(const Operand* a, Panel panel, int64_t pairs, const float* scale_a
           std::memcpy(&acc[r][j], c + r * kPanelWidth + n + j * kLanes, sizeof(Vector));
       }
     }
-    const Operand* slice = panel.data + n * kPanelDepth;
+    const Operand* slice = strips.panel.data + n * kPanelDepth;
     for (int64_t k = 0; k < 2 * pairs; ++k) {
       Vector columns[kVectors];
       for (int j = 0; j < kVectors; ++j) std::memcpy(&columns[j], slice + k * kSlice + j * kLanes, sizeof(Vector));
@@ -592,6 +630,12 @@ inline void with_rows(int64_t rows, const Body& body) {
     default:
       return body(Rows<kTileRows>{});
   }
+}
+
+// whether columns [n, n + 64) are strips of a packed weight
+inline bool whole_strips(const PanelWeight& w, int64_t n) {
+  const int64_t packed = w.n / kStripWidth * kStripWidth;
+  return w.form == WeightForm::packed && n % kStripWidth == 0 && n + kPanelWidth <= packed;
 }
 
 // columns [n, n + 64) of a packed weight from `start` of K on: in place where strips are what a panel has, else in
@@ -672,17 +716,34 @@ void product_of(const PanelProduct& product, const Segment& part, int64_t n, flo
   std::memset(c, 0, static_cast<size_t>(count * kPanelWidth) * sizeof(float));
   for (int64_t start = 0, block = 0; start < k; start += kPanelDepth, ++block) {
     const int64_t depth = k - start < kPanelDepth ? k - start : kPanelDepth;
-    const Panel panel = panel_of(w, data, n, start, depth, room);
+#if defined(TILEFUSE_PAIRS)
+    const bool unpacks = sizeof(T) == 1 && whole_strips(w, n);
+#else
+    constexpr bool unpacks = false;
+#endif
+    const Strips strips{unpacks ? Panel{room, kStrip} : panel_of(w, data, n, start, depth, room)};
     if (kScaled) scales.load(block, 0, kPanelWidth, scale_b);
     Ahead ahead = ahead_of(w, data, n, start, tiles);
     for (int64_t tile = 0, r = 0; tile < tiles; ++tile) {
       // tiles of equal height
       const int64_t height = (count - r + tiles - tile - 1) / (tiles - tile);
       const int64_t at = block * rows.rows + r;
-      with_rows(height, [&](auto tile_rows) {
-        multiply<decltype(tile_rows)::kCount, kScaled>(a + at * kPanelDepth, panel, (depth + 1) / 2,
-                                                       rows.scales + first + at, scale_b, c + r * kPanelWidth, ahead);
-      });
+      const auto add = [&](const auto& columns) {
+        with_rows(height, [&](auto tile_rows) {
+          multiply<decltype(tile_rows)::kCount, kScaled>(a + at * kPanelDepth, columns, (depth + 1) / 2,
+                                                         rows.scales + first + at, scale_b, c + r * kPanelWidth, ahead);
+        });
+      };
+#if defined(TILEFUSE_PAIRS)
+      if constexpr (sizeof(T) == 1) {
+        const uint8_t* codes = data + n * w.stride + start * kStripWidth;
+        unpacks&& tile == 0 ? add(CodeStrips{codes, kStripWidth * w.stride, room, CodePairs{}}) : add(strips);
+      } else {
+        add(strips);
+      }
+#else
+      add(strips);
+#endif
       r += height;
       ahead.data += ahead.share * ahead.line;
       ahead.count -= ahead.share;
@@ -696,9 +757,8 @@ void products_of(const PanelProduct& product, const Segment& part, int64_t n, in
 #if defined(TILEFUSE_PAIRS)
   const PanelWeight& w = product.weight;
   const PanelRows& rows = product.rows;
-  const int64_t count = part.end - part.begin, first = part.begin - rows.first, whole = w.n / kStripWidth * kStripWidth;
-  const auto strips = [&](int64_t column) { return column % kStripWidth == 0 && column + kPanelWidth <= whole; };
-  if (w.form == WeightForm::packed && count <= kFewRows<T> && strips(n) && strips(m)) {
+  const int64_t count = part.end - part.begin, first = part.begin - rows.first;
+  if (count <= kFewRows<T> && whole_strips(w, n) && whole_strips(w, m)) {
     const T* data = static_cast<const T*>(w.data) + part.group * w.group;
     const Operand* a = static_cast<const Operand*>(rows.operands) + first * kPanelDepth;
     const FewRows few{a, rows.scales + first, rows.rows * kPanelDepth, rows.rows};
