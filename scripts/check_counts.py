@@ -1,4 +1,4 @@
-"""Counts that the code keeps: arguments of kernels, length of functions and lines, formatter exceptions, imports.
+"""Counts that the code keeps: arguments of kernels, lengths of functions and lines, formatter exceptions, names.
 
 ``make lint`` runs it; exits with 1 and names each place that passes a limit.
 """
@@ -28,6 +28,9 @@ LINE = 120
 FORMATTER_EXCEPTIONS = 59
 # put together, so that this file does not count itself
 EXCEPTION = "# fmt: " + "skip"
+BANNER = re.compile(r"\s*(//|#)\s*([-=*#/~]{3}|.*[-=*#/~]{4}\s*$)")
+# gradients of outputs are dout, those of arguments d<argument>
+GRADIENT = re.compile(r"\b(grads?|grad_\w+|\w+_grads?)\b")
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -68,17 +71,24 @@ def problems() -> list[str]:
     exceptions = sum(path.read_text().count(EXCEPTION) for path in python)
     if exceptions > FORMATTER_EXCEPTIONS:
         found.append(f"{exceptions} lines with {EXCEPTION}, at most {FORMATTER_EXCEPTIONS}")
-    for path in (*python, *native):
+    for path in (*python, *native, *tracked("*.sh")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
-            if len(line) > LINE:
-                found.append(f"{path.relative_to(ROOT)}:{number}: {len(line)} columns, at most {LINE}")
-    for path in native:
-        # the emulation binds its functions, ops are defined in Python
-        if "emulation" not in path.parts:
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                if re.search(r"\bm\.def\(", line):
-                    found.append(f"{path.relative_to(ROOT)}:{number}: m.def, ops are defined in Python")
+            found.extend(f"{path.relative_to(ROOT)}:{number}: {problem}" for problem in line_problems(path, line))
     return found
+
+
+def line_problems(path: Path, line: str) -> Iterator[str]:
+    """Of one line of code: its length, banners, and in C++ what is named or defined as nothing else is."""
+    if len(line) > LINE and path.suffix != ".sh":
+        yield f"{len(line)} columns, at most {LINE}"
+    if BANNER.match(line):
+        yield "a banner"
+    if path.suffix not in (".py", ".sh"):
+        # the emulation binds its functions, ops are defined in Python
+        if "emulation" not in path.parts and re.search(r"\bm\.def\(", line):
+            yield "m.def, ops are defined in Python"
+        if named := GRADIENT.search(line):
+            yield f"{named.group()}, gradients are dout and d<argument>"
 
 
 def main() -> int:

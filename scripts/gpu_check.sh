@@ -100,7 +100,7 @@ phase() {
     return $code
 }
 
-# ---- what machine this is ----
+# what machine this is
 {
     date -u
     nvidia-smi || true
@@ -112,7 +112,7 @@ if [ "$DRY" != 1 ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda
     exit 1
 fi
 
-# ---- the CUDA library ----
+# the CUDA library
 loads() {
     "$PYTHON" -c 'import sys; from tilefuse import native; m = native.load(sys.argv[1]).missing; print(m or "loads"); sys.exit(bool(m))' "$1"
 }
@@ -130,7 +130,7 @@ else
 fi
 phase doctor 40 01_environment.json "$PYTHON" -m tilefuse doctor --json
 
-# ---- is every kernel right? ----
+# is every kernel right?
 if [ "$DRY" = 1 ]; then
     phase verify 120 03_verify.log "$PYTHON" -m tilefuse verify --quick --device cpu --family rope
 else
@@ -138,7 +138,7 @@ else
 fi
 cp "$ROOT/python/tilefuse/verified.json" "$OUT/"
 
-# ---- how fast? one family per process: what breaks one does not break the next ----
+# how fast? one family per process: what breaks one does not break the next
 share=$(( $(allowed 190) / ${#FAMILIES[@]} ))
 for family in "${FAMILIES[@]}"; do
     if [ "$DRY" = 1 ]; then
@@ -150,7 +150,7 @@ for family in "${FAMILIES[@]}"; do
         "$PYTHON" -m tilefuse bench --device "$DEVICE" --suite quick --family "$family" --out "$OUT/results" "${options[@]}"
 done
 
-# ---- the tests that need a GPU, families side by side ----
+# the tests that need a GPU, families side by side
 if "$PYTHON" -c 'import pytest' 2>/dev/null; then
     limit=$(allowed 120)
     # a file that needs a package which is not installed here must not take its family's other tests with it
@@ -182,7 +182,7 @@ else
     note tests "not run: pytest is not installed"
 fi
 
-# ---- races and stray accesses, slow, with what is left ----
+# races and stray accesses, slow, with what is left
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -1)
 if [ -n "$sanitizer" ] && [ "$DRY" != 1 ]; then
     for tool in memcheck racecheck; do

@@ -44,9 +44,14 @@ SKIP = "# fmt: " + "skip"
         ("triton_kernels/attention/a.py", kernel(21), "a_kernel takes 21 arguments, at most 20"),
         ("triton_kernels/rope/rope.py", "from tilefuse import arch\n", "rope.py:1: absolute import of the package"),
         ("python/long.py", "def f():\n" + "    pass\n" * 120, "python/long.py:1: f has 121 lines, at most 120"),
-        ("python/wide.py", "#" * 121 + "\n", "python/wide.py:1: 121 columns"),
-        ("csrc/wide.cu", "/" * 121 + "\n", "csrc/wide.cu:1: 121 columns"),
+        ("python/wide.py", "a" * 121 + "\n", "python/wide.py:1: 121 columns"),
+        ("csrc/wide.cu", "a" * 121 + "\n", "csrc/wide.cu:1: 121 columns"),
         ("csrc/op_cpu.cpp", '  m.def("op() -> ()");\n', "csrc/op_cpu.cpp:1: m.def"),
+        ("csrc/op_cpu.cpp", "// " + "-" * 4 + " sums " + "-" * 4 + "\n", "csrc/op_cpu.cpp:1: a banner"),
+        ("python/banner.py", "    # " + "=" * 20 + "\n", "python/banner.py:1: a banner"),
+        ("scripts/check.sh", "#" * 9 + " sums\n", "scripts/check.sh:1: a banner"),
+        ("csrc/op.cuh", "void* grad_weight;\n", "csrc/op.cuh:1: grad_weight, gradients are dout"),
+        ("csrc/op.cuh", "run(q_grad);\n", "csrc/op.cuh:1: q_grad, gradients are dout"),
         ("python/skips.py", f"x = 1  {SKIP}\n" * 60, f"60 lines with {SKIP}, at most 59"),
     ],
 )
@@ -60,7 +65,9 @@ def test_within_the_limits(counts, capsys):
     counts.write("triton_kernels/rope/rope.py", kernel(40) + "from ... import arch\n")
     counts.write("triton_kernels/rope/host.py", "from tilefuse.reference import rope\n")
     counts.write("triton_kernels/attention/a.py", kernel(20))
-    counts.write("python/exact.py", "def f():\n" + "    pass\n" * 119 + "#" * 120 + "\n")
+    counts.write("python/exact.py", "def f():\n" + "    pass\n" * 119 + "#" + "a" * 119 + "\n")
+    counts.write("csrc/a_cpu.cpp", "// -1 - a wgrad, autograd's\nint dweight;  // https://a.b/c---d\n")
+    counts.write("scripts/a.sh", "#!/bin/sh\n# a - b\n" + "a" * 121 + "\n")
     counts.write("csrc/emulation/a.cpp", 'm.def("run", run);\n')
     assert counts.main() == 0
     assert capsys.readouterr().out == "all counts within their limits\n"

@@ -211,9 +211,6 @@ def test_every_folder_is_a_package():
             assert (path.parent / "__init__.py").exists(), path
 
 
-# ---- decisions of setup.py ----
-
-
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.setattr(setuptools, "setup", lambda **kwargs: None)

@@ -56,9 +56,6 @@ def test_every_configuration_on_every_architecture(family):
     assert aot.problems(aot.records(family=family)) == []
 
 
-# ---- the gate itself ----
-
-
 @pytest.fixture(scope="module")
 def examples():
     if triton_missing():

@@ -25,8 +25,6 @@ using fp8_e5m2 = __nv_fp8_e5m2;
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// ---- dtypes ----
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
@@ -62,8 +60,6 @@ __device__ __forceinline__ fp8_e5m2 from_float<fp8_e5m2>(float x) {
   return out;
 }
 
-// ---- integers ----
-
 template <typename T>
 __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
@@ -73,8 +69,6 @@ template <typename T>
 __host__ __device__ constexpr T round_up(T a, T b) {
   return ceil_div(a, b) * b;
 }
-
-// ---- vectors ----
 
 // N elements that move in one access of up to 16 bytes; the address must be a multiple of the vector's size
 template <typename T, int N>
@@ -153,8 +147,7 @@ __host__ __device__ inline bool aligned(const void* address, int64_t stride, int
   return reinterpret_cast<uintptr_t>(address) % bytes == 0 && stride * element_bytes % bytes == 0;
 }
 
-// ---- reductions: every lane of the group gets the result, in an order that does not depend on the data ----
-
+// every lane of the group gets the result, in an order that does not depend on the data; so do the reductions below
 template <int Width = 32, typename T>
 __device__ __forceinline__ T warp_sum(T value, unsigned mask = kFullWarp) {
 #pragma unroll
@@ -195,8 +188,6 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
   return largest;
 }
 
-// ---- dynamic shared memory ----
-
 // declares `T* name`, the dynamic shared memory of the launch; `extern __shared__` has no host definition
 #if defined(__CUDACC__)
 #define TILEFUSE_DYNAMIC_SHARED(T, name)                            \
@@ -205,8 +196,6 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
 #else
 #define TILEFUSE_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::tilefuse::emulation::dynamic_shared())
 #endif
-
-// ---- PTX ----
 
 // starts a 16-byte copy to shared memory of which the first `valid` bytes are read and the others become zero
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, int valid = 16) {

@@ -119,8 +119,6 @@ To bit_cast(From from) {
 
 }  // namespace tilefuse::emulation
 
-// ---- threads of a block ----
-
 inline void __syncthreads(TILEFUSE_SITE) { ::tilefuse::emulation::barrier(::tilefuse::emulation::Vote::sum, 0, site); }
 inline int __syncthreads_count(int predicate, TILEFUSE_SITE) {
   return ::tilefuse::emulation::barrier(::tilefuse::emulation::Vote::sum, predicate != 0, site);
@@ -137,8 +135,6 @@ inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { ::tilefuse::emulation::yield(); }
 inline long long clock64() { return static_cast<long long>(::tilefuse::emulation::ticks()); }
 inline void __trap(TILEFUSE_SITE) { ::tilefuse::emulation::fail("__trap()", site); }
-
-// ---- lanes of a warp ----
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, TILEFUSE_SITE) {
   ::tilefuse::emulation::warp(::tilefuse::emulation::Warp::sync, mask, 0, 0, 32, site);
@@ -212,8 +208,6 @@ TILEFUSE_WARP_REDUCE(__reduce_or_sync, static_cast<T>(a | b))
 TILEFUSE_WARP_REDUCE(__reduce_xor_sync, static_cast<T>(a ^ b))
 #undef TILEFUSE_WARP_REDUCE
 
-// ---- atomics ----
-
 // fibres never run at the same time, so plain code is atomic; each is a place where the schedule may switch
 #define TILEFUSE_ATOMIC(name, expression)                     \
   template <typename T, typename U>                           \
@@ -259,8 +253,6 @@ T atomicCAS(T* address, U compare, V value) {
   return old;
 }
 
-// ---- memory ----
-
 template <typename T>
 T __ldg(const T* address) {
   return *address;
@@ -301,8 +293,6 @@ template <typename T>
 void __stwt(T* address, T value) {
   *address = value;
 }
-
-// ---- integers ----
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -363,7 +353,7 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   }
 }
 
-// ---- floats: bits, conversions with a rounding mode, correctly rounded and fast arithmetic ----
+// bits of floats, conversions with a rounding mode, correctly rounded and fast arithmetic
 
 inline int __float_as_int(float x) { return ::tilefuse::emulation::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return ::tilefuse::emulation::bit_cast<unsigned>(x); }

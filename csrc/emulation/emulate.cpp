@@ -26,8 +26,6 @@ dim3 gridDim;
 namespace tilefuse::emulation {
 namespace {
 
-// ---- context switch ----
-
 #if defined(__x86_64__)
 // saves the callee-saved registers and the rounding modes on the old stack and continues on the new one; ucontext would
 // make two system calls for each switch
@@ -93,8 +91,6 @@ struct Context {
   static void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
 };
 #endif
-
-// ---- state ----
 
 enum class State : uint8_t { ready, at_barrier, in_warp, done };
 
@@ -219,8 +215,6 @@ int index_of(const Fibre& fibre) { return static_cast<int>(&fibre - fibres.data(
 
 void wait() { Context::swap(current->context, scheduler); }
 
-// ---- shared memory ----
-
 // the thread-local variables of this library apart from pybind11's: kernels' static __shared__ arrays
 struct SharedVariable {
   size_t offset;
@@ -287,8 +281,6 @@ struct SharedMemory {
     }
   }
 };
-
-// ---- scheduling ----
 
 void fibre_main() {
   try {
@@ -601,7 +593,7 @@ void async_wait(int pending) {
 
 }  // namespace tilefuse::emulation
 
-// ---- sanitizer handlers: called by code that -fsanitize=... compiled, in place of the sanitizer's own library ----
+// the sanitizer's handlers: code that -fsanitize=... compiled calls them in place of the sanitizer's own library
 
 namespace {
 struct Location {

@@ -17,8 +17,8 @@ struct MergeStatistics {
 struct MergeAttentionCall {
   Dtype dtype;
   int64_t tokens, heads, dim;
-  MergeRows a, b, grad;
-  MergeStatistics lse_a, lse_b, grad_lse;
+  MergeRows a, b, dout;
+  MergeStatistics lse_a, lse_b, dlse;
   // contiguous: the result and its lse, or the gradients of both sides
   void *out, *out_b;
   float *lse, *lse_out_b;
@@ -131,7 +131,7 @@ void merge_gradient(const MergeAttentionCall& call, T* buffer, int64_t begin, in
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = first + i;
       const T *a = row_of<T>(call, call.a, row), *b = row_of<T>(call, call.b, row),
-              *g = row_of<T>(call, call.grad, row);
+              *g = row_of<T>(call, call.dout, row);
       const float x = w.a[i], y = w.b[i];
       // d out / d lse_a = w_a (a - out) = w_a w_b (a - b), which is 0 where a side is empty
       float inner = 0.0f;
@@ -146,7 +146,7 @@ void merge_gradient(const MergeAttentionCall& call, T* buffer, int64_t begin, in
         for (; d < call.dim; ++d) inner += (to_float(a[d]) - to_float(b[d])) * to_float(g[d]);
         inner *= x * y;
       }
-      const float of_lse = call.grad_lse.data[statistic(call, call.grad_lse, row)];
+      const float of_lse = call.dlse.data[statistic(call, call.dlse, row)];
       const int64_t place = packed_statistic(call, row);
       call.lse[place] = x * of_lse + inner;
       call.lse_out_b[place] = y * of_lse - inner;
@@ -225,20 +225,20 @@ std::tuple<Tensor, Tensor> merge_attention_fwd(Tensor out_a, Tensor lse_a, Tenso
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor out_a,
-                                                               Tensor lse_a, Tensor out_b, Tensor lse_b) {
-  Tensor grad_a = empty_contiguous(out_a), grad_lse_a = empty_contiguous(lse_a);
-  Tensor grad_b = empty_contiguous(out_b), grad_lse_b = empty_contiguous(lse_b);
-  if (out_a.numel() == 0 && lse_a.numel() == 0) return {grad_a, grad_lse_a, grad_b, grad_lse_b};
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_bwd(Tensor dout, Tensor dlse, Tensor out_a, Tensor lse_a,
+                                                               Tensor out_b, Tensor lse_b) {
+  Tensor dout_a = empty_contiguous(out_a), dlse_a = empty_contiguous(lse_a);
+  Tensor dout_b = empty_contiguous(out_b), dlse_b = empty_contiguous(lse_b);
+  if (out_a.numel() == 0 && lse_a.numel() == 0) return {dout_a, dlse_a, dout_b, dlse_b};
   MergeAttentionCall call = merge_call(out_a, lse_a, out_b, lse_b, 2);
-  call.grad = merge_rows(grad_out);
-  call.grad_lse = merge_statistics(grad_lse);
-  call.out = grad_a.mutable_data_ptr();
-  call.out_b = grad_b.mutable_data_ptr();
-  call.lse = static_cast<float*>(grad_lse_a.mutable_data_ptr());
-  call.lse_out_b = static_cast<float*>(grad_lse_b.mutable_data_ptr());
+  call.dout = merge_rows(dout);
+  call.dlse = merge_statistics(dlse);
+  call.out = dout_a.mutable_data_ptr();
+  call.out_b = dout_b.mutable_data_ptr();
+  call.lse = static_cast<float*>(dlse_a.mutable_data_ptr());
+  call.lse_out_b = static_cast<float*>(dlse_b.mutable_data_ptr());
   run(call, true, lse_a.numel());
-  return {grad_a, grad_lse_a, grad_b, grad_lse_b};
+  return {dout_a, dlse_a, dout_b, dlse_b};
 }
 
 }  // namespace

@@ -21,9 +21,9 @@ struct MlaAbsorbQueryCall {
 
 struct MlaAbsorbQueryBwdCall {
   MlaAbsorbQueryCall query;
-  const void* grad;
-  int64_t grad_token, grad_head;
-  void *grad_q, *grad_weight;
+  const void* dout;
+  int64_t dout_token, dout_head;
+  void *dq, *dweight;
 };
 
 namespace TILEFUSE_ISA {
@@ -127,9 +127,9 @@ void absorb_query_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, int
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / blocks, first = task % blocks * kItemTokens;
     const int64_t tokens = query.tokens - first < kItemTokens ? query.tokens - first : kItemTokens;
-    const T* grad = static_cast<const T*>(call.grad) + first * call.grad_token + head * call.grad_head;
+    const T* dout = static_cast<const T*>(call.dout) + first * call.dout_token + head * call.dout_head;
     const T* weight = static_cast<const T*>(query.weight) + head * query.weight_head;
-    T* out = static_cast<T*>(call.grad_q) + (first * query.heads + head) * width;
+    T* out = static_cast<T*>(call.dq) + (first * query.heads + head) * width;
     for (int64_t p0 = 0; p0 < query.nope; p0 += kColumns) {
       const int64_t n = query.nope - p0 < kColumns ? query.nope - p0 : kColumns;
       const T* lanes[kColumns];
@@ -141,14 +141,14 @@ void absorb_query_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, int
           std::memset(c, 0, count * kColumns * sizeof(float));
         } else {
           int64_t step;
-          const W* at = word_rows(grad + t * call.grad_token, call.grad_token, query.rank, count, rows, &step);
+          const W* at = word_rows(dout + t * call.dout_token, call.dout_token, query.rank, count, rows, &step);
           multiply(columns, at, step, 1, depth, count, c);
         }
         store_panel(c, count, n, out + t * query.heads * width + p0, query.heads * width);
       }
     }
     for (int64_t t = 0; t < tokens && query.half > 0; ++t) {
-      turn_row(query, first + t, grad + t * call.grad_token + query.rank, out + t * query.heads * width + query.nope,
+      turn_row(query, first + t, dout + t * call.dout_token + query.rank, out + t * query.heads * width + query.nope,
                pairs, true);
     }
   }
@@ -166,8 +166,8 @@ void absorb_weight_gradient(const MlaAbsorbQueryBwdCall& call, int64_t begin, in
     const int64_t head = task / groups, r0 = task % groups * wide;
     const int64_t n = query.rank - r0 < wide ? query.rank - r0 : wide;
     const TokenRows<T> x{static_cast<const T*>(query.q) + head * query.q_head, query.q_token, query.nope};
-    const TokenRows<T> y{static_cast<const T*>(call.grad) + head * call.grad_head + r0, call.grad_token, n};
-    sums.run(x, y, query.tokens, static_cast<T*>(call.grad_weight) + head * query.nope * query.rank + r0, query.rank);
+    const TokenRows<T> y{static_cast<const T*>(call.dout) + head * call.dout_head + r0, call.dout_token, n};
+    sums.run(x, y, query.tokens, static_cast<T*>(call.dweight) + head * query.nope * query.rank + r0, query.rank);
   }
 }
 
@@ -239,22 +239,22 @@ Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, Optio
   return out;
 }
 
-std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor grad, Tensor q, Tensor w_uk, Tensor cos, Tensor sin,
+std::tuple<Tensor, Tensor> mla_absorb_query_bwd(Tensor dout, Tensor q, Tensor w_uk, Tensor cos, Tensor sin,
                                                 OptionalTensor positions, bool interleaved) {
   MlaAbsorbQueryBwdCall call{};
   call.query = absorb_call(q, w_uk, cos, sin, positions, interleaved);
-  call.grad = grad.const_data_ptr();
-  call.grad_token = stride_or_zero(grad, 0);
-  call.grad_head = stride_or_zero(grad, 1);
-  Tensor grad_q = empty_contiguous(q), grad_weight = empty_contiguous(w_uk);
-  call.grad_q = grad_q.mutable_data_ptr();
-  call.grad_weight = grad_weight.mutable_data_ptr();
+  call.dout = dout.const_data_ptr();
+  call.dout_token = stride_or_zero(dout, 0);
+  call.dout_head = stride_or_zero(dout, 1);
+  Tensor dq = empty_contiguous(q), dweight = empty_contiguous(w_uk);
+  call.dq = dq.mutable_data_ptr();
+  call.dweight = dweight.mutable_data_ptr();
   const int64_t blocks = (call.query.tokens + kItemTokens - 1) / kItemTokens;
   constexpr int64_t kGroup = baseline::kPanels * baseline::kColumns;
   const int64_t groups = (call.query.rank + kGroup - 1) / kGroup;
   run_parallel(mla_absorb_query_gradient, call.query.heads * blocks, 1, call);
   run_parallel(mla_absorb_weight_gradient, call.query.heads * groups, 1, call);
-  return {grad_q, grad_weight};
+  return {dq, dweight};
 }
 
 }  // namespace

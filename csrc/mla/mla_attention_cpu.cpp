@@ -13,10 +13,10 @@ std::tuple<Tensor, Tensor> mla_attention_fwd(Tensor q, Tensor k, Tensor v, Optio
                               0);
 }
 
-std::tuple<Tensor, Tensor, Tensor> mla_attention_bwd(Tensor grad_out, Tensor grad_lse, Tensor q, Tensor k, Tensor v,
-                                                     Tensor out, Tensor lse, OptionalTensor cu_seqlens_q,
+std::tuple<Tensor, Tensor, Tensor> mla_attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                     Tensor lse, OptionalTensor cu_seqlens_q,
                                                      OptionalTensor cu_seqlens_k, double softmax_scale, bool causal) {
-  const auto [dq, dk, dv, no_sinks] = window_attention_bwd(grad_out, grad_lse, q, k, v, out, lse, {}, {}, cu_seqlens_q,
+  const auto [dq, dk, dv, no_sinks] = window_attention_bwd(dout, dlse, q, k, v, out, lse, {}, {}, cu_seqlens_q,
                                                            cu_seqlens_k, -1, causal ? 0 : -1, 1, softmax_scale, 0.0, 0);
   return {dq, dk, dv};
 }

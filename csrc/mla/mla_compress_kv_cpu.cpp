@@ -7,8 +7,8 @@ namespace tilefuse {
 
 struct MlaCompressKvBwdCall {
   LatentCall latent;
-  const void* grad;
-  int64_t grad_stride;
+  const void* dout;
+  int64_t dout_stride;
   void* out;
   // the weight's gradient over each block of tokens, [blocks, R]
   float* partial;
@@ -34,10 +34,10 @@ void compress_gradient(const MlaCompressKvBwdCall& call, float* scratch, int64_t
     for (int64_t i = 0; i < rank; ++i) partial[i] = 0.0f;
     for (int64_t token = block * kTokens; token < last; ++token) {
       const T* in = static_cast<const T*>(latent.kv_a) + token * latent.kv_stride;
-      const T* grad = static_cast<const T*>(call.grad) + token * call.grad_stride;
+      const T* dout = static_cast<const T*>(call.dout) + token * call.dout_stride;
       for (int64_t i = 0; i < rank; ++i) x[i] = to_float(in[i]);
       const float rstd = rstd_of(x, rank, latent.eps);
-      for (int64_t i = 0; i < width; ++i) g[i] = to_float(grad[i]);
+      for (int64_t i = 0; i < width; ++i) g[i] = to_float(dout[i]);
       constexpr int64_t kSums = 32;
       float sums[kSums] = {};
       int64_t i = 0;
@@ -143,16 +143,16 @@ Tensor mla_compress_kv_fwd(Tensor kv_a, Tensor weight, Tensor cos, Tensor sin, O
   return out;
 }
 
-std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, Tensor weight, Tensor cos, Tensor sin,
+std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor dout, Tensor kv_a, Tensor weight, Tensor cos, Tensor sin,
                                                OptionalTensor positions, double eps, bool interleaved) {
   const std::vector<float> weights = float_weight(weight);
   MlaCompressKvBwdCall call{};
   call.latent = latent_call(kv_a, weights, cos, sin, positions, eps, interleaved);
   const int64_t rank = call.latent.rank;
   check_positions(call.latent, cos.size(0));
-  Tensor out = empty_contiguous(kv_a), grad_weight = empty_contiguous(weight);
-  call.grad = grad.const_data_ptr();
-  call.grad_stride = stride_or_zero(grad, 0);
+  Tensor out = empty_contiguous(kv_a), dweight = empty_contiguous(weight);
+  call.dout = dout.const_data_ptr();
+  call.dout_stride = stride_or_zero(dout, 0);
   call.out = out.mutable_data_ptr();
   call.stream = streams(out);
   const int64_t blocks = (call.latent.tokens + kTokens - 1) / kTokens;
@@ -164,10 +164,10 @@ std::tuple<Tensor, Tensor> mla_compress_kv_bwd(Tensor grad, Tensor kv_a, Tensor 
     for (int64_t i = 0; i < rank; ++i) total[i] += static_cast<double>(partial[block * rank + i]);
   }
   TILEFUSE_BY_DTYPE(dtype_of(weight), T, {
-    T* to = static_cast<T*>(grad_weight.mutable_data_ptr());
+    T* to = static_cast<T*>(dweight.mutable_data_ptr());
     for (int64_t i = 0; i < rank; ++i) to[i] = from_float<T>(static_cast<float>(total[i]));
   })
-  return {out, grad_weight};
+  return {out, dweight};
 }
 
 }  // namespace

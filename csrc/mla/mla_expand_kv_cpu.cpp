@@ -21,11 +21,11 @@ struct MlaExpandKvCall : MlaExpandKvInputs {
 };
 
 struct MlaExpandKvBwdCall : MlaExpandKvInputs {
-  const void *grad_k, *grad_v;
+  const void *dk, *dv;
   int64_t k_token, k_head, v_token, v_head;
   // tokens of one item of work
   int64_t block_tokens;
-  void *grad_latent, *grad_weight;
+  void *dlatent, *dweight;
 };
 
 // most tokens whose sums one item of work keeps
@@ -132,12 +132,12 @@ void expand_latent_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64
   for (int64_t task = begin; task < end; ++task) {
     const int64_t first = task / panels * call.block_tokens, panel = task % panels;
     const int64_t tokens = call.tokens - first < call.block_tokens ? call.tokens - first : call.block_tokens;
-    T* out = static_cast<T*>(call.grad_latent) + first * width;
+    T* out = static_cast<T*>(call.dlatent) + first * width;
     for (int64_t t = panel * tokens / panels; t < (panel + 1) * tokens / panels && call.rope > 0; ++t) {
-      const T* grad = static_cast<const T*>(call.grad_k) + (first + t) * call.k_token + call.nope;
+      const T* dk = static_cast<const T*>(call.dk) + (first + t) * call.k_token + call.nope;
       std::memset(shared, 0, call.rope * sizeof(float));
-      for (int64_t h = 0; h < call.heads; ++h, grad += call.k_head) {
-        for (int64_t i = 0; i < call.rope; ++i) shared[i] += to_float(grad[i]);
+      for (int64_t h = 0; h < call.heads; ++h, dk += call.k_head) {
+        for (int64_t i = 0; i < call.rope; ++i) shared[i] += to_float(dk[i]);
       }
       for (int64_t i = 0; i < call.rope; ++i) out[t * width + call.rank + i] = from_float<T>(shared[i]);
     }
@@ -148,16 +148,16 @@ void expand_latent_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64
       for (int side = 0; side < 2; ++side) {
         const int64_t depth = side == 0 ? call.nope : call.v_dim;
         const int64_t stride = side == 0 ? call.k_token : call.v_token;
-        const T* grad = side == 0 ? static_cast<const T*>(call.grad_k) + h * call.k_head
-                                  : static_cast<const T*>(call.grad_v) + h * call.v_head;
-        grad += first * stride;
+        const T* dkv = side == 0 ? static_cast<const T*>(call.dk) + h * call.k_head
+                                 : static_cast<const T*>(call.dv) + h * call.v_head;
+        dkv += first * stride;
         if (depth == 0) continue;
         pack_panel(weight, call.weight_stride, depth, n, columns);
         weight += depth * call.weight_stride;
         for (int64_t t = 0; t < tokens; t += kResultRows) {
           const int64_t count = tokens - t < kResultRows ? tokens - t : kResultRows;
           int64_t step;
-          const W* at = word_rows(grad + t * stride, stride, depth, count, rows, &step);
+          const W* at = word_rows(dkv + t * stride, stride, depth, count, rows, &step);
           multiply(columns, at, step, 1, words(depth, Operand<T>::per_word), count, c + t * kColumns, add);
         }
         add = true;
@@ -179,11 +179,11 @@ void expand_weight_gradient(const MlaExpandKvBwdCall& call, int64_t begin, int64
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task / (2 * groups), r0 = task / 2 % groups * wide, side = task % 2;
     const int64_t n = call.rank - r0 < wide ? call.rank - r0 : wide;
-    TokenRows<T> x{static_cast<const T*>(call.grad_k) + head * call.k_head, call.k_token, call.nope};
-    if (side == 1) x = {static_cast<const T*>(call.grad_v) + head * call.v_head, call.v_token, call.v_dim};
+    TokenRows<T> x{static_cast<const T*>(call.dk) + head * call.k_head, call.k_token, call.nope};
+    if (side == 1) x = {static_cast<const T*>(call.dv) + head * call.v_head, call.v_token, call.v_dim};
     const TokenRows<T> y{static_cast<const T*>(call.latent) + r0, call.latent_stride, n};
     const int64_t row = head * (call.nope + call.v_dim) + (side == 0 ? 0 : call.nope);
-    sums.run(x, y, call.tokens, static_cast<T*>(call.grad_weight) + row * call.rank + r0, call.rank);
+    sums.run(x, y, call.tokens, static_cast<T*>(call.dweight) + row * call.rank + r0, call.rank);
   }
 }
 
@@ -251,19 +251,19 @@ std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_
   return {k, v};
 }
 
-std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tensor latent, Tensor w_ukv,
-                                             int64_t kv_lora_rank, int64_t nope_dim, int64_t v_dim) {
+std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor dk, Tensor dv, Tensor latent, Tensor w_ukv, int64_t kv_lora_rank,
+                                             int64_t nope_dim, int64_t v_dim) {
   MlaExpandKvBwdCall call{};
   set_inputs(call, latent, w_ukv, kv_lora_rank, nope_dim, v_dim);
-  call.grad_k = grad_k.const_data_ptr();
-  call.grad_v = grad_v.const_data_ptr();
-  call.k_token = stride_or_zero(grad_k, 0);
-  call.k_head = stride_or_zero(grad_k, 1);
-  call.v_token = stride_or_zero(grad_v, 0);
-  call.v_head = stride_or_zero(grad_v, 1);
-  Tensor grad_latent = empty_contiguous(latent), grad_weight = empty_contiguous(w_ukv);
-  call.grad_latent = grad_latent.mutable_data_ptr();
-  call.grad_weight = grad_weight.mutable_data_ptr();
+  call.dk = dk.const_data_ptr();
+  call.dv = dv.const_data_ptr();
+  call.k_token = stride_or_zero(dk, 0);
+  call.k_head = stride_or_zero(dk, 1);
+  call.v_token = stride_or_zero(dv, 0);
+  call.v_head = stride_or_zero(dv, 1);
+  Tensor dlatent = empty_contiguous(latent), dweight = empty_contiguous(w_ukv);
+  call.dlatent = dlatent.mutable_data_ptr();
+  call.dweight = dweight.mutable_data_ptr();
   constexpr int64_t kColumns = baseline::kColumns, kGroup = baseline::kPanels * kColumns;
   const int64_t blocks = (call.tokens + kMostTokens - 1) / kMostTokens, panels = (call.rank + kColumns - 1) / kColumns;
   // blocks alike, of whole blocks of the product
@@ -271,7 +271,7 @@ std::tuple<Tensor, Tensor> mla_expand_kv_bwd(Tensor grad_k, Tensor grad_v, Tenso
   const int64_t groups = (call.rank + kGroup - 1) / kGroup;
   run_parallel(mla_expand_latent_gradient, blocks * panels, 1, call);
   run_parallel(mla_expand_weight_gradient, call.heads * groups * 2, 1, call);
-  return {grad_latent, grad_weight};
+  return {dlatent, dweight};
 }
 
 }  // namespace

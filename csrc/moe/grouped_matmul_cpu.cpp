@@ -43,18 +43,18 @@ Tensor group_rows(const Tensor& t, const SourceRows& rows, int64_t begin, int64_
   return blob(to, {end - begin, width}, {width, 1}, t.scalar_type());
 }
 
-Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, OptionalTensor a_index, OptionalTensor grad_index,
+Tensor matmul_wgrad(Tensor a, Tensor dout, Tensor offsets, OptionalTensor a_index, OptionalTensor dout_index,
                     int64_t index_div, ScalarType out_dtype) {
   const int64_t rows = a_index ? a_index->numel() : a.size(0), experts = offsets.numel() - 1;
-  const int64_t n = grad.size(1), k = a.size(1);
+  const int64_t n = dout.size(1), k = a.size(1);
   Tensor out = torch::stable::new_empty(a, {experts, n, k}, out_dtype);
   if (n * k == 0) return out;
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   int64_t largest = 0;
   for (int64_t e = 0; e < experts; ++e) largest = std::max(largest, bounds[e + 1] - bounds[e]);
-  const SourceRows a_rows = rows_of(a, a_index, index_div), grad_rows = rows_of(grad, grad_index, index_div);
+  const SourceRows a_rows = rows_of(a, a_index, index_div), dout_rows = rows_of(dout, dout_index, index_div);
   const Tensor a_buffer = torch::stable::new_empty(a, {a_index ? largest : 0, k});
-  const Tensor grad_buffer = torch::stable::new_empty(grad, {grad_index ? largest : 0, n});
+  const Tensor dout_buffer = torch::stable::new_empty(dout, {dout_index ? largest : 0, n});
   const size_t matrix_bytes = static_cast<size_t>(n * k) * static_cast<size_t>(out.element_size());
   for (int64_t e = 0; e < experts; ++e) {
     char* data = static_cast<char*>(out.data_ptr()) + static_cast<size_t>(e) * matrix_bytes;
@@ -62,7 +62,7 @@ Tensor matmul_wgrad(Tensor a, Tensor grad, Tensor offsets, OptionalTensor a_inde
       std::memset(data, 0, matrix_bytes);
       continue;
     }
-    Tensor left = torch::stable::transpose(group_rows(grad, grad_rows, bounds[e], bounds[e + 1], grad_buffer), 0, 1);
+    Tensor left = torch::stable::transpose(group_rows(dout, dout_rows, bounds[e], bounds[e + 1], dout_buffer), 0, 1);
     Tensor right = group_rows(a, a_rows, bounds[e], bounds[e + 1], a_buffer);
     if (out_dtype != a.scalar_type()) {
       left = torch::stable::to(left, out_dtype);

@@ -56,10 +56,10 @@ void combine_fwd(const MoeCombineCall& call, void* out, int64_t begin, int64_t e
 }
 
 // dy was zeroed; a slot's row is its own
-void combine_bwd(const MoeCombineCall& call, const void* grad, void* dy, void* dweights, int64_t begin, int64_t end) {
+void combine_bwd(const MoeCombineCall& call, const void* dout, void* dy, void* dweights, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.dtype, T, {
     for (int64_t t = begin; t < end; ++t) {
-      const T* g = static_cast<const T*>(grad) + t * call.hidden;
+      const T* g = static_cast<const T*>(dout) + t * call.hidden;
       for (int64_t slot = t * call.top_k; slot < (t + 1) * call.top_k; ++slot) {
         const int64_t row = row_of(call, slot);
         float part[kLanes] = {};
@@ -123,11 +123,11 @@ Tensor fwd(Tensor y, Tensor inverse, OptionalTensor weights, int64_t top_k) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> bwd(Tensor grad, Tensor y, Tensor inverse, Tensor weights, int64_t top_k) {
+std::tuple<Tensor, Tensor> bwd(Tensor dout, Tensor y, Tensor inverse, Tensor weights, int64_t top_k) {
   Tensor dy = torch::stable::new_zeros(y, {y.size(0), y.size(1)});
   Tensor dweights = torch::stable::new_empty(weights, {weights.size(0), weights.size(1)});
   const MoeCombineCall call = combine_call(y, inverse, weights, top_k);
-  run_parallel(combine_bwd, weights.size(0), combine_grain(call), call, grad.const_data_ptr(), dy.mutable_data_ptr(),
+  run_parallel(combine_bwd, weights.size(0), combine_grain(call), call, dout.const_data_ptr(), dy.mutable_data_ptr(),
                dweights.mutable_data_ptr());
   return {dy, dweights};
 }

@@ -8,8 +8,6 @@ namespace tilefuse {
 
 constexpr int kPlanWarps = 8;
 constexpr int kPlanThreads = 32 * kPlanWarps;
-constexpr int kPlanMaxExperts = 1024;
-constexpr int kPlanMaxSlots = 16384;
 
 __host__ __device__ inline int plan_shared_bytes(int experts) { return (experts + 1) * kPlanWarps * 4; }
 

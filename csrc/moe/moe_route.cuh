@@ -33,7 +33,6 @@ struct MoeRouteBwdCall {
 };
 
 constexpr int kRouteWarps = 4;
-constexpr int kRouteMaxExperts = 1024;
 constexpr float kNegInf = -__builtin_inff();
 // keys: float32 bits in integer order, NaN below -inf, an expert of a masked group below that
 constexpr int kNanKey = -2147483647;

@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight,
   return {q_out, k_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k,
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k,
                                                             Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
                                                             OptionalTensor positions, OptionalTensor cu_seqlens,
                                                             double eps, double weight_offset, bool interleaved,
@@ -56,10 +56,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor q_grad, Tenso
   const int64_t blocks = rows > 0 ? ceil_div(rows, p.rows_per_block) : 0;
   Tensor partial = torch::stable::new_empty(q, {blocks, 2, dim}, ScalarType::Float);
   p.partial = pointer<float>(partial);
-  p.grad[0] = q_grad.const_data_ptr();
-  p.grad[1] = k_grad.const_data_ptr();
-  set_strides(p.grad_strides[0], q_grad);
-  set_strides(p.grad_strides[1], k_grad);
+  p.dout[0] = dq_out.const_data_ptr();
+  p.dout[1] = dk_out.const_data_ptr();
+  set_strides(p.dout_strides[0], dq_out);
+  set_strides(p.dout_strides[1], dk_out);
   const CudaCall call(q);
   if (blocks > 0) run(p, call);
   TILEFUSE_BY_CUDA_DTYPE(p.weight_dtype, W, {

@@ -18,8 +18,8 @@ struct QkNormRopeCall {
   Dtype weight_dtype;
   float weight_offset, eps;
   // upstream gradients, strides as in RopeTensor (backward only)
-  const void* grad[2];
-  int64_t grad_strides[2][3];
+  const void* dout[2];
+  int64_t dout_strides[2][3];
   // [blocks, 2, dim] partial gradients of the weights, and rows per block (backward only)
   float* partial;
   int64_t rows_per_block;
@@ -139,8 +139,8 @@ __global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNor
   const int dim = r.dim, warp = threadIdx.x / 32;
   const int pair_step = kInterleaved ? 1 : r.half;
   // [warps, 2, dim]; every element belongs to one lane of its warp
-  TILEFUSE_DYNAMIC_SHARED(float, weight_grads);
-  for (int i = threadIdx.x; i < kNormWarps * 2 * dim; i += kNormThreads) weight_grads[i] = 0.0f;
+  TILEFUSE_DYNAMIC_SHARED(float, dweights);
+  for (int i = threadIdx.x; i < kNormWarps * 2 * dim; i += kNormThreads) dweights[i] = 0.0f;
   __syncthreads();
 
   const int64_t rows = r.tokens * (r.tensors[0].heads + r.tensors[1].heads);
@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNor
     const RopeTensor& x = r.tensors[where.which];
     const T* in = static_cast<const T*>(x.in) + where.at(x.in_strides);
     T* out = static_cast<T*>(x.out) + where.at(x.out_strides);
-    const T* grad = static_cast<const T*>(p.grad[where.which]) + where.at(p.grad_strides[where.which]);
-    float* weight_grad = weight_grads + (warp * 2 + where.which) * dim;
+    const T* dout = static_cast<const T*>(p.dout[where.which]) + where.at(p.dout_strides[where.which]);
+    float* dweight = dweights + (warp * 2 + where.which) * dim;
     const float rstd = row_rstd<T, kWidth>(in, p);
 
     // first the lane's share of sum(g w n) and its weight gradients, then with the mean dx
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNor
         const float normed = value * rstd;
         const float scaled = g * norm_weight(p, where.which, element);
         if (!finish) {
-          weight_grad[element] += g * normed;
+          dweight[element] += g * normed;
           sum += scaled * normed;
         }
         return rstd * (scaled - normed * mean);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNor
           [&](int pair) {
             Unit g, values;
             float cos[Unit::kPairs], sin[Unit::kPairs];
-            g.load(grad, r, pair);
+            g.load(dout, r, pair);
             values.load(in, r, pair);
             load_table<Unit::kPairs>(r, where.token, pair, cos, sin);
             g.rotate(cos, sin);
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNor
             if (finish) values.store(out, r, pair);
           },
           [&](int first) {
-            const Vec<T, kWidth> g = load_vec<kWidth>(grad + first);
+            const Vec<T, kWidth> g = load_vec<kWidth>(dout + first);
             Vec<T, kWidth> values = load_vec<kWidth>(in + first);
 #pragma unroll
             for (int i = 0; i < kWidth; ++i) {
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kNormThreads, 1) qk_norm_rope_bwd_kernel(QkNor
   float* partial = p.partial + static_cast<int64_t>(blockIdx.x) * 2 * dim;
   for (int i = threadIdx.x; i < 2 * dim; i += kNormThreads) {
     float sum = 0.0f;
-    for (int w = 0; w < kNormWarps; ++w) sum += weight_grads[w * 2 * dim + i];
+    for (int w = 0; w < kNormWarps; ++w) sum += dweights[w * 2 * dim + i];
     partial[i] = sum;
   }
 }
@@ -228,8 +228,8 @@ template <typename T>
 inline bool norm_vectorizes(const QkNormRopeCall& p) {
   bool ok = rope_vectorizes<T>(p.rope) && p.rope.dim % kVec16<T> == 0;
   for (int which = 0; which < 2; ++which) {
-    for (int i = 0; i < 3 && p.grad[which] != nullptr; ++i) {
-      ok = ok && aligned(p.grad[which], p.grad_strides[which][i], sizeof(T), 16);
+    for (int i = 0; i < 3 && p.dout[which] != nullptr; ++i) {
+      ok = ok && aligned(p.dout[which], p.dout_strides[which][i], sizeof(T), 16);
     }
   }
   return ok;

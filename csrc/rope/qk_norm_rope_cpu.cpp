@@ -6,8 +6,8 @@ namespace tilefuse {
 struct QkNormRopeCall {
   RopeCall rope;
   // upstream gradients (backward only), strides as in RopeTensor
-  const void* grad[2];
-  int64_t grad_strides[2][3];
+  const void* dout[2];
+  int64_t dout_strides[2][3];
   // weight + weight_offset, [D]
   const float* weight[2];
   // per chunk of tokens and tensor, [chunks, 2, D]: partial weight gradients (backward only)
@@ -83,7 +83,7 @@ template <typename T>
 void backward_tokens(const QkNormRopeCall& norm, int64_t begin, int64_t end, float* scratch) {
   const RopeCall& call = norm.rope;
   const int64_t dim = call.dim;
-  float *x_row = scratch, *grad_row = x_row + dim, *cos_buffer = grad_row + dim, *sin_buffer = cos_buffer + call.half;
+  float *x_row = scratch, *dx_row = x_row + dim, *cos_buffer = dx_row + dim, *sin_buffer = cos_buffer + call.half;
   float* partial = norm.partial + begin / kChunk * 2 * dim;
   for (int64_t i = 0; i < 2 * dim; ++i) partial[i] = 0.0f;
   for (int64_t token = begin; token < end; ++token) {
@@ -93,24 +93,24 @@ void backward_tokens(const QkNormRopeCall& norm, int64_t begin, int64_t end, flo
     for (int which = 0; which < 2; ++which) {
       const RopeTensor& x = call.tensors[which];
       const float* weight = norm.weight[which];
-      float* weight_grad = partial + which * dim;
-      const int64_t* strides = norm.grad_strides[which];
+      float* dweight = partial + which * dim;
+      const int64_t* strides = norm.dout_strides[which];
       const T* in = static_cast<const T*>(x.in) + batch * x.in_strides[0] + place * x.in_strides[1];
-      const T* grad = static_cast<const T*>(norm.grad[which]) + batch * strides[0] + place * strides[1];
+      const T* dout = static_cast<const T*>(norm.dout[which]) + batch * strides[0] + place * strides[1];
       T* out = static_cast<T*>(x.out) + batch * x.out_strides[0] + place * x.out_strides[1];
       for (int64_t head = 0; head < x.heads;
-           ++head, in += x.in_strides[2], grad += strides[2], out += x.out_strides[2]) {
+           ++head, in += x.in_strides[2], dout += strides[2], out += x.out_strides[2]) {
         widen(in, x_row, dim);
-        widen(grad, grad_row, dim);
-        turn(call, grad_row, cos, sin);
+        widen(dout, dx_row, dim);
+        turn(call, dx_row, cos, sin);
         const float rstd = 1.0f / std::sqrt(dot(x_row, x_row, dim) / static_cast<float>(dim) + norm.eps);
         for (int64_t i = 0; i < dim; ++i) {
           x_row[i] *= rstd;
-          weight_grad[i] += grad_row[i] * x_row[i];
-          grad_row[i] *= weight[i];
+          dweight[i] += dx_row[i] * x_row[i];
+          dx_row[i] *= weight[i];
         }
-        const float mean = dot(grad_row, x_row, dim) / static_cast<float>(dim);
-        for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(rstd * (grad_row[i] - x_row[i] * mean));
+        const float mean = dot(dx_row, x_row, dim) / static_cast<float>(dim);
+        for (int64_t i = 0; i < dim; ++i) out[i] = from_float<T>(rstd * (dx_row[i] - x_row[i] * mean));
       }
     }
   }
@@ -152,7 +152,7 @@ std::vector<float> offset_weight(const Tensor& weight, double offset) {
   return out;
 }
 
-Tensor weight_grad(const std::vector<float>& partial, int which, int64_t dim, const Tensor& weight) {
+Tensor dweight(const std::vector<float>& partial, int which, int64_t dim, const Tensor& weight) {
   std::vector<double> total(dim, 0.0);
   for (size_t start = which * dim; start < partial.size(); start += 2 * dim) {
     for (int64_t i = 0; i < dim; ++i) total[i] += partial[start + i];
@@ -170,11 +170,11 @@ struct NormRope {
   std::vector<float> partial;
 };
 
-NormRope run(const Tensor* q_grad, const Tensor* k_grad, const Tensor& q, const Tensor& k, const Tensor& q_weight,
+NormRope run(const Tensor* dq_out, const Tensor* dk_out, const Tensor& q, const Tensor& k, const Tensor& q_weight,
              const Tensor& k_weight, const Tensor& cos, const Tensor& sin, const OptionalTensor& positions,
              const OptionalTensor& cu_seqlens, double eps, double weight_offset, bool interleaved,
              int64_t rotary_offset) {
-  const bool backward = q_grad != nullptr;
+  const bool backward = dq_out != nullptr;
   NormRope result{empty_contiguous(q), empty_contiguous(k), {}};
   QkNormRopeCall call{};
   call.rope = rope_call(q, &k, result.q_out, &result.k_out, cos, sin, positions, cu_seqlens, interleaved, rotary_offset,
@@ -186,9 +186,9 @@ NormRope run(const Tensor* q_grad, const Tensor* k_grad, const Tensor& q, const 
   for (int which = 0; which < 2; ++which) {
     call.weight[which] = weights[which].data();
     if (backward) {
-      const Tensor& grad = which == 0 ? *q_grad : *k_grad;
-      call.grad[which] = grad.const_data_ptr();
-      set_strides(call.grad_strides[which], grad);
+      const Tensor& dout = which == 0 ? *dq_out : *dk_out;
+      call.dout[which] = dout.const_data_ptr();
+      set_strides(call.dout_strides[which], dout);
     }
   }
   if (backward) {
@@ -209,15 +209,15 @@ std::tuple<Tensor, Tensor> qk_norm_rope_fwd(Tensor q, Tensor k, Tensor q_weight,
   return {out.q_out, out.k_out};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, Tensor q, Tensor k,
+std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k,
                                                             Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,
                                                             OptionalTensor positions, OptionalTensor cu_seqlens,
                                                             double eps, double weight_offset, bool interleaved,
                                                             int64_t rotary_offset) {
-  NormRope out = run(&q_grad, &k_grad, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset,
+  NormRope out = run(&dq_out, &dk_out, q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, weight_offset,
                      interleaved, rotary_offset);
   const int64_t dim = q.size(q.dim() - 1);
-  return {out.q_out, out.k_out, weight_grad(out.partial, 0, dim, q_weight), weight_grad(out.partial, 1, dim, k_weight)};
+  return {out.q_out, out.k_out, dweight(out.partial, 0, dim, q_weight), dweight(out.partial, 1, dim, k_weight)};
 }
 
 }  // namespace

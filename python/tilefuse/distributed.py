@@ -278,10 +278,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @library.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, dout):
         (inverse,) = ctx.saved_tensors
         top_k, shape = ctx.options
-        rows = grad.reshape(grad.shape[0], math.prod(shape[1:]))
+        rows = dout.reshape(dout.shape[0], math.prod(shape[1:]))
         return moe_combine_fwd(rows, inverse, None, top_k).view(shape), None, None, None, None
 
 
@@ -297,6 +297,6 @@ class _AllToAll(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        back = ctx.parallel._exchange(grad, ctx.receive, ctx.send, f"backward of {ctx.step}")
+    def backward(ctx, dout):
+        back = ctx.parallel._exchange(dout, ctx.receive, ctx.send, f"backward of {ctx.step}")
         return back, None, None, None, None

@@ -371,9 +371,6 @@ def call(q, k, v):
     check_memory(backend, prepare)
 
 
-# ---- patterns ----
-
-
 def sparse_transformer(kind, n, stride, summary):
     """The masks of the paper, in plain integers."""
     dense = torch.zeros(n, n, dtype=torch.bool)

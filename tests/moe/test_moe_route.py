@@ -316,9 +316,6 @@ def test_16_compile(name):
         assert_bit_equal(x.grad, y.grad)
 
 
-# ---- Hugging Face's routers ----
-
-
 def hugging_face(model):
     """(router, options of moe_route, bias or None), random weights, float32."""
     if model == "mixtral":
@@ -409,8 +406,6 @@ def test_equals_hugging_face_router(model, where):
         ours.cpu().gather(-1, by_our_id.indices), weights.gather(-1, by_id.indices).float(), rtol=4e-6, atol=1e-7
     )
 
-
-# ---- errors ----
 
 L = torch.zeros(4, 8)
 

@@ -83,10 +83,10 @@ def _norm_rope_block(
 
 @triton.jit
 def _norm_rope_bwd_block(
-    grad_ptr,
-    grad_sb,
-    grad_ss,
-    grad_sh,
+    dout_ptr,
+    dout_sb,
+    dout_ss,
+    dout_sh,
     x_ptr,
     x_sb,
     x_ss,
@@ -111,7 +111,7 @@ def _norm_rope_bwd_block(
     head = head_block * L.BLOCK_H + tl.arange(0, L.BLOCK_H)
     mask = (token_mask[:, None] & (head < HEADS)[None, :])[:, :, None]
     head = head.to(tl.int64)[None, :]
-    grad_row = grad_ptr + ((batch * grad_sb + place * grad_ss)[:, None] + head * grad_sh)[:, :, None] * L.VEC
+    dout_row = dout_ptr + ((batch * dout_sb + place * dout_ss)[:, None] + head * dout_sh)[:, :, None] * L.VEC
     x_row = x_ptr + ((batch * x_sb + place * x_ss)[:, None] + head * x_sh)[:, :, None] * L.VEC  # [BLOCK_T, BLOCK_H, 1]
     out_row = out_ptr + ((batch * out_sb + place * out_ss)[:, None] + head * out_sh)[:, :, None] * L.VEC
     cos = cos[:, None, :]
@@ -122,7 +122,7 @@ def _norm_rope_bwd_block(
     # the rotary slice: gradients turned back, then both sums over the row
     if L.INTERLEAVED:
         inside = mask & (wide < 2 * L.HALF)
-        g = tl.load(grad_row + L.OFFSET + wide, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R]
+        g = tl.load(dout_row + L.OFFSET + wide, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R]
         ga, gb = tl.split(tl.reshape(g, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
         x = tl.load(x_row + L.OFFSET + wide, inside, 0.0).to(tl.float32)
         xa, xb = tl.split(tl.reshape(x, (L.BLOCK_T, L.BLOCK_H, L.BLOCK_HALF, 2)))
@@ -130,8 +130,8 @@ def _norm_rope_bwd_block(
         wa, wb = tl.split(tl.reshape(weight, (1, 1, L.BLOCK_HALF, 2)))
     else:
         inside = mask & (pair < L.HALF)
-        ga = tl.load(grad_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R / 2]
-        gb = tl.load(grad_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
+        ga = tl.load(dout_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, R / 2]
+        gb = tl.load(dout_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
         xa = tl.load(x_row + L.OFFSET + pair, inside, 0.0).to(tl.float32)
         xb = tl.load(x_row + L.OFFSET + L.HALF + pair, inside, 0.0).to(tl.float32)
         wa = tl.load(weight_ptr + L.OFFSET + pair, pair < L.HALF, 0.0).to(tl.float32) + weight_offset
@@ -145,7 +145,7 @@ def _norm_rope_bwd_block(
         ):
             inside = dim < (L.OFFSET if part == 0 else L.D) - start
             x = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)
-            g = tl.load(grad_row + start + dim, mask & inside, 0.0).to(tl.float32)
+            g = tl.load(dout_row + start + dim, mask & inside, 0.0).to(tl.float32)
             w = tl.load(weight_ptr + start + dim, inside, 0.0).to(tl.float32) + weight_offset
             square += tl.sum(x * x, 2)
             cross += tl.sum(g * w * x, 2)
@@ -180,7 +180,7 @@ def _norm_rope_bwd_block(
         ):
             inside = dim < (L.OFFSET if part == 0 else L.D) - start
             x = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32) * rstd
-            g = tl.load(grad_row + start + dim, mask & inside, 0.0).to(tl.float32)
+            g = tl.load(dout_row + start + dim, mask & inside, 0.0).to(tl.float32)
             w = tl.load(weight_ptr + start + dim, inside, 0.0).to(tl.float32) + weight_offset
             tl.store(out_row + start + dim, (rstd * (g * w - x * mean)).to(out_ptr.dtype.element_ty), mask & inside)
             inside = flat < (L.OFFSET if part == 0 else L.D) - start
@@ -297,21 +297,21 @@ def qk_norm_rope_fwd_kernel(
         )
 
 
-@triton.jit(do_not_specialize=[*_RUNTIME, "qg_sb", "qg_ss", "qg_sh", "kg_sb", "kg_ss", "kg_sh"])
+@triton.jit(do_not_specialize=[*_RUNTIME, "dq_out_sb", "dq_out_ss", "dq_out_sh", "dk_out_sb", "dk_out_ss", "dk_out_sh"])
 def qk_norm_rope_bwd_kernel(
-    qg_ptr,
-    qg_sb,
-    qg_ss,
-    qg_sh,
+    dq_out_ptr,
+    dq_out_sb,
+    dq_out_ss,
+    dq_out_sh,
     q_ptr,
     q_sb,
     q_ss,
     q_sh,
     dq_ptr,
-    kg_ptr,
-    kg_sb,
-    kg_ss,
-    kg_sh,
+    dk_out_ptr,
+    dk_out_sb,
+    dk_out_ss,
+    dk_out_sh,
     k_ptr,
     k_sb,
     k_ss,
@@ -366,10 +366,10 @@ def qk_norm_rope_bwd_kernel(
     if block < q_blocks:
         partial = q_partial_ptr + (tl.program_id(0).to(tl.int64) * q_blocks + block) * L.D
         _norm_rope_bwd_block(
-            qg_ptr,
-            qg_sb,
-            qg_ss,
-            qg_sh,
+            dq_out_ptr,
+            dq_out_sb,
+            dq_out_ss,
+            dq_out_sh,
             q_ptr,
             q_sb,
             q_ss,
@@ -394,10 +394,10 @@ def qk_norm_rope_bwd_kernel(
     else:
         partial = k_partial_ptr + (tl.program_id(0).to(tl.int64) * k_blocks + block - q_blocks) * L.D
         _norm_rope_bwd_block(
-            kg_ptr,
-            kg_sb,
-            kg_ss,
-            kg_sh,
+            dk_out_ptr,
+            dk_out_sb,
+            dk_out_ss,
+            dk_out_sh,
             k_ptr,
             k_sb,
             k_ss,

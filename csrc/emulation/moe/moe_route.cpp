@@ -50,14 +50,14 @@ TILEFUSE_EMULATION(m) {
   });
 
   m.def("run_backward",
-        [](int dtype, uintptr_t grad, uintptr_t logits, int64_t stride, uintptr_t ids, uintptr_t grad_logits,
+        [](int dtype, uintptr_t dweights, uintptr_t logits, int64_t stride, uintptr_t ids, uintptr_t dlogits,
            int64_t tokens, int experts, int top_k, int score, bool renormalize, float scale, bool nan_zero) {
           MoeRouteBwdCall p{};
-          p.dweights = emulation::pointer<const float>(grad);
+          p.dweights = emulation::pointer<const float>(dweights);
           p.logits = emulation::pointer<const void>(logits);
           p.stride = stride;
           p.ids = emulation::pointer<const int>(ids);
-          p.dlogits = emulation::pointer<void>(grad_logits);
+          p.dlogits = emulation::pointer<void>(dlogits);
           p.tokens = tokens;
           p.experts = experts;
           p.top_k = top_k;

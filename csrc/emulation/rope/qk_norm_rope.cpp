@@ -17,12 +17,11 @@ const void* set_rows(int64_t* strides, const Rows& rows) {
   return reinterpret_cast<const void*>(rows[0]);
 }
 
-// tensors: q, its output, k, its output; grads: of q and k, or empty; place: address, wide?, three strides (positions)
+// tensors: q, its output, k, its output; douts: of q and k, or empty; place: address, wide?, three strides (positions)
 // or the count (bounds), after a 0 for none, 1 for positions or 2 for bounds
-void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& grads, const std::vector<int64_t>& sizes,
+void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& douts, const std::vector<int64_t>& sizes,
          const Rows& cos, const Rows& sin, const Rows& place, const std::vector<uintptr_t>& weights, int weight_dtype,
-         float eps, float weight_offset, bool interleaved, uintptr_t partial,
-         const std::vector<uintptr_t>& weight_grads) {
+         float eps, float weight_offset, bool interleaved, uintptr_t partial, const std::vector<uintptr_t>& dweights) {
   QkNormRopeCall p{};
   RopeCall& r = p.rope;
   for (int which = 0; which < 2; ++which) {
@@ -31,7 +30,7 @@ void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& g
     x.out = const_cast<void*>(set_rows(x.out_strides, tensors[2 * which + 1]));
     x.heads = static_cast<int>(tensors[2 * which][4]);
     p.weight[which] = emulation::pointer<const void>(weights[which]);
-    if (!grads.empty()) p.grad[which] = set_rows(p.grad_strides[which], grads[which]);
+    if (!douts.empty()) p.dout[which] = set_rows(p.dout_strides[which], douts[which]);
   }
   r.tokens = sizes[0];
   r.seq_len = sizes[1];
@@ -51,12 +50,12 @@ void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& g
     r.num_bounds = static_cast<int>(place[3]);
   }
   r.interleaved = interleaved;
-  r.conjugate = !grads.empty();
+  r.conjugate = !douts.empty();
   r.copy = true;
   p.weight_dtype = static_cast<Dtype>(weight_dtype);
   p.weight_offset = weight_offset;
   p.eps = eps;
-  p.partial = grads.empty() ? nullptr : emulation::pointer<float>(partial);
+  p.partial = douts.empty() ? nullptr : emulation::pointer<float>(partial);
   const int64_t rows = r.tokens * (r.tensors[0].heads + r.tensors[1].heads);
   p.rows_per_block = norm_rows_per_block(rows);
   const auto launch = [&](auto kernel, int64_t blocks, int shared) {
@@ -67,13 +66,13 @@ void run(int dtype, const std::vector<Rows>& tensors, const std::vector<Rows>& g
     if (dtype == 1) norm_rope_launch<bf16>(p, launch);
     if (dtype == 2) norm_rope_launch<f16>(p, launch);
   }
-  if (grads.empty()) return;
+  if (douts.empty()) return;
   const int blocks = rows > 0 ? static_cast<int>(ceil_div(rows, p.rows_per_block)) : 0;
   const auto sum = [&](auto type) {
     using W = decltype(type);
     emulation::launch(dim3(ceil_div(2 * r.dim, kNormThreads)), dim3(kNormThreads), 0, [&] {
-      qk_norm_rope_weight_kernel<W>(p.partial, blocks, r.dim, emulation::pointer<W>(weight_grads[0]),
-                                    emulation::pointer<W>(weight_grads[1]));
+      qk_norm_rope_weight_kernel<W>(p.partial, blocks, r.dim, emulation::pointer<W>(dweights[0]),
+                                    emulation::pointer<W>(dweights[1]));
     });
   };
   if (weight_dtype == 0) sum(float{});

@@ -9,8 +9,6 @@ using emulation::pointer;
 
 namespace {
 
-// ---- indices and shared memory ----
-
 __global__ void indices(int* out) {
   const unsigned block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
@@ -67,8 +65,6 @@ __global__ void unwritten_local(float* out, int n) {
   out[threadIdx.x] = values[threadIdx.x % 8];
 }
 
-// ---- warps ----
-
 __global__ void shuffle(const int* x, int* out, int kind, int argument, int width, unsigned mask) {
   const int i = threadIdx.x;
   if ((mask >> (i % 32) & 1u) == 0) return;
@@ -122,8 +118,6 @@ __global__ void barrier_votes(const int* x, int* out) {
   out[2 * n + i] = __syncthreads_or(x[i]);
 }
 
-// ---- atomics ----
-
 __global__ void histogram(const int* x, int* counts, int* largest, unsigned* ticket, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
@@ -146,8 +140,6 @@ __global__ void unlocked(int* counter) {
   *counter = seen + 1;
 }
 
-// ---- asynchronous copies ----
-
 template <bool Wait>
 __global__ void pipeline(const float* x, float* out, int tiles) {
   __shared__ __align__(16) float buffer[2][128];
@@ -163,8 +155,6 @@ __global__ void pipeline(const float* x, float* out, int tiles) {
     __syncthreads();
   }
 }
-
-// ---- faults ----
 
 __global__ void fault(const char* name, float* data, int zero) {
   const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
@@ -200,8 +190,6 @@ __global__ void fault(const char* name, float* data, int zero) {
   }
   if (is("async misaligned")) cp_async_16(buffer, data + 1);
 }
-
-// ---- intrinsics ----
 
 __global__ void integers(const int* x, const int* y, int* out, int n) {
   const int i = threadIdx.x;

@@ -31,9 +31,9 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     @library.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, dout):
         weight, scale = ctx.saved_tensors
-        return grad @ fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=grad.dtype), *[None] * 5
+        return dout @ fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=dout.dtype), *[None] * 5
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scale_format: str, eps: float) -> Tensor:

@@ -71,9 +71,9 @@ class _CountInBackward(torch.autograd.Function):
         return weights.view_as(weights)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, dout):
         ctx.counts += _histogram(ctx.ids, ctx.counts.shape[0])
-        return grad, None, None
+        return dout, None, None
 
 
 class _ScaledGradient(torch.autograd.Function):
@@ -83,8 +83,8 @@ class _ScaledGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.factor, None
+    def backward(ctx, dout):
+        return dout * ctx.factor, None
 
 
 class _Router(nn.Module):

@@ -87,9 +87,9 @@ class _Linear(torch.autograd.Function):
         return _linear(x, weight, scale, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale = ctx.saved_tensors
-        return grad @ fp8_dequantize(weight, _scale(scale), block=TILE, out_dtype=grad.dtype), None, None, None
+        return dout @ fp8_dequantize(weight, _scale(scale), block=TILE, out_dtype=dout.dtype), None, None, None
 
 
 def _linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,16 +140,16 @@ class _Grouped(torch.autograd.Function):
         return fp8_grouped_matmul(*fp8_quantize(x), weight, scale, offsets, out_dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, offsets = ctx.saved_tensors
-        experts = max(1, _DEQUANTISED_BYTES // (weight[0].numel() * grad.element_size()))
-        grad_x = grad.new_zeros(grad.shape[0], weight.shape[2])
+        experts = max(1, _DEQUANTISED_BYTES // (weight[0].numel() * dout.element_size()))
+        dx = dout.new_zeros(dout.shape[0], weight.shape[2])
         for start in range(0, weight.shape[0], experts):
             some = slice(start, start + experts)
-            wide = fp8_dequantize(weight[some], scale[some], block=TILE, out_dtype=grad.dtype)
+            wide = fp8_dequantize(weight[some], scale[some], block=TILE, out_dtype=dout.dtype)
             # rows of other experts are zero
-            grad_x += grouped_matmul(grad, wide.transpose(1, 2), offsets[start : start + experts + 1])
-        return grad_x, None, None, None
+            dx += grouped_matmul(dout, wide.transpose(1, 2), offsets[start : start + experts + 1])
+        return dx, None, None, None
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

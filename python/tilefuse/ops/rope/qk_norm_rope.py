@@ -42,7 +42,7 @@ def _fake(q, k, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps, _offse
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _fake_bwd(q_grad, k_grad, q, k, q_weight, k_weight, *rest):
+def _fake_bwd(dq_out, dk_out, q, k, q_weight, k_weight, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), q_weight.new_empty(q.shape[-1]), k_weight.new_empty(q.shape[-1])
 
 
@@ -56,7 +56,7 @@ qk_norm_rope_fwd = kernel(
     f"qk_norm_rope_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", module=_MODULE, fake=_fake, backends=_BACKENDS
 )
 qk_norm_rope_bwd = kernel(
-    f"qk_norm_rope_bwd(Tensor q_grad, Tensor k_grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"qk_norm_rope_bwd(Tensor dq_out, Tensor dk_out, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_bwd,
     backends=_BACKENDS,
@@ -74,9 +74,10 @@ class _QKNormRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, q_grad, k_grad):
-        grads = qk_norm_rope_bwd(contiguous_rows(q_grad), contiguous_rows(k_grad), *ctx.saved_tensors, *ctx.options)
-        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad)), *(None,) * 8
+    def backward(ctx, dq_out, dk_out):
+        given = (contiguous_rows(dq_out), contiguous_rows(dk_out))
+        gradients = qk_norm_rope_bwd(*given, *ctx.saved_tensors, *ctx.options)
+        return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), *(None,) * 8
 
 
 @op(

@@ -195,15 +195,16 @@ class _RopeQK(torch.autograd.Function):
         return q_out, k_out
 
     @staticmethod
-    def backward(ctx, q_grad, k_grad):
+    def backward(ctx, dq_out, dk_out):
+        dq = dk = None
         rest = (*ctx.saved_tensors, *ctx.options)
-        if q_grad is not None and k_grad is not None:
-            q_grad, k_grad = _apply_qk(q_grad, k_grad, rest)
-        elif q_grad is not None:
-            q_grad = _apply(q_grad, rest)
-        elif k_grad is not None:
-            k_grad = _apply(k_grad, rest)
-        return q_grad, k_grad, *(None,) * 9
+        if dq_out is not None and dk_out is not None:
+            dq, dk = _apply_qk(dq_out, dk_out, rest)
+        elif dq_out is not None:
+            dq = _apply(dq_out, rest)
+        elif dk_out is not None:
+            dk = _apply(dk_out, rest)
+        return dq, dk, *(None,) * 9
 
 
 def _apply(x: Tensor, rest: tuple[Any, ...]) -> Tensor:

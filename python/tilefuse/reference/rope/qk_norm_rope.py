@@ -33,8 +33,8 @@ def qk_norm_rope_fwd(
 
 
 def qk_norm_rope_bwd(
-    q_grad,
-    k_grad,
+    dq_out,
+    dk_out,
     q,
     k,
     q_weight,
@@ -50,13 +50,13 @@ def qk_norm_rope_bwd(
 ):
     cos, sin = compute_tables("qk_norm_rope", q, cos, sin, positions, cu_seqlens, True, (), False)
 
-    def one(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        grad = _turn(grad.to(cos.dtype), cos, sin, interleaved, rotary_offset)
+    def one(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        dout = _turn(dout.to(cos.dtype), cos, sin, interleaved, rotary_offset)
         normed, rstd = _norm(x.to(cos.dtype), eps)
-        weight_grad = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * (weight.to(cos.dtype) + weight_offset)
-        x_grad = rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True))
-        return x_grad.to(x.dtype).contiguous(), weight_grad.to(weight.dtype)
+        dweight = (dout * normed).flatten(0, -2).sum(0)
+        dout = dout * (weight.to(cos.dtype) + weight_offset)
+        dx = rstd * (dout - normed * (dout * normed).mean(-1, keepdim=True))
+        return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype)
 
-    (dq, dq_weight), (dk, dk_weight) = one(q_grad, q, q_weight), one(k_grad, k, k_weight)
+    (dq, dq_weight), (dk, dk_weight) = one(dq_out, q, q_weight), one(dk_out, k, k_weight)
     return dq, dk, dq_weight, dk_weight
