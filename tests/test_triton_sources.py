@@ -3,12 +3,14 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tilefuse import library
 from tilefuse.backends import triton_missing
 
 ROOT = Path(__file__).resolve().parent.parent / "triton_kernels"
@@ -37,6 +39,26 @@ def test_launches_go_to_the_device_of_the_arguments(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and node.args:
             guards = [ast.unparse(item) for a in ancestors(node) if isinstance(a, ast.With) for item in a.items]
             assert any(g.startswith("on_device(") for g in guards), f"{path.name}:{node.lineno}"
+
+
+def kernel_names(path):
+    """Names of the kernels that a file launches."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            yield ast.unparse(node.func.value)
+
+
+# of several kernel ops, called as the ops' module
+SHARED = ("rope_kernel", "mla_absorb_query_kernel", "grouped_matmul_gather_kernel")
+
+
+@each_file
+def test_kernels_are_called_as_their_kernel_ops(path):
+    """What a profile shows leads to the op: CONTRIBUTING's dialect."""
+    module = f"{path.parent.name}/{path.stem}"
+    ops = [name for name, kernel in library.kernels().items() if kernel.module == module]
+    for name in kernel_names(path):
+        assert name in SHARED or re.fullmatch(rf"({'|'.join(ops)})(_[a-z_]+)?_kernel", name), name
 
 
 def is_dot(node):

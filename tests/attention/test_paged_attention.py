@@ -274,7 +274,7 @@ def test_chunks_past_a_sequence_are_neither_written_nor_read(record_launches, tr
     with poisoned():
         out, lse = tilefuse.paged_attention(q, k, v, table, lengths)
     (_, grid, args), (merge, _, _) = launches
-    assert grid[1] == 8 and merge == "paged_attention_merge_kernel"
+    assert grid[1] == 8 and merge == "paged_attention_fwd_merge_kernel"
     parts, part_lse = args[3], args[4]
     # a sequence without keys has one chunk, which is empty
     for b, written in enumerate((3, 1, 1)):

@@ -140,7 +140,7 @@ def global_attention_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def global_attention_merge_kernel(parts_ptr, part_lse_ptr, out_rows, lse_ptr, places, sk, count, heads, chunks, C):
+def global_attention_fwd_merge_kernel(parts_ptr, part_lse_ptr, out_rows, lse_ptr, places, sk, count, heads, chunks, C):
     """One global row, merged and written to its token; a row that does not exist is written nowhere."""
     h = (tl.program_id(0) % heads).to(tl.int64)
     g = tl.program_id(0) // heads % count
@@ -409,7 +409,7 @@ def global_attention_fwd(
         global_attention_fwd_kernel[(batch * heads * triton.cdiv(count, tile.block_m), chunks)](
             *problem.rows, *parts, problem.places, *problem.counts(heads), scale, constants, **launch_options(tile)
         )
-        global_attention_merge_kernel[(batch * count * heads,)](
+        global_attention_fwd_merge_kernel[(batch * count * heads,)](
             *parts, Rows.of(out), lse, problem.places, length, count, heads, chunks, constants, num_warps=1
         )
     return out, lse
@@ -488,7 +488,7 @@ def aot_cases():
 
     plain = dict.fromkeys(
         (
-            "global_attention_merge_kernel",
+            "global_attention_fwd_merge_kernel",
             "global_attention_bwd_q_sum_kernel",
             "window_attention_bwd_prefix_sum_kernel",
         ),

@@ -120,7 +120,7 @@ def _span(lengths_ptr, b, tile, sq, group, page_size, table_width, left, right, 
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def paged_attention_chunk_kernel(
+def paged_attention_fwd_kernel(
     q_rows,
     k_rows,
     v_rows,
@@ -197,7 +197,7 @@ def paged_attention_chunk_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def paged_attention_merge_kernel(
+def paged_attention_fwd_merge_kernel(
     parts_ptr,
     part_lse_ptr,
     out_ptr,
@@ -323,11 +323,11 @@ def paged_attention_fwd(
     counts = (sq, kv_heads, group, pages, page_size, table_width, block_table.stride(0), left, right, chunk)
     scores = Scores(scale * k_scale, softcap, v_scale, sinks, alibi_slopes)
     with on_device(q):
-        paged_attention_chunk_kernel[(batch * kv_heads * tiles, chunks)](
+        paged_attention_fwd_kernel[(batch * kv_heads * tiles, chunks)](
             *rows, *parts, block_table, seq_lens, scores, *counts, compiled, **launch_options(tile)
         )
         if chunks > 1:
-            paged_attention_merge_kernel[(batch * sq * heads,)](
+            paged_attention_fwd_merge_kernel[(batch * sq * heads,)](
                 *parts, out, lse, seq_lens, scores, *counts, chunks, compiled, num_warps=1
             )
     return out, lse
@@ -360,5 +360,5 @@ def aot_cases():
                 *per_head,
                 softcap=30.0 if extra else 0.0,
             ),
-            expect={"nvidia": ("MMA",), "paged_attention_merge_kernel": ()} if dtype != "fp32" else (),
+            expect={"nvidia": ("MMA",), "paged_attention_fwd_merge_kernel": ()} if dtype != "fp32" else (),
         )

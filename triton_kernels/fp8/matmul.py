@@ -6,7 +6,7 @@ sum: Hopper's FP8 tensor cores keep about 14 bits inside one accumulator, and th
 * ``fp8_matmul_fwd_kernel``: loads through pointers; any GPU, any strides, any sizes. sm_80 has no FP8 at all: codes
   are loaded as bytes and widened to bfloat16, which holds them exactly. For few rows the operands swap places, so that
   the weight fills the matrix unit's 64 rows and the activation its narrow side; where a weight has too few columns for
-  all multiprocessors, K is split among programs, and ``fp8_matmul_fwd_parts_kernel`` adds the parts in a fixed order.
+  all multiprocessors, K is split among programs, and ``fp8_matmul_fwd_sum_kernel`` adds the parts in a fixed order.
 * ``fp8_matmul_fwd_tma_kernel``: sm_90; persistent, loads through TMA descriptors made on the device, and
   warp-specialised by the compiler: one warp group loads while two others, out of phase, multiply and add up.
 """
@@ -197,7 +197,7 @@ def fp8_matmul_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["m", "parts"])
-def fp8_matmul_fwd_parts_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: tl.constexpr):
+def fp8_matmul_fwd_sum_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: tl.constexpr):
     """out [M, N] from parts [parts, M, N], added in their order, with the bias and one rounding."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < m * n
@@ -402,7 +402,7 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
             **tile.constants,
         )
         if split:
-            fp8_matmul_fwd_parts_kernel[(triton.cdiv(m * n, 512),)](
+            fp8_matmul_fwd_sum_kernel[(triton.cdiv(m * n, 512),)](
                 parts, bias, out, m, n, tile.split, BLOCK=512, num_warps=4
             )
     return out
@@ -423,5 +423,5 @@ def aot_cases():
             yield AotCase(
                 f"m{m}_n{n}_{name}",
                 call("fp8_matmul", a, scales[0], b, scales[1], tensor("fp32", n)),
-                expect=MATRIX_UNIT | {"fp8_matmul_fwd_parts_kernel": ()},
+                expect=MATRIX_UNIT | {"fp8_matmul_fwd_sum_kernel": ()},
             )

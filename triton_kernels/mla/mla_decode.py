@@ -236,7 +236,7 @@ def mla_decode_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def mla_decode_fwd_combine_kernel(
+def mla_decode_fwd_merge_kernel(
     partial_ptr,
     partial_lse_ptr,
     seq_lens_ptr,
@@ -456,7 +456,7 @@ def attend(
             **constants(tile),
         )
         if not direct:
-            mla_decode_fwd_combine_kernel[(sequences * rows,)](
+            mla_decode_fwd_merge_kernel[(sequences * rows,)](
                 partial,
                 partial_lse,
                 seq_lens,
@@ -537,6 +537,6 @@ def aot_cases():
         yield AotCase(
             name,
             call(op, q, cache, *where, **options),
-            expect={"nvidia": products, "mla_decode_fwd_combine_kernel": ("LDG.128",)},
+            expect={"nvidia": products, "mla_decode_fwd_merge_kernel": ("LDG.128",)},
             allow_spill="an accumulator of 16 x 1024 beside keys of 1024 columns" if rank > 512 else None,
         )

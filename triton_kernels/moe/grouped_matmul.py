@@ -150,7 +150,7 @@ def grouped_matmul_wgrad_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "a_rows", "index_div"])
-def gather_rows_kernel(
+def grouped_matmul_gather_kernel(
     a: Matrix,
     index_ptr,
     out_ptr,
@@ -320,7 +320,7 @@ def gathered(a, index, offsets, index_div):
     if rows and k:
         block_k = min(1024, triton.next_power_of_2(k))
         with on_device(a):
-            gather_rows_kernel[(triton.cdiv(rows, 4), triton.cdiv(k, block_k))](
+            grouped_matmul_gather_kernel[(triton.cdiv(rows, 4), triton.cdiv(k, block_k))](
                 Matrix.of(a),
                 index,
                 out,

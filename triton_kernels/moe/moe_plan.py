@@ -33,7 +33,7 @@ def _place(order_ptr, inverse_ptr, slot, slots, expert, position, EXPERTS: tl.co
 
 
 @triton.jit(do_not_specialize=["slots", "slot_programs"])
-def moe_plan_all_pairs_kernel(
+def moe_plan_fwd_all_pairs_kernel(
     ids_ptr,
     order_ptr,
     inverse_ptr,
@@ -66,7 +66,7 @@ def moe_plan_all_pairs_kernel(
 
 
 @triton.jit(do_not_specialize=["slots", "chunks"])
-def moe_plan_count_kernel(
+def moe_plan_fwd_count_kernel(
     ids_ptr,
     counts_ptr,
     slots,
@@ -85,7 +85,7 @@ def moe_plan_count_kernel(
 
 
 @triton.jit(do_not_specialize=["chunks"])
-def moe_plan_scan_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
+def moe_plan_fwd_scan_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
     """Exclusive scan over the chunks of one expert, in place."""
     expert = tl.program_id(0)
     row = counts_ptr + expert.to(tl.int64) * chunks
@@ -99,7 +99,7 @@ def moe_plan_scan_kernel(counts_ptr, totals_ptr, chunks, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["slots", "chunks"])
-def moe_plan_place_kernel(
+def moe_plan_fwd_place_kernel(
     ids_ptr,
     counts_ptr,
     totals_ptr,
@@ -161,17 +161,17 @@ def moe_plan_fwd(ids, num_experts):
     grid = (programs + triton.cdiv(num_experts + 1, tile.block),)
     with on_device(ids):
         if slots <= ALL_PAIRS_SLOTS:
-            moe_plan_all_pairs_kernel[grid](
+            moe_plan_fwd_all_pairs_kernel[grid](
                 ids, order, inverse, offsets, slots, programs, EXPERTS=num_experts, **constants(tile)
             )
             return order, inverse, offsets
         counts = ids.new_empty((num_experts + 1, programs), dtype=torch.int32)
         totals = ids.new_empty((num_experts + 1,), dtype=torch.int32)
-        moe_plan_count_kernel[(programs,)](
+        moe_plan_fwd_count_kernel[(programs,)](
             ids, counts, slots, programs, EXPERTS=num_experts, BLOCK=tile.block, BLOCK_E=32, num_warps=tile.num_warps
         )
-        moe_plan_scan_kernel[(num_experts + 1,)](counts, totals, programs, BLOCK=1024, num_warps=4)
-        moe_plan_place_kernel[grid](
+        moe_plan_fwd_scan_kernel[(num_experts + 1,)](counts, totals, programs, BLOCK=1024, num_warps=4)
+        moe_plan_fwd_place_kernel[grid](
             ids, counts, totals, order, inverse, offsets, slots, programs, EXPERTS=num_experts, **constants(tile)
         )
     return order, inverse, offsets
