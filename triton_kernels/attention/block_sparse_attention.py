@@ -6,7 +6,6 @@ products of this one.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,8 +18,10 @@ from torch import Tensor
 from ... import arch
 from ..common.flash import (
     LOG2E,
+    Config,
     Results,
     Width,
+    constants_of,
     dkdv_step,
     dots,
     dq_step,
@@ -35,7 +36,6 @@ from ..common.flash import (
     softmax_step,
     store_head,
     values_of,
-    width,
     zeros,
 )
 from ..common.launch import launch_options, on_device
@@ -253,14 +253,6 @@ def block_sparse_attention_bwd_kv_kernel(
     store_head(head_of(dv_rows, b, 0, kv_head), n, valid, dv, C.V)
 
 
-@dataclass(frozen=True)
-class Config:
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 def _within(block_size: int, m: int, n: int, num_warps: int, num_stages: int) -> Config:
     """Pieces no larger than a block needs."""
     whole = max(16, triton.next_power_of_2(block_size))
@@ -292,13 +284,6 @@ def dkdv_config(head_dim: int, element_size: int, block_size: int, target: str) 
     if head_dim > 128:
         return _within(block_size, 16 if target.startswith("gfx") else 32, 32, 8, 1)
     return _within(block_size, 32, 64, 4, 2) if head_dim <= 64 else _within(block_size, 32, 64, 8, 1)
-
-
-@functools.lru_cache
-def constants(
-    d: int, dv: int, block_size: int, block_m: int, block_n: int, masked: bool, causal: bool, dlse: bool
-) -> Constants:
-    return Constants(width(d), width(dv), *map(tl.constexpr, (block_size, block_m, block_n, masked, causal, dlse)))
 
 
 @dataclass(frozen=True)
@@ -339,7 +324,7 @@ class Problem:
         d, dv = self.q.shape[-1], self.v.shape[-1]
         tile = choose(max(padded(d), padded(dv)), self.q.element_size(), self.block_size, arch.of(self.q.device))
         flags = (self.key_mask is not None, self.causal, dlse)
-        return tile, constants(d, dv, self.block_size, tile.block_m, tile.block_n, *flags)
+        return tile, constants_of(Constants, d, dv, self.block_size, tile.block_m, tile.block_n, *flags)
 
 
 def _problem(
@@ -366,12 +351,12 @@ def block_sparse_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options) -> tup
     lse = torch.empty((batch, heads, sq), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    tile, constants = problem.config(fwd_config)
+    tile, compiled = problem.config(fwd_config)
     programs = batch * problem.blocks[0] * triton.cdiv(problem.block_size, tile.block_m) * heads
     lists = problem.lists
     with on_device(q):
         block_sparse_attention_fwd_kernel[(programs,)](
-            *problem.rows, Rows.of(out), lse, lists, *problem.counts(lists, heads), constants, **launch_options(tile)
+            *problem.rows, Rows.of(out), lse, lists, *problem.counts(lists, heads), compiled, **launch_options(tile)
         )
     return out, lse
 
@@ -386,19 +371,19 @@ def block_sparse_attention_bwd(
     results = Results.of(out, dout, lse, dlse, delta)
     rows, outs, lists = (*problem.rows, results), (Rows.of(dk), Rows.of(dv)), problem.lists
     if dq.numel():
-        tile, constants = problem.config(dq_config, dlse is not None)
+        tile, compiled = problem.config(dq_config, dlse is not None)
         programs = batch * problem.blocks[0] * triton.cdiv(problem.block_size, tile.block_m) * heads
         with on_device(q):
             block_sparse_attention_bwd_q_kernel[(programs,)](
-                *rows, Rows.of(dq), lists, *problem.counts(lists, heads), constants, **launch_options(tile)
+                *rows, Rows.of(dq), lists, *problem.counts(lists, heads), compiled, **launch_options(tile)
             )
     if dk.numel():
-        tile, constants = problem.config(dkdv_config)
+        tile, compiled = problem.config(dkdv_config)
         lists = Lists(*transpose_lists(lists.offsets, lists.index, problem.blocks[1]))
         programs = batch * problem.blocks[1] * triton.cdiv(problem.block_size, tile.block_n) * kv_heads
         with on_device(q):
             block_sparse_attention_bwd_kv_kernel[(programs,)](
-                *rows, *outs, lists, *problem.counts(lists, kv_heads), constants, **launch_options(tile)
+                *rows, *outs, lists, *problem.counts(lists, kv_heads), compiled, **launch_options(tile)
             )
     return dq, dk, dv
 

@@ -27,7 +27,7 @@ def merge_chunks(parts_ptr, part_lse_ptr, row, row_lse, count, chunks, sink, W, 
     for chunk in range(count):
         lse = tl.load(part_lse_ptr + row_lse * chunks + chunk) * LOG2E
         pointers = parts_ptr + (row * chunks + chunk) * W.D + columns
-        part = tl.load(pointers, mask=(columns < W.D) & (lse > float("-inf")), other=0.0)
+        part = tl.load(pointers, mask=(columns < W.D) & (lse > float("-inf")), other=0.0)  # [D]
         new_top = tl.maximum(top, lse)
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         alpha = tl.exp2(top - safe)

@@ -7,7 +7,6 @@ all keys, split over the keys; their results replace the rows' own.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,10 +19,12 @@ from torch import Tensor
 from ... import arch
 from ..common.flash import (
     LOG2E,
+    Config,
     Head,
     Results,
     Width,
     added,
+    constants_of,
     dkdv_step,
     dots,
     dq_step,
@@ -38,7 +39,6 @@ from ..common.flash import (
     softmax_step,
     store_head,
     values_of,
-    width,
     zeros,
 )
 from ..common.launch import launch_options, on_device
@@ -193,7 +193,7 @@ def global_attention_bwd_q_sum_kernel(parts_ptr, dq_rows, places, count, heads, 
     dq = tl.zeros([C.QK.PAD], tl.float32)
     parts_ptr += ((b * count + g) * heads + h) * chunks * C.QK.D
     for chunk in range(chunks):
-        dq += tl.load(parts_ptr + chunk * C.QK.D + columns, mask=columns < C.QK.D, other=0.0)
+        dq += tl.load(parts_ptr + chunk * C.QK.D + columns, mask=columns < C.QK.D, other=0.0)  # [D]
     dq_head = head_of(dq_rows, b, at, h)
     store_row(dq_head.ptr, dq, at >= 0, C.QK)
 
@@ -255,14 +255,6 @@ def global_attention_bwd_kv_kernel(
     store_head(dv_head, n, n < sk, dv, C.V)
 
 
-@dataclass(frozen=True)
-class Config:
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 def _rows(count: int, most: int) -> int:
     """Rows of a tile: there may be few global ones."""
     return min(max(16, triton.next_power_of_2(count)), most)
@@ -290,11 +282,6 @@ def dkdv_config(head_dim: int, element_size: int, count: int, target: str) -> Co
         return Config(32, 16, 8, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
     rows = _rows(count, 32)
     return Config(rows, 64 if head_dim <= 128 else 32, 4 if rows == 16 and head_dim <= 64 else 8, 1)
-
-
-@functools.lru_cache
-def constants(d: int, dv: int, block_m: int, block_n: int, *flags: bool) -> Constants:
-    return Constants(width(d), width(dv), *map(tl.constexpr, (block_m, block_n, *flags)))
 
 
 def _problem(
@@ -361,7 +348,7 @@ class RowsProblem:
         sizes = max(padded(d), padded(dv)), self.q.element_size(), self.positions.shape[1]
         tile = choose(*sizes, arch.of(self.q.device))
         flags = (self.key_mask is not None, self.causal, dlse, *add)
-        return tile, constants(d, dv, tile.block_m, tile.block_n, *flags)
+        return tile, constants_of(Constants, d, dv, tile.block_m, tile.block_n, *flags)
 
 
 def _rows_problem(
@@ -404,13 +391,13 @@ def global_attention_fwd(
     chunks = problem.chunks
     shapes = ((batch, count, heads, chunks, v.shape[-1]), (batch, heads, count, chunks))
     parts = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
-    tile, constants = problem.config(fwd_config)
+    tile, compiled = problem.config(fwd_config)
     with on_device(q):
         global_attention_fwd_kernel[(batch * heads * triton.cdiv(count, tile.block_m), chunks)](
-            *problem.rows, *parts, problem.places, *problem.counts(heads), scale, constants, **launch_options(tile)
+            *problem.rows, *parts, problem.places, *problem.counts(heads), scale, compiled, **launch_options(tile)
         )
         global_attention_fwd_merge_kernel[(batch * count * heads,)](
-            *parts, Rows.of(out), lse, problem.places, length, count, heads, chunks, constants, num_warps=1
+            *parts, Rows.of(out), lse, problem.places, length, count, heads, chunks, compiled, num_warps=1
         )
     return out, lse
 
@@ -459,18 +446,18 @@ def global_attention_bwd(
         delta = torch.empty((batch, heads, count), dtype=torch.float32, device=q.device)
         rows = (*problem.rows, Results.of(out, dout, lse, dlse, delta))
         outs = (Rows.of(dkg), Rows.of(dvg))
-        tile, constants = problem.config(dq_config, dlse=dlse is not None)
+        tile, compiled = problem.config(dq_config, dlse=dlse is not None)
         with on_device(q):
             global_attention_bwd_q_kernel[(batch * heads * triton.cdiv(count, tile.block_m), chunks)](
-                *rows, parts, problem.places, *problem.counts(heads), scale, constants, **launch_options(tile)
+                *rows, parts, problem.places, *problem.counts(heads), scale, compiled, **launch_options(tile)
             )
             global_attention_bwd_q_sum_kernel[(batch * count * heads,)](
-                parts, Rows.of(dqg), problem.places, count, heads, chunks, constants, num_warps=1
+                parts, Rows.of(dqg), problem.places, count, heads, chunks, compiled, num_warps=1
             )
-        tile, constants = problem.config(dkdv_config, add=(not own[1], not own[2]))
+        tile, compiled = problem.config(dkdv_config, add=(not own[1], not own[2]))
         with on_device(q):
             global_attention_bwd_kv_kernel[(batch * kv_heads * triton.cdiv(length, tile.block_n),)](
-                *rows, *outs, problem.places, *problem.counts(kv_heads), scale, constants, **launch_options(tile)
+                *rows, *outs, problem.places, *problem.counts(kv_heads), scale, compiled, **launch_options(tile)
             )
     results = [dq, dk.to(k.dtype), dv.to(v.dtype)]
     results += [g if there else q.new_empty(0) for g, there in zip((dqg, dkg, dvg), own)]

@@ -6,8 +6,7 @@ each key once. Tiles of many queries fill a GPU by themselves: they take longer 
 
 from __future__ import annotations
 
-import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,10 @@ from ... import arch
 from ..common import tuned
 from ..common.flash import (
     LOG2E,
+    Config,
     Head,
     Width,
+    constants_of,
     dots,
     logits,
     padded,
@@ -29,7 +30,6 @@ from ..common.flash import (
     softmax_start,
     softmax_step,
     store_head,
-    width,
     zeros,
 )
 from ..common.launch import launch_options, on_device
@@ -92,6 +92,7 @@ def _e4m3(bits, dtype: tl.constexpr):
 @triton.jit
 def _load_tile(base, offsets, valid, D: tl.constexpr, PAD: tl.constexpr, FP8: tl.constexpr, dtype: tl.constexpr):
     columns = tl.arange(0, PAD)
+    # [len(offsets), PAD]
     tile = tl.load(base + offsets[:, None] + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0)
     if FP8:
         return _e4m3(tile, dtype)
@@ -233,14 +234,6 @@ def paged_attention_fwd_merge_kernel(
     tl.store(lse_ptr + row_lse, lse)
 
 
-@dataclass(frozen=True)
-class Config:
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 def config(head_dim: int, element_size: int, rows: int, target: str) -> Config:
     """``rows`` = Sq * group; a matrix tile has at least 16. Where 64 keys at a time spill, 32 are read."""
     block_m = min(max(16, triton.next_power_of_2(rows)), 64 if head_dim <= 128 else 32)
@@ -259,11 +252,6 @@ CONFIGS = {
         for block_n, num_warps, num_stages in ((32, 4, 2), (64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2))
     )
 }
-
-
-@functools.lru_cache
-def constants(d: int, dv: int, block_m: int, block_n: int, *flags: bool) -> Constants:
-    return Constants(width(d), width(dv), *map(tl.constexpr, (block_m, block_n, *flags)))
 
 
 def chunk_size(tiles: int, kv_heads: int, span: int) -> int:
@@ -318,7 +306,7 @@ def paged_attention_fwd(
         parts = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
 
     flags = (fp8, chunks > 1, sinks is not None, alibi_slopes is not None, softcap > 0)
-    compiled = constants(dim, dim_v, tile.block_m, tile.block_n, *flags)
+    compiled = constants_of(Constants, dim, dim_v, tile.block_m, tile.block_n, *flags)
     rows = (Rows.of(q), Rows.of(k_cache), Rows.of(v_cache))
     counts = (sq, kv_heads, group, pages, page_size, table_width, block_table.stride(0), left, right, chunk)
     scores = Scores(scale * k_scale, softcap, v_scale, sinks, alibi_slopes)

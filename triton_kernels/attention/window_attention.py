@@ -6,17 +6,15 @@ prefix and a byte per token that takes it out of the band.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ... import arch
 from ..common import tuned
-from ..common.flash import Results, padded, width
+from ..common.flash import Config, Results, constants_of, padded, width
 from ..common.launch import launch_options, on_device
 from ..common.rows import Rows
 from .window_backward import (
@@ -28,15 +26,6 @@ from .window_backward import (
 )
 from .window_forward import window_attention_fwd_kernel
 from .window_tiles import FIRST, GATHERED, NONE, UNBOUNDED, Bounds, Constants, PrefixKeys, Scores
-
-
-@dataclass(frozen=True)
-class Config:
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
 
 # the tiles are the largest that do not spill; arguments of the four:
 #   head_dim: the larger padded one of k and v
@@ -112,11 +101,6 @@ CONFIGS = {
 }
 
 
-@functools.lru_cache
-def constants(d: int, dv: int, block_m: int, block_n: int, *flags: int | bool) -> Constants:
-    return Constants(width(d), width(dv), *map(tl.constexpr, (block_m, block_n, *flags)))
-
-
 @dataclass(frozen=True)
 class Prefix:
     """Keys that rows see beside their band: the first ``count`` tokens, or gathered ones at ``positions``."""
@@ -187,7 +171,7 @@ class Problem:
     def constants(self, tile: Config, dlse: bool = False) -> Constants:
         biases = (self.sinks is not None, self.slopes is not None, self.softcap > 0)
         flags = (self.packed, self.dilation > 1, self.prefix.kind, self.hidden is not None, *biases, dlse)
-        return constants(self.q.shape[-1], self.v.shape[-1], tile.block_m, tile.block_n, *flags)
+        return constants_of(Constants, self.q.shape[-1], self.v.shape[-1], tile.block_m, tile.block_n, *flags)
 
     @property
     def rows(self) -> tuple[Rows, Rows, Rows]:
@@ -262,10 +246,10 @@ def backward(
     programs = problem.tiles(True, tile.block_m, problem.dilation) * heads
     if programs > 0 and n_seq > 0:
         tables = (problem.bounds, problem.prefix_keys, problem.scores)
-        counts, constants = (*problem.counts(heads), *problem.band), problem.constants(tile, dlse is not None)
+        counts, compiled = (*problem.counts(heads), *problem.band), problem.constants(tile, dlse is not None)
         with on_device(q):
             window_attention_bwd_q_kernel[(programs,)](
-                *rows, Rows.of(dq), *tables, *counts, constants, **launch_options(tile)
+                *rows, Rows.of(dq), *tables, *counts, compiled, **launch_options(tile)
             )
     tile = problem.config("dkdv")
     programs = problem.tiles(False, tile.block_n, problem.dilation) * kv_heads

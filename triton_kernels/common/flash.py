@@ -8,7 +8,8 @@ keep a maximum of -inf: every subtraction goes through a finite stand-in, never 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
@@ -18,6 +19,17 @@ from .rows import Rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+Constants = TypeVar("Constants")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Queries and keys of a tile, and how it is launched."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 class Width(NamedTuple):
@@ -65,6 +77,12 @@ def width(head_dim: int, one_tile: int = 128) -> Width:
     if head_dim <= one_tile or rest < 16 or first + second == whole:
         return Width(*map(tl.constexpr, (head_dim, whole, head_dim, whole, 0, 0)))
     return Width(*map(tl.constexpr, (head_dim, whole, first, first, rest, second)))
+
+
+@functools.lru_cache
+def constants_of(kind: type[Constants], d: int, dv: int, *values: int | bool, one_tile: int = 128) -> Constants:
+    """The constants of a kernel: the two widths come first, then ``values`` in the order of its fields."""
+    return kind(width(d, one_tile), width(dv, one_tile), *map(tl.constexpr, values))
 
 
 def padded(head_dim: int) -> int:

@@ -23,9 +23,18 @@ def on_device(tensor: Tensor):
 
 @functools.lru_cache
 def constants(config: Any) -> Mapping[str, Any]:
-    """What a launch passes by name for a tile configuration: ``block_m`` as ``BLOCK_M``, ``num_warps`` as it is."""
-    names = [field.name for field in dataclasses.fields(config)]
+    """What a launch passes by name for a tile configuration: ``block_m`` as ``BLOCK_M``, ``num_warps`` as it is.
+
+    Fields with a default are the launcher's own choices.
+    """
+    names = [field.name for field in dataclasses.fields(config) if field.default is dataclasses.MISSING]
     return {name if name.startswith("num_") else name.upper(): getattr(config, name) for name in names}
+
+
+@functools.lru_cache
+def launch_options(config: Any) -> Mapping[str, Any]:
+    """The part of ``constants`` that is left where the kernel has its tiles among constants of its own."""
+    return {name: value for name, value in constants(config).items() if name.startswith("num_")}
 
 
 @contextmanager
@@ -42,11 +51,6 @@ def scratch(device: torch.device, needed: bool = True) -> Iterator[None]:
         yield
     finally:
         triton.set_allocator(previous)
-
-
-def launch_options(tile: Any) -> dict[str, int]:
-    """What a configuration says of the launch itself."""
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def vector_width(itemsize: int, *strides: int) -> int:

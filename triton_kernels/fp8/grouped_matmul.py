@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common.grouped import find_tile, max_tiles
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
 from ..common.rows import Experts, Matrix
 from .matmul import (
     MATRIX_UNIT,
@@ -123,7 +123,7 @@ def fp8_grouped_matmul_fwd(a, a_scale, b, b_scale, offsets, out_dtype):
             UPCAST=upcasts(a.device),
             SWAP=tile.swap,
             EVEN_K=k % 128 == 0,
-            **tile.constants,
+            **constants(tile),
         )
     return out
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from ... import arch
 from ..common import fp8, tuned
 from ..common.grouped import tile_order
-from ..common.launch import on_device, scratch
+from ..common.launch import constants, on_device, scratch
 
 FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 
@@ -201,7 +201,7 @@ def fp8_matmul_fwd_sum_kernel(part_ptr, bias_ptr, out_ptr, m, n, parts, BLOCK: t
     """out [M, N] from parts [parts, M, N], added in their order, with the bias and one rounding."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < m * n
-    acc = tl.load(part_ptr + at, mask, 0.0)
+    acc = tl.load(part_ptr + at, mask, 0.0)  # [BLOCK]
     for _ in range(1, parts):
         part_ptr += m * n
         acc += tl.load(part_ptr + at, mask, 0.0)
@@ -244,7 +244,7 @@ def fp8_matmul_fwd_tma_kernel(
         col = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for block in range(tl.cdiv(k, 128)):
-            a = a_desc.load([tile_m * BLOCK_M, block * 128])
+            a = a_desc.load([tile_m * BLOCK_M, block * 128])  # [BLOCK_M, 128]
             b = b_desc.load([tile_n * BLOCK_N, block * 128])
             product = tl.dot(a, b.T)
             sb = sb_ptr + block * sb_sk
@@ -268,16 +268,6 @@ class Config:
     swap: bool = False
     tma: bool = False
     split: int = 1
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What every launch passes by name."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 def narrow(m: int, capability: int, b_rows: bool = False) -> Config:
@@ -378,7 +368,7 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
                 B_ROWS=b_rows,
                 GROUP_M=8,
                 SPECIALIZE=tile.num_warps == 4,
-                **tile.constants,
+                **constants(tile),
             )
         return out
     split = tile.split > 1
@@ -399,7 +389,7 @@ def fp8_matmul_fwd(a, a_scale, b, b_scale, bias, out_dtype):
             EVEN_K=k % 128 == 0,
             GROUP_M=8,
             SPLIT=split,
-            **tile.constants,
+            **constants(tile),
         )
         if split:
             fp8_matmul_fwd_sum_kernel[(triton.cdiv(m * n, 512),)](

@@ -133,6 +133,7 @@ def merge_attention_bwd_kernel(
     from_a = out_a_ptr + batch * a_batch + query * a_query + head * a_head
     from_b = out_b_ptr + batch * b_batch + query * b_query + head * b_head
     from_g = dout_ptr + batch * g_batch + query * g_query + head * g_head
+    # [BLOCK_M, D]
     a = tl.load(from_a[:, None] + column[None, :], mask=keep & (w_a != 0.0)[:, None], other=0.0).to(tl.float32)
     b = tl.load(from_b[:, None] + column[None, :], mask=keep & (w_b != 0.0)[:, None], other=0.0).to(tl.float32)
     dout = tl.load(from_g[:, None] + column[None, :], mask=keep, other=0.0).to(tl.float32)  # [BLOCK_M, D]

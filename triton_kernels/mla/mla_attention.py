@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +12,10 @@ from torch import Tensor
 from ... import arch
 from ..common.flash import (
     LOG2E,
+    Config,
     Results,
     Width,
+    constants_of,
     dkdv_step,
     dots,
     dq_step,
@@ -29,7 +29,6 @@ from ..common.flash import (
     softmax_step,
     store_head,
     values_of,
-    width,
     zeros,
 )
 from ..common.launch import launch_options, on_device
@@ -233,14 +232,6 @@ def mla_attention_bwd_kv_kernel(
     store_head(head_of(dv_rows, p.batch, p.start, head), key, exists, dv, C.V)
 
 
-@dataclass(frozen=True)
-class Config:
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 def fwd_config(dim: int, v_dim: int, element_size: int, target: str) -> Config:
     """Wide tiles where the matrix unit reads operands from shared memory (sm_90, sm_100), narrower ones elsewhere.
 
@@ -280,11 +271,6 @@ def dkdv_config(dim: int, v_dim: int, element_size: int, target: str) -> Config:
     return Config(32, 32, 8, 1) if capability == 120 else Config(32, 32, 4, 2)
 
 
-@functools.lru_cache
-def constants(dim: int, v_dim: int, block_m: int, block_n: int, packed: bool, causal: bool) -> Constants:
-    return Constants(width(dim, 0), width(v_dim, 0), *map(tl.constexpr, (block_m, block_n, packed, causal)))
-
-
 def tiles(x: Tensor, cu_seqlens: Tensor | None, block: int) -> int:
     """Upper bound on the tiles of all sequences, known without reading their lengths."""
     rows = x.shape[-3]
@@ -320,10 +306,11 @@ def mla_attention_fwd(
     tile = fwd_config(dim, v_dim, q.element_size(), arch.of(q.device))
     rows = (Rows.of(q), Rows.of(k), Rows.of(v))
     options = _options(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-    flags = constants(dim, v_dim, tile.block_m, tile.block_n, cu_seqlens_q is not None, causal)
+    flags = (tile.block_m, tile.block_n, cu_seqlens_q is not None, causal)
+    compiled = constants_of(Constants, dim, v_dim, *flags, one_tile=0)
     with on_device(q):
         mla_attention_fwd_kernel[(tiles(q, cu_seqlens_q, tile.block_m), heads)](
-            *rows, Rows.of(out), lse, *options, flags, **launch_options(tile)
+            *rows, Rows.of(out), lse, *options, compiled, **launch_options(tile)
         )
     return out, lse
 
@@ -355,7 +342,7 @@ def mla_attention_bwd(
             *rows,
             Rows.of(dq),
             *options,
-            constants(dim, v_dim, tile.block_m, tile.block_n, *flags),
+            constants_of(Constants, dim, v_dim, tile.block_m, tile.block_n, *flags, one_tile=0),
             **launch_options(tile),
         )
         tile = dkdv_config(*sizes)
@@ -365,7 +352,7 @@ def mla_attention_bwd(
                 *rows,
                 *outs,
                 *options,
-                constants(dim, v_dim, tile.block_m, tile.block_n, *flags),
+                constants_of(Constants, dim, v_dim, tile.block_m, tile.block_n, *flags, one_tile=0),
                 **launch_options(tile),
             )
     return dq, dk, dv

@@ -33,7 +33,7 @@ def load_pairs(rows, mask, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAV
         first, second = tl.split(both)
     else:
         keep = mask[:, None] & (i < HALF)[None, :]
-        first = tl.load(rows[:, None] + i[None, :], mask=keep, other=0.0)
+        first = tl.load(rows[:, None] + i[None, :], mask=keep, other=0.0)  # [BLOCK_T, HALF_PAD]
         second = tl.load(rows[:, None] + (HALF + i)[None, :], mask=keep, other=0.0)
     return first.to(tl.float32), second.to(tl.float32)
 

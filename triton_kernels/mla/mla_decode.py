@@ -8,7 +8,6 @@ place of the page table.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ... import arch
 from ..common import fp8, tuned
-from ..common.flash import LOG2E, softmax_start, softmax_step
+from ..common.flash import LOG2E, Config, softmax_start, softmax_step
 from ..common.launch import constants, on_device
 from .host import layout as layouts
 from .mla_gather_kv import cache_parts, dequantize, load_scales, rope_vector
@@ -294,16 +293,6 @@ def mla_decode_fwd_merge_kernel(
     tl.store(out_ptr + row * C.RANK + column, acc.to(out_ptr.dtype.element_ty), mask=inside)
     value = tl.where(empty, float("-inf"), (base + tl.log2(total)) / LOG2E)
     tl.store(lse_ptr + (sequence * C.HEADS + head) * queries + query, value)
-
-
-@dataclass(frozen=True)
-class Config:
-    """A tile of query rows and the keys per step."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
 
 
 def config(rows: int, rank: int, itemsize: int, is_fp8: bool, sparse: bool, target: str) -> Config:

@@ -144,7 +144,7 @@ def mla_expand_kv_bwd_latent_kernel(
         total = tl.zeros([BLOCK_M, ROPE_PAD], tl.float32)
         from_k = dk_ptr + token * gk_token + P
         for _ in range(HEADS):
-            total += tl.load(from_k[:, None] + r[None, :], mask=keep_r, other=0.0).to(tl.float32)
+            total += tl.load(from_k[:, None] + r[None, :], mask=keep_r, other=0.0).to(tl.float32)  # [BLOCK_M, r]
             from_k += gk_head
         tl.store(row_out[:, None] + RANK + r[None, :], total.to(dlatent_ptr.dtype.element_ty), mask=keep_r)
 

@@ -106,7 +106,7 @@ def mla_gather_kv_fwd_kernel(
         column_r = tl.arange(0, ROPE_PAD)
         inside_r = (column_r < ROPE)[None, :]
         row_rope = rotated_ptr + (page * rotated_page + offset * rotated_row) * ROPE_VEC
-        y = tl.load(row_rope[:, None] + column_r[None, :], mask=found[:, None] & inside_r, other=0.0)
+        y = tl.load(row_rope[:, None] + column_r[None, :], mask=found[:, None] & inside_r, other=0.0)  # [BLOCK_T, r]
         tl.store(row_out[:, None] + RANK + column_r[None, :], y.to(dtype), mask=mask[:, None] & inside_r)
 
 

@@ -16,7 +16,7 @@ from ... import arch
 from ...backends import interpreting
 from ..common import tuned
 from ..common.grouped import find_tile, group_rows, max_tiles, tile_order
-from ..common.launch import on_device, scratch
+from ..common.launch import constants, on_device, scratch
 from ..common.rows import Experts, Matrix
 
 
@@ -168,6 +168,7 @@ def grouped_matmul_gather_kernel(
     col = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     used = (row < rows) & (row >= tl.load(offsets_ptr)) & (row < tl.load(offsets_ptr + GROUPS))
     at, exists = source_rows(index_ptr, row, used, a_rows, index_div)
+    # [BLOCK_M, BLOCK_K]
     x = tl.load(a.ptr + at[:, None] * a.row + col[None, :], mask=exists[:, None] & (col < k)[None, :], other=0.0)
     out_at = out_ptr + row.to(tl.int64)[:, None] * k + col[None, :]
     tl.store(out_at, x, mask=(row < rows)[:, None] & (col < k)[None, :])
@@ -184,18 +185,6 @@ class Config:
     num_warps: int
     num_stages: int
     gather_first: bool = False
-
-    @property
-    def constants(self) -> dict[str, int]:
-        """What a launch passes by name."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "BLOCK_K": self.block_k,
-            "GROUP_M": self.group_m,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 def bucket(rows_per_group: float) -> int:
@@ -365,7 +354,7 @@ def grouped_matmul_fwd(a, b, offsets, a_index, bias, index_div, out_dtype, _b_sc
             index_div,
             GROUPS=groups,
             TMA=tma,
-            **tile.constants,
+            **constants(tile),
         )
     return out
 

@@ -33,7 +33,7 @@ def moe_combine_fwd_kernel(
     acc = tl.zeros([BLOCK], tl.float32)
     for j in tl.static_range(TOP_K):
         row, kept = _row_of(inverse_ptr, token * TOP_K + j, rows)
-        x = tl.load(y_ptr + row * stride_y + col, mask=kept & (col < hidden), other=0.0).to(tl.float32)
+        x = tl.load(y_ptr + row * stride_y + col, mask=kept & (col < hidden), other=0.0).to(tl.float32)  # [BLOCK]
         if weights_ptr is not None:
             # a dropped slot adds nothing, even with a weight that is not finite
             x *= tl.where(kept, tl.load(weights_ptr + token * TOP_K + j).to(tl.float32), 0.0)
@@ -64,7 +64,7 @@ def moe_combine_bwd_kernel(
         for start in range(0, hidden, BLOCK):
             col = start + tl.arange(0, BLOCK)
             inside = kept & (col < hidden)
-            g = tl.load(dout_ptr + token * hidden + col, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(dout_ptr + token * hidden + col, mask=inside, other=0.0).to(tl.float32)  # [BLOCK]
             dot += g * tl.load(y_ptr + row * stride_y + col, mask=inside, other=0.0).to(tl.float32)
             tl.store(dy_ptr + row * hidden + col, (w * g).to(dy_ptr.dtype.element_ty), mask=inside)
         tl.store(dweights_ptr + slot, tl.sum(dot, axis=0).to(dweights_ptr.dtype.element_ty))

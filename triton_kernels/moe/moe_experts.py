@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..common import tuned
 from ..common.grouped import find_tile, max_tiles, tile_order
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
 from ..common.rows import Experts, Matrix
 from .grouped_matmul import (
     TRIED,
@@ -167,7 +167,7 @@ def moe_experts_act_bwd_kernel(
         col = start + tl.arange(0, BLOCK)
         mask = col < inner
         read = mask & kept
-        gate = tl.load(z_ptr + wide * 2 * inner + col, mask=read, other=0.0).to(tl.float32)
+        gate = tl.load(z_ptr + wide * 2 * inner + col, mask=read, other=0.0).to(tl.float32)  # [BLOCK]
         up = tl.load(z_ptr + wide * 2 * inner + inner + col, mask=read, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + wide * inner + col, mask=read, other=0.0).to(tl.float32)
         h, d_gate, d_up = _activate(gate, up, alpha, limit, ACTIVATION)
@@ -231,7 +231,7 @@ def moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha,
             (alpha, limit),
             ACTIVATION=_kind(activation, limit),
             GROUPS=groups,
-            **tile.constants,
+            **constants(tile),
         )
     return h, z
 

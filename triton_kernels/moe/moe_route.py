@@ -175,7 +175,7 @@ def moe_route_bwd_kernel(
     inside = valid & (expert < EXPERTS)
     slot = tl.arange(0, TOP_K_PAD)[None, :]
     slots = valid & (slot < TOP_K)
-    chosen = tl.load(ids_ptr + row64 * TOP_K + slot, mask=slots, other=0)
+    chosen = tl.load(ids_ptr + row64 * TOP_K + slot, mask=slots, other=0)  # [ROWS, KP]
     d = tl.load(dweights_ptr + row64 * TOP_K + slot, mask=slots, other=0.0).to(tl.float32) * scale  # [ROWS, KP]
     xc = tl.load(logits_ptr + row64 * stride_t + chosen, mask=slots, other=0.0).to(tl.float32)
     if SCORE == "softmax":

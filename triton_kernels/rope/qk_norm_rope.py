@@ -51,6 +51,7 @@ def _norm_rope_block(
         b = tl.load(x_row + L.OFFSET + L.HALF + pair, mask & (pair < L.HALF), 0.0).to(tl.float32)
     square = tl.sum(a * a, 2) + tl.sum(b * b, 2)  # [BLOCK_T, BLOCK_H]
     for start in tl.static_range(0, L.OFFSET, L.BLOCK_COPY):
+        # [BLOCK_T, BLOCK_H, BLOCK_COPY]
         c = tl.load(x_row + start + dim, mask & (dim < L.OFFSET - start), 0.0).to(tl.float32)
         square += tl.sum(c * c, 2)
     for start in tl.static_range(L.OFFSET + 2 * L.HALF, L.D, L.BLOCK_COPY):
@@ -71,12 +72,12 @@ def _norm_rope_block(
         tl.store(out_row + L.OFFSET + L.HALF + pair, b.to(out_ptr.dtype.element_ty), mask & (pair < L.HALF))
     for start in tl.static_range(0, L.OFFSET, L.BLOCK_COPY):
         inside = dim < L.OFFSET - start
-        c = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)
+        c = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_COPY]
         weight = tl.load(weight_ptr + start + dim, inside, 0.0).to(tl.float32) + weight_offset
         tl.store(out_row + start + dim, (c * rstd * weight).to(out_ptr.dtype.element_ty), mask & inside)
     for start in tl.static_range(L.OFFSET + 2 * L.HALF, L.D, L.BLOCK_COPY):
         inside = dim < L.D - start
-        c = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)
+        c = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_COPY]
         weight = tl.load(weight_ptr + start + dim, inside, 0.0).to(tl.float32) + weight_offset
         tl.store(out_row + start + dim, (c * rstd * weight).to(out_ptr.dtype.element_ty), mask & inside)
 
@@ -144,7 +145,7 @@ def _norm_rope_bwd_block(
             0 if part == 0 else L.OFFSET + 2 * L.HALF, L.OFFSET if part == 0 else L.D, L.BLOCK_COPY
         ):
             inside = dim < (L.OFFSET if part == 0 else L.D) - start
-            x = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)
+            x = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32)  # [BLOCK_T, BLOCK_H, BLOCK_COPY]
             g = tl.load(dout_row + start + dim, mask & inside, 0.0).to(tl.float32)
             w = tl.load(weight_ptr + start + dim, inside, 0.0).to(tl.float32) + weight_offset
             square += tl.sum(x * x, 2)
@@ -179,7 +180,7 @@ def _norm_rope_bwd_block(
             0 if part == 0 else L.OFFSET + 2 * L.HALF, L.OFFSET if part == 0 else L.D, L.BLOCK_COPY
         ):
             inside = dim < (L.OFFSET if part == 0 else L.D) - start
-            x = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32) * rstd
+            x = tl.load(x_row + start + dim, mask & inside, 0.0).to(tl.float32) * rstd  # [BLOCK_T, BLOCK_H, BLOCK_COPY]
             g = tl.load(dout_row + start + dim, mask & inside, 0.0).to(tl.float32)
             w = tl.load(weight_ptr + start + dim, inside, 0.0).to(tl.float32) + weight_offset
             tl.store(out_row + start + dim, (rstd * (g * w - x * mean)).to(out_ptr.dtype.element_ty), mask & inside)

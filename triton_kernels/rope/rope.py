@@ -69,7 +69,7 @@ def load_tables(
             is_h = (pair >= SECTION_T) & (pair < SECTION_T + SECTION_H)
             is_w = pair >= SECTION_T + SECTION_H
         row = tl.where(is_h, row_h[:, None], tl.where(is_w, row_w[:, None], row))
-    cos = tl.load(cos_ptr + row * cos_st * L.TABLE_VEC + pair, mask, 0.0)
+    cos = tl.load(cos_ptr + row * cos_st * L.TABLE_VEC + pair, mask, 0.0)  # [BLOCK_T, R / 2]
     sin = tl.load(sin_ptr + row * sin_st * L.TABLE_VEC + pair, mask, 0.0)
     if CONJUGATE:
         sin = -sin
