@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/cpu.h"
+#include "common/immintrin.h"
 #include "rope/rope.h"
 
 namespace tilefuse {
@@ -31,13 +32,55 @@ static inline void token_table(const RopeCall& call, int64_t token, int64_t firs
   }
 }
 
+#if defined(__AVX512BF16__)
+
+static inline __m512 load_bf16(const bf16* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// as from_float rounds: the instruction differs from it in subnormals alone, which it makes 0
+static inline void store_bf16(bf16* p, __m512 x) {
+  __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  const __mmask16 subnormal = _mm512_fpclass_ps_mask(x, 0x20);
+  if (__builtin_expect(subnormal != 0, 0)) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    rounded = _mm256_mask_mov_epi16(rounded, subnormal, _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+}
+
+// whole vectors of a row in bfloat16; the number of pairs done
+static inline int64_t rotate_half_vectors(const bf16* in, bf16* out, int64_t half, const float* cos, const float* sin,
+                                          int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 a = load_bf16(in + i), b = load_bf16(in + half + i);
+    const __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+    store_bf16(out + i, _mm512_sub_ps(_mm512_mul_ps(a, c), _mm512_mul_ps(b, s)));
+    store_bf16(out + half + i, _mm512_add_ps(_mm512_mul_ps(b, c), _mm512_mul_ps(a, s)));
+  }
+  return i;
+}
+
+#endif
+
+// other types, and where the compiler does as well
+template <typename T>
+static inline int64_t rotate_half_vectors(const T*, T*, int64_t, const float*, const float*, int64_t) {
+  return 0;
+}
+
 // in and out may be the same memory: an iteration reads what it writes and nothing else
 template <typename T>
 static inline void rotate_half(const T* in, T* out, int64_t half, const float* cos, const float* sin, int64_t n) {
   const T* in_b = in + half;
   T* out_b = out + half;
+  const int64_t done = rotate_half_vectors(in, out, half, cos, sin, n);
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for (int64_t i = done; i < n; ++i) {
     const float a = to_float(in[i]), b = to_float(in_b[i]);
     out[i] = from_float<T>(a * cos[i] - b * sin[i]);
     out_b[i] = from_float<T>(b * cos[i] + a * sin[i]);

@@ -430,6 +430,15 @@ def test_autocast_changes_nothing():
     assert_bit_equal(out, tilefuse.rope(q, *rest))
 
 
+@pytest.mark.cpu_library
+def test_subnormals_round_like_other_numbers():
+    # the instruction that rounds to bfloat16 makes them 0
+    cos = torch.linspace(1e-40, 3e-38, 32)[None]
+    with tilefuse.backend("cpu"):
+        out = tilefuse.rope(torch.ones(1, 1, 64).bfloat16(), cos, torch.zeros_like(cos))
+    assert_bit_equal(out[0, 0], cos[0].bfloat16().repeat(2))
+
+
 def test_packed_qkv_is_read_in_place():
     q, _k = packed_qkv(9, 4, 2, 64, "cpu", torch.bfloat16)
     assert not q.is_contiguous() and q.stride(-1) == 1
