@@ -165,6 +165,67 @@ def test_hooks_of_window_attention(part, offset):
     check_attention(attn, equal)
 
 
+class PlainRMSNorm(nn.RMSNorm):
+    """The formula, in a class that no one reads."""
+
+
+def norms(dim, eps):
+    """A norm that may be read, and one that is called."""
+    pair = nn.RMSNorm(dim, eps=eps), PlainRMSNorm(dim, eps=eps)
+    with torch.no_grad():
+        for norm in pair:
+            norm.weight.copy_(torch.linspace(0.5, 2, dim))
+    return pair
+
+
+@pytest.mark.parametrize("eps", [0.3, None])
+def test_another_norm_in_the_place_of_one(eps):
+    """Its eps counts, and that it has no offset."""
+    attn, equal = latent_attention(), latent_attention()
+    attn.kv_a_layernorm, equal.kv_a_layernorm = norms(128, eps)
+    check_attention(attn, equal)
+    for parts in (["q_norm"], ["q_norm", "k_norm"]):
+        attn, equal = window_attention(1.0), window_attention(1.0)
+        for part in parts:
+            read, called = norms(16, eps)
+            setattr(attn, part, read)
+            setattr(equal, part, called)
+        check_attention(attn, equal)
+
+
+def test_norms_without_weights():
+    attn, equal = window_attention(), window_attention()
+    for part in ("q_norm", "k_norm"):
+        setattr(attn, part, nn.RMSNorm(16, eps=1e-6, elementwise_affine=False))
+        getattr(equal, part).weight.data.fill_(1.0)
+    check_attention(attn, equal)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_another_rotary_embedding_in_the_place_of_one(qk_norm):
+    class Backwards(tilefuse.nn.RotaryEmbedding):
+        def forward(self, q, k, positions):
+            return super().forward(q, k, 40 - positions)
+
+    attn, equal = (WindowAttention(48, 3, qk_norm=qk_norm, initializer_range=0.2) for _ in range(2))
+    equal.load_state_dict(attn.state_dict())
+    attn.rotary_emb = Backwards(16)
+    # tables of negative angles, and another origin, which scores do not see
+    equal.rotary_emb.sin.neg_()
+    x, positions = tokens(2, 22, 48), torch.arange(22).expand(2, -1)
+    compare(attn(x, positions), equal(x, positions))
+    *got, _ = cached(attn, x)
+    *want, _ = cached(equal, x)
+    for a, b in zip(got, want):
+        compare(a, b)
+
+
+def test_another_rotary_embedding_of_latent_attention():
+    attn, equal = latent_attention(), latent_attention(interleaved=False)
+    attn.rotary_emb = equal.rotary_emb
+    check_attention(attn, equal)
+
+
 @pytest.mark.parametrize("layout", ["bf16", "fp8"])
 def test_rows_of_a_called_norm_are_those_of_the_fused_one(layout):
     """Also what padding leaves alone: no slot is written that the op does not write."""

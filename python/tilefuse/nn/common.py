@@ -72,6 +72,16 @@ class OffsetRMSNorm(nn.RMSNorm):
         return f"{super().extra_repr()}, offset={self.offset}"
 
 
+def readable_norm(module: Any, *classes: type[nn.RMSNorm]) -> tuple[Tensor, float, float] | None:
+    """Weight, eps and what the weight is stored less of an RMSNorm that may be read, else None.
+
+    They are the module's own: another norm may have taken the place of the one that was made here.
+    """
+    if not readable(module, *classes) or module.weight is None or module.eps is None:
+        return None
+    return module.weight, module.eps, getattr(module, "offset", 0.0)
+
+
 def keep_dtype(tensors: dict[str, Tensor], fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Where ``fn`` of ``nn.Module._apply`` would move these tensors, but in their own dtype.
 

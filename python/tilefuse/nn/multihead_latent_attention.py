@@ -21,7 +21,7 @@ from ..ops.mla.mla_expand_kv import mla_expand_kv
 from ..ops.mla.mla_gather_kv import mla_gather_kv
 from ..ops.rope.rope import rope
 from ..ops.rope.rope_tables import rope_type
-from .common import check_hidden, check_positive, linear, packed_positions, readable, reset_linear
+from .common import check_hidden, check_positive, linear, packed_positions, readable, readable_norm, reset_linear
 from .fp8_linear import FP8Linear
 from .paged_cache import PagedLatentCache
 from .rotary_embedding import RotaryEmbedding, make_tables
@@ -239,22 +239,24 @@ class MultiheadLatentAttention(nn.Module):
 
     def _latent(self, kv_a: Tensor, positions: Tensor | None) -> Tensor:
         cos, sin = self.rotary_emb.tables(kv_a)
-        if readable(self.kv_a_layernorm, nn.RMSNorm):
+        norm = readable_norm(self.kv_a_layernorm, nn.RMSNorm)
+        if norm is not None:
             return mla_compress_kv(
-                kv_a, self.kv_a_layernorm.weight, cos, sin, positions, eps=self.norm_eps, interleaved=self.interleaved
+                kv_a, norm[0], cos, sin, positions, eps=norm[1], interleaved=self.rotary_emb.interleaved
             )
         latent, rotated = kv_a.split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         row = torch.cat((self.kv_a_layernorm(latent).to(kv_a.dtype), rotated), -1)[:, None]
-        options = {"interleaved": self.interleaved, "rotary_offset": self.kv_lora_rank}
+        options = {"interleaved": self.rotary_emb.interleaved, "rotary_offset": self.kv_lora_rank}
         return rope(row, cos, sin, positions, **options)[:, 0]
 
     def _append(self, kv_a: Tensor, cache: PagedLatentCache, step: Any) -> None:
         positions, slots = step.positions.view(-1), step.slots.view(-1)
-        if readable(self.kv_a_layernorm, nn.RMSNorm):
+        norm = readable_norm(self.kv_a_layernorm, nn.RMSNorm)
+        if norm is not None:
             cos, sin = self.rotary_emb.tables(kv_a)
             mla_append_kv(
-                kv_a, self.kv_a_layernorm.weight, cos, sin, positions, cache.rows[self.layer_idx], slots,
-                eps=self.norm_eps, interleaved=self.interleaved, layout=cache.layout,
+                kv_a, norm[0], cos, sin, positions, cache.rows[self.layer_idx], slots,
+                eps=norm[1], interleaved=self.rotary_emb.interleaved, layout=cache.layout,
             )  # fmt: skip
         else:
             cache._store(self.layer_idx, self._latent(kv_a, positions), slots)
@@ -280,7 +282,8 @@ class MultiheadLatentAttention(nn.Module):
 
     def _rotate(self, q: Tensor, positions: Tensor | None) -> Tensor:
         cos, sin = self.rotary_emb.tables(q)
-        return rope(q, cos, sin, positions, interleaved=self.interleaved, rotary_offset=self.qk_nope_head_dim)
+        options = {"interleaved": self.rotary_emb.interleaved, "rotary_offset": self.qk_nope_head_dim}
+        return rope(q, cos, sin, positions, **options)
 
     def _train(self, q: Tensor, kv_a: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         if positions is None:
@@ -301,7 +304,7 @@ class MultiheadLatentAttention(nn.Module):
         weight = weight.view(self.num_heads, -1, self.kv_lora_rank)
         w_uk, w_uv = weight.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         absorbed = mla_absorb_query(
-            q.flatten(0, 1), w_uk, cos, sin, step.positions.view(-1), interleaved=self.interleaved
+            q.flatten(0, 1), w_uk, cos, sin, step.positions.view(-1), interleaved=self.rotary_emb.interleaved
         )
         out, _ = mla_decode(
             absorbed.view(*q.shape[:2], *absorbed.shape[1:]), cache.rows[self.layer_idx], cache.block_table, step.ends,

@@ -14,7 +14,16 @@ from ..ops.attention.window_attention import window_attention, window_from
 from ..ops.rope.qk_norm_rope import qk_norm_rope
 from ..ops.rope.rope import rope
 from ..ops.rope.rope_append_kv import rope_append_kv
-from .common import OffsetRMSNorm, check_hidden, check_positive, linear, packed_positions, readable, reset_linear
+from .common import (
+    OffsetRMSNorm,
+    check_hidden,
+    check_positive,
+    linear,
+    packed_positions,
+    readable,
+    readable_norm,
+    reset_linear,
+)
 from .paged_cache import PagedKVCache
 from .rotary_embedding import RotaryEmbedding, make_tables
 
@@ -230,13 +239,15 @@ class WindowAttention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         if q_norm is None or k_norm is None:
             return self.rotary_emb(q, k, positions)
-        if not all(readable(norm, nn.RMSNorm, OffsetRMSNorm) for norm in (q_norm, k_norm)):
-            return self.rotary_emb(q_norm(q).to(q.dtype), k_norm(k).to(k.dtype), positions)
         rotary = self.rotary_emb
+        of_q, of_k = (readable_norm(norm, nn.RMSNorm, OffsetRMSNorm) for norm in (q_norm, k_norm))
+        if of_q is None or of_k is None or of_q[1:] != of_k[1:] or not readable(rotary, RotaryEmbedding):
+            return rotary(q_norm(q).to(q.dtype), k_norm(k).to(k.dtype), positions)
+        _, eps, offset = of_q
         cos, sin = rotary.tables(q)
         return qk_norm_rope(
-            q, k, q_norm.weight, k_norm.weight, cos, sin, positions, eps=self.norm_eps,
-            weight_offset=self.norm_weight_offset, interleaved=rotary.interleaved, rotary_offset=rotary.rotary_offset,
+            q, k, of_q[0], of_k[0], cos, sin, positions, eps=eps, weight_offset=offset,
+            interleaved=rotary.interleaved, rotary_offset=rotary.rotary_offset,
         )  # fmt: skip
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -263,7 +274,7 @@ class WindowAttention(nn.Module):
         alone = q.shape[1] > _DECODE_TOKENS and cache._prefix_bound == 0
         scales: dict[str, Any] = {"k_scale": cache.k_scale, "v_scale": cache.v_scale}
         options: dict[str, Any] = {"interleaved": rotary.interleaved, "rotary_offset": rotary.rotary_offset}
-        if self.q_norm is None:
+        if self.q_norm is None and readable(rotary, RotaryEmbedding):
             cos, sin = rotary.tables(q)
             rotated = rope(k, cos, sin, step.positions, **options) if alone else k
             q = rope_append_kv(q, k, v, cos, sin, step.positions, *pages, step.slots, **options, **scales)
