@@ -346,6 +346,17 @@ def test_writes_to_views_of_a_lazy_mask_count(mode):
             assert mask.compact_of(written) is mask.compact_of(alias) is None
             assert_bit_equal(written & True, stock)
             assert_bit_equal(alias & True, stock)
+        for write in (
+            lambda x: torch.logical_not(x.clone(), out=x),
+            lambda x: torch._foreach_zero_([x]),
+            lambda x: x.numpy().fill(True),
+            lambda x: torch.from_dlpack(x).fill_(True),
+        ):
+            written, stock = mask.sdpa_mask(**arguments), expected.clone()
+            for x in (written, stock):
+                write(x)
+            assert mask.compact_of(written) is None
+            assert_bit_equal(written & True, stock)
         # a copy is its own
         kept = mask.sdpa_mask(**arguments)
         kept.to("cpu", copy=True).logical_not_()
@@ -359,5 +370,36 @@ def test_the_cache_may_count_on_before_someone_looks():
     expected = wanted(arguments)
     found = mask.sdpa_mask(**arguments)
     arguments["q_offset"] += 1
-    assert_bit_equal(found.expand(2, 1, 1, -1) & True, expected)
     assert mask.compact_of(found).lengths.tolist() == [9, 9]
+    assert_bit_equal(found.expand(2, 1, 1, -1) & True, expected)
+
+
+def test_a_compiled_forward_sees_what_was_written_to_a_view():
+    arguments = ask(1, 8, 6, "none", None)
+    expected = wanted(arguments)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 1, 8, generator=generator)
+    k, v = (torch.randn(2, 2, 15, 8, generator=generator) for _ in range(2))
+    layer = Layer()
+    torch._dynamo.reset()
+    run = torch.compile(lambda m: sdpa(layer, q, k, v, m, scaling=0.3)[0], backend="eager", fullgraph=True)
+    found = mask.sdpa_mask(device=torch.device("cpu"), **arguments)
+    with torch.no_grad():
+        for written in (False, True):
+            for x in (found, expected) if written else ():
+                x[..., :3].fill_(False)
+            out, _ = sdpa_attention_forward(layer, q, k, v, expected, scaling=0.3)
+            torch.testing.assert_close(run(found), out, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_compiled_function_does_not_write_to_a_lazy_mask():
+    """Its graph would write to the entries, and the mask would go on saying what it said."""
+    arguments = ask(9, 0, None, "left", 4) | {"device": torch.device("cpu")}
+    for write in (lambda x: x.logical_not_(), lambda x: x[0].logical_not_(), lambda x: x.__setitem__(0, False)):
+        torch._dynamo.reset()
+        found = mask.sdpa_mask(**arguments)
+        with pytest.raises(RuntimeError, match="only to a clone"):
+            torch.compile(write, backend="aot_eager")(found)
+        assert_bit_equal(found & True, wanted(arguments))
+    torch._dynamo.reset()

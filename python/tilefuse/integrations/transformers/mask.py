@@ -27,12 +27,25 @@ _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 
 
-class LazyMask(Tensor):
-    """A mask without entries. ``compact``: what it says; ``dense()``: the entries, made once."""
+class _Entries:
+    """What a mask and its aliases have in common: what they say, how the entries are made, and those once made."""
 
-    compact: Compact | None
-    _make: Callable[[], Any]
-    _made: Tensor | None
+    def __init__(self, compact: Compact | None, make: Callable[[], Any]):
+        self.compact = compact
+        self.make = make
+        self.made: Tensor | None = None
+        # in a graph, whose writes would reach the entries past the mask
+        self.traced = False
+
+
+class LazyMask(Tensor):
+    """A mask without entries until someone asks for them: ``dense()``.
+
+    What it says, ``compact_of``, holds until someone could have written an entry: from the first write to the mask or
+    to an alias, and from the first view or pointer into its memory on, the entries count and nothing else.
+    """
+
+    _entries: _Entries
 
     # nothing is left to do when an op is called from Python: they are caught below
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -45,59 +58,77 @@ class LazyMask(Tensor):
         dtype: torch.dtype,
         device: torch.device,
     ) -> LazyMask:
-        # tensors of inference mode do not count how often they, or views of them, are written to
-        with torch.inference_mode(False):
-            mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
-        mask.compact, mask._make, mask._made = compact, make, None
+        mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
+        mask._entries = _Entries(compact, make)
         return mask
 
-    def dense(self) -> Tensor:
-        made = self._made
-        if made is None:
-            with torch.inference_mode(False):
-                made = self._make()
-                # views of it count along with the mask
-                made = self._made = made.clone() if made.is_inference() else made
+    @property
+    def _made(self) -> Tensor:
+        entries = self._entries
+        made = entries.made = entries.make() if entries.made is None else entries.made
         return made
 
-    def _like(self, make: Callable[[], Any], compact: Compact | None, device: torch.device) -> LazyMask:
-        return LazyMask.of(compact, make, tuple(self.shape), self.dtype, device)
+    def dense(self) -> Tensor:
+        """The entries, to be read."""
+        return self._made
+
+    def _may_be_written(self, now: bool) -> None:
+        if now and self._entries.traced:
+            raise RuntimeError(
+                "tilefuse: a compiled function cannot write to a mask of a patched model, only to a clone"
+            )
+        self._entries.compact = None
+
+    def _exposed(self) -> Tensor:
+        """The entries, for someone who may write to them."""
+        self._may_be_written(True)
+        return self._made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # in inference mode ops arrive whole that are made of others
+        done = func.decompose(*args, **kwargs) if torch.is_inference_mode_enabled() else NotImplemented
+        if done is not NotImplemented:
+            return done
         mask = args[0] if args else None
         if isinstance(mask, LazyMask):
-            compact = compact_of(mask)
-            if func._schema.is_mutable:
-                mask.compact = None
+            entries, shape = mask._entries, tuple(mask.shape)
             if func in _SAME:
-                return mask._like(mask.dense, compact, mask.device)
+                same = LazyMask.of(None, entries.make, shape, mask.dtype, mask.device)
+                same._entries = entries
+                return same
+            compact = entries.compact
             same_dtype = kwargs.get("dtype") in (None, mask.dtype)
             if func is _aten._to_copy.default and same_dtype and kwargs.get("device") and compact is not None:
                 device = torch.device(kwargs["device"])
                 # made anew: what is written to a copy stays there
-                return mask._like(lambda: mask._make().to(device), compact.to(device), device)
+                return LazyMask.of(compact.to(device), lambda: entries.make().to(device), shape, mask.dtype, device)
+        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+        for argument in func._schema.arguments:
+            if argument.alias_info is not None:
+                # it is written to, or a result shares its memory
+                for each in pytree.tree_leaves(given.get(argument.name)):
+                    if isinstance(each, LazyMask):
+                        each._may_be_written(argument.alias_info.is_write)
         args, kwargs = pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
         return func(*args, **kwargs)
 
     # dynamo takes a mask that comes into a compiled region as the wrapper of its entries
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        self.dense()
         return ["_made"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> LazyMask:
         made = inner["_made"]
         mask = Tensor._make_wrapper_subclass(LazyMask, size, stride, dtype=made.dtype, device=made.device)
-        mask.compact, mask._made = None, made
+        mask._entries = _Entries(None, lambda: made)
+        mask._entries.traced = True
         return mask
 
     # what does not pass through the dispatcher, or not as a mask
     def __setitem__(self, index: Any, value: Any) -> None:
-        self.dense()[index] = value
-        self.compact = None
-        torch.autograd.graph.increment_version(self)
+        self._exposed()[index] = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
@@ -109,27 +140,29 @@ class LazyMask(Tensor):
         return f"LazyMask({list(self.shape)}, dtype={self.dtype}, {compact_of(self)})"
 
     def numpy(self, *, force: bool = False) -> Any:
-        return self.dense().numpy(force=force)
+        return self._exposed().numpy(force=force)
 
     def tolist(self) -> Any:
         return self.dense().tolist()
 
     def data_ptr(self) -> int:
-        return self.dense().data_ptr()
+        return self._exposed().data_ptr()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._exposed().__dlpack__(**options)
 
 
 class TracedMask(Tensor):
     """The same in a graph: Hugging Face's mask with ``compact`` at its side. Entries that no one uses are not made."""
+
+    compact: Compact
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
 
 def compact_of(mask: Any) -> Compact | None:
     """What a mask says, or None if it has to be looked at."""
-    compact = getattr(mask, "compact", None)
-    # what was written, also to a view, is in the entries alone; a graph cannot ask for versions
-    asks = type(mask) is LazyMask and not torch.compiler.is_dynamo_compiling()
-    return None if compact is not None and asks and mask._version > 0 else compact
+    return mask._entries.compact if type(mask) is LazyMask else getattr(mask, "compact", None)
 
 
 def dense(mask: Any) -> Any:
