@@ -199,6 +199,12 @@ def routed(tokens, dtype, experts=8, top_k=2):
     return x, ids, torch.rand(tokens, top_k) + 0.1
 
 
+def exact_gate(module, gate, up):
+    if module.limit is not None:
+        gate, up = gate.clamp(max=module.limit), up.clamp(-module.limit, module.limit)
+    return module.act_fn(gate) * up
+
+
 def exact_experts(module, x, ids, weights):
     """float64 on dequantised weights, activations not quantised: the distance to it is quantisation error."""
     gate_up = dequantised(module.gate_up_proj, module.gate_up_proj_scale_inv).detach()
@@ -209,14 +215,17 @@ def exact_experts(module, x, ids, weights):
             expert = int(ids[token, slot])
             if expert < len(gate_up):
                 gate, up = (gate_up[expert] @ x[token].double()).chunk(2)
-                h = torch.nn.functional.silu(gate) * up
+                h = exact_gate(module, gate, up)
                 out[token] += weights[token, slot].double() * (down[expert] @ h)
     return out
 
 
+@pytest.mark.parametrize("change", [{}, {"limit": 0.3}, {"act_fn": transformers.activations.ACT2FN["gelu"]}], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_experts(dtype, kernel):
+def test_experts(dtype, change, kernel):
     module = fp8_experts()
+    for name, value in change.items():
+        setattr(module, name, value)
     x, ids, weights = routed(40, dtype)
     # an expert-parallel sentinel: that choice belongs to another device
     ids[3, 1] = ids[7, 0] = 8
@@ -286,7 +295,10 @@ def test_experts_compile():
     [
         ({"hidden_act": "relu"}, {}, "its activation is ReLU"),
         ({"moe_intermediate_size": 32}, {}, "its scales have the shape"),
-        ({}, {"limit": 7.0}, "its gate is clamped or capped"),
+        ({}, {"limit": 0.0}, "its gate is clamped at 0.0"),
+        ({"hidden_act": "gelu"}, {"limit": 7.0}, "its gate is clamped at 7.0"),
+        ({}, {"swiglu_alpha": 1.7}, "its gate is capped, or scaled by alpha"),
+        ({}, {"gate_softcap": 7.0}, "its gate is capped, or scaled by alpha"),
         ({}, {"has_gate": False}, "experts without a gate"),
     ],
 )

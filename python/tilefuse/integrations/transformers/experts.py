@@ -2,34 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from ...ops.moe.grouped_matmul import grouped_matmul
 from ...ops.moe.moe_combine import moe_combine
 from ...ops.moe.moe_experts import moe_experts
 from ...ops.moe.moe_plan import moe_plan
-from .swap import Left, Swap
+from .swap import Left, Swap, hooked, same_code
 
 NAME = "tilefuse"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ACTIVATIONS: dict[type, str] = {
+    nn.SiLU: "silu",
+    SiLUActivation: "silu",
+    GELUActivation: "gelu_erf",
+    GELUTanh: "gelu",
+}
+
+
+class _Gate(NamedTuple):
+    """What an ``_apply_gate`` computes: attributes that hold its clamp and alpha, and its activation if not act_fn."""
+
+    limit: str = ""
+    alpha: str = ""
+    activation: str = ""
+
+
+# model, class -> its gate. Other models' gates are known by having the very same code
+_GATES = (
+    # float32 in between, as the op
+    ("beam", "BeamExperts", _Gate()),
+    ("deepseek_v4", "DeepseekV4Experts", _Gate("limit")),
+    ("glm5_next", "Glm5NextTextExperts", _Gate("swiglu_limit", activation="silu")),
+    ("minimax_m3_vl", "MiniMaxM3VLExperts", _Gate("swiglu_limit", "swiglu_alpha", "swiglu_oai")),
+    ("openai_privacy_filter", "OpenAIPrivacyFilterExperts", _Gate("limit", "alpha", "swiglu_oai")),
+)
 
 
 def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
 
 
-def fused_activation(module: Any) -> str | None:
-    """``"silu"`` or ``"gelu"`` if ``act(gate) * up`` of this module is one that the fused kernel computes."""
-    plain = module.has_gate and module.is_concatenated and not module.has_post_expert_norm
-    if not plain or type(module)._apply_gate is not _default_apply_gate:
+def activation_of(act_fn: Any) -> str | None:
+    """What the ops call an activation of Hugging Face's, or None if they have none such."""
+    if isinstance(act_fn, nn.Module):
+        exact = type(act_fn) is nn.GELU and act_fn.approximate == "none"
+        return None if hooked(act_fn) else _ACTIVATIONS.get(type(act_fn), "gelu_erf" if exact else None)
+    return {F.silu: "silu", F.gelu: "gelu_erf"}.get(act_fn)
+
+
+def fused_activation(module: Any) -> dict[str, Any] | None:
+    """The options of the op for the activation of this module, or None if the fused kernel has none such."""
+    if not module.has_gate or not module.is_concatenated or module.has_post_expert_norm:
         return None
-    return {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu", "PytorchGELUTanh": "gelu"}.get(
-        type(module.act_fn).__name__
-    )
+    activation = activation_of(module.act_fn) if hasattr(module, "act_fn") else None
+    options: dict[str, Any] = {}
+    if type(module)._apply_gate is not _default_apply_gate:
+        gate = same_code(module, _GATES, "_apply_gate")
+        if gate is None:
+            return None
+        activation = gate.activation or activation
+        for option, attribute in (("limit", gate.limit), ("alpha", gate.alpha)):
+            if attribute:
+                options[option] = getattr(module, attribute)
+        # to the op, 0 is no clamp
+        clamps = not gate.limit or ((options["limit"] or 0) > 0 and activation in ("silu", "swiglu_oai"))
+        if not clamps:
+            return None
+    return None if activation is None else {"activation": activation, **options}
 
 
 def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -48,9 +94,9 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
     x = hidden_states.to(up.dtype)
     if top_k_weights.dtype not in (torch.float32, x.dtype):
         top_k_weights = top_k_weights.float()
-    activation = fused_activation(self)
-    if activation is not None:
-        out = moe_experts(x, up, down, top_k_weights, top_k_index, up_bias, down_bias, activation=activation)
+    options = fused_activation(self)
+    if options is not None:
+        out = moe_experts(x, up, down, top_k_weights, top_k_index, up_bias, down_bias, **options)
         return out.to(hidden_states.dtype)
     order, inverse, offsets = moe_plan(top_k_index, up.shape[0])
     rows = grouped_matmul(x, up, offsets, order // top_k_index.shape[1], up_bias)

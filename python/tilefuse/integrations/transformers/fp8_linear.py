@@ -20,6 +20,7 @@ from ...ops.moe.grouped_matmul import grouped_matmul
 from ...ops.moe.moe_combine import moe_combine
 from ...ops.moe.moe_experts_fp8 import moe_experts_fp8
 from ...ops.moe.moe_plan import moe_plan
+from .experts import activation_of
 from .swap import Left, Swap
 
 CODES = torch.float8_e4m3fn
@@ -119,16 +120,16 @@ def _unfit_experts(module: Any) -> str:
             return why
         if scale.dtype == torch.float8_e8m0fnu:
             return "its scales are UE8M0, moe_experts_fp8 computes float32 ones for activations"
-    if any(value is not None for value in (module.gate_softcap, module.swiglu_alpha, module.limit)):
-        return "its gate is clamped or capped"
-    if _activation_name(module) is None:
-        return f"its activation is {type(module.act_fn).__name__}, moe_experts_fp8 has silu and gelu (tanh)"
+    if inspect.unwrap(type(module)._apply_gate).__module__ != _STOCK:
+        return f"{type(module).__name__} has a gate of its own"
+    if module.gate_softcap is not None or module.swiglu_alpha is not None:
+        return "its gate is capped, or scaled by alpha"
+    activation = activation_of(module.act_fn)
+    if activation is None:
+        return f"its activation is {type(module.act_fn).__name__}, moe_experts_fp8 has silu and gelu"
+    if module.limit is not None and (activation != "silu" or not module.limit > 0):
+        return f"its gate is clamped at {module.limit}, moe_experts_fp8 clamps silu, above 0"
     return ""
-
-
-def _activation_name(module: Any) -> str | None:
-    names = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu"}
-    return names.get(type(module.act_fn).__name__)
 
 
 class _Grouped(torch.autograd.Function):
@@ -157,8 +158,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if _unfit_experts(self):
         # the loop over experts under the class's dispatch
         return inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
-    activation = _activation_name(self)
-    assert activation is not None
+    options = {"activation": activation_of(self.act_fn), "limit": self.limit or 0.0}
     up, down = self.gate_up_proj.detach(), self.down_proj.detach()
     up_scale, down_scale = _scale(self.gate_up_proj_scale_inv), _scale(self.down_proj_scale_inv)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)):
@@ -170,7 +170,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
             down_scale,
             top_k_weights,
             top_k_index,
-            activation=activation,
+            **options,
         )
     order, inverse, offsets = moe_plan(top_k_index, up.shape[0])
     rows = hidden_states[order // top_k_index.shape[1]]

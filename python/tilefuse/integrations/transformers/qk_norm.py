@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.rope.qk_norm_rope import qk_norm_rope
 from . import rope
-from .swap import same_code
+from .swap import hooked, same_code
 
 # model, class of the norm -> what its weight misses
 _NORMS = (("qwen3", "Qwen3RMSNorm", 0.0), ("gemma3", "Gemma3RMSNorm", 1.0))
@@ -41,17 +41,6 @@ def _offset(norm: Any) -> float | None:
     return _offsets[type(norm)]
 
 
-def _untouched(norm: Any) -> bool:
-    """Hooks on a norm must run, and a hook that moves its weight must have moved it."""
-    return not (
-        "forward" in norm.__dict__
-        or norm._forward_hooks
-        or norm._forward_pre_hooks
-        or norm._backward_hooks
-        or norm._backward_pre_hooks
-    )
-
-
 def _eps(norm: Any) -> float:
     return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
@@ -73,7 +62,9 @@ def fuse(otherwise: types.FunctionType, offset: float) -> types.FunctionType:
         cos, sin = position_embeddings
         q_norm, k_norm = self.q_norm, self.k_norm
         if (
-            not (_untouched(q_norm) and _untouched(k_norm))
+            # a hook must run, and one that moves a weight must have moved it
+            hooked(q_norm)
+            or hooked(k_norm)
             # another module may have taken its place, around it or instead of it
             or not _offset(q_norm) == _offset(k_norm) == offset
             or _eps(q_norm) != _eps(k_norm)

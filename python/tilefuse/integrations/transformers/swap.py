@@ -159,23 +159,34 @@ def _code_key(function: Any) -> tuple[Any, ...] | None:
 
 
 @functools.cache
-def _known(classes: tuple[tuple[str, str, Any], ...]) -> dict[tuple[Any, ...], Any]:
+def _known(classes: tuple[tuple[str, str, Any], ...], method: str) -> dict[tuple[Any, ...], Any]:
     found = {}
     for model, name, value in classes:
         file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        key = _code_key(getattr(file, name, nn.Module).forward)
+        key = _code_key(getattr(getattr(file, name, None), method, None))
         if key is not None:
             found[key] = value
     return found
 
 
-def same_code(module: Any, classes: tuple[tuple[str, str, Any], ...]) -> Any:
-    """The value of the first of ``(model, class, value)`` whose forward is, instruction by instruction, the module's.
+def same_code(module: Any, classes: tuple[tuple[str, str, Any], ...], method: str = "forward") -> Any:
+    """The value of the first of ``(model, class, value)`` whose method is, instruction by instruction, the module's.
 
     Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
     """
-    key = _code_key(type(module).forward)
-    return None if key is None else _known(classes).get(key)
+    key = _code_key(getattr(type(module), method, None))
+    return None if key is None else _known(classes, method).get(key)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module is more than its class's forward: a fused op that does not call it would drop that."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def undo(model: nn.Module) -> None:
