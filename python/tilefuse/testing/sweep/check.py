@@ -28,6 +28,8 @@ _CONTRADICTION = 1e-2
 # where the noise of stock is measured
 _NOISE = ("plain", "left_padding", "right_padding", "packed", "mask_4d", "gradients")
 _LIKE = {"checkpointing": "gradients"}
+# what a model is asked that names tilefuse as its implementation
+_BY_NAME = ("plain", "left_padding", "right_padding", "packed", "chunked_prefill", "greedy", "gradients")
 # models that choose (experts, keys, buckets): a choice that rounding decides says nothing, so these get other inputs
 _CHOOSING = ("router", "indexer", "topk", "gate", "lsh")
 _SEEDS = 3
@@ -163,13 +165,17 @@ def _over_eager(model: Any) -> nn.Module | None:
     return other
 
 
+def _as_if_verified(unverified: bool) -> contextlib.AbstractContextManager[Any]:
+    """``patch(unverified=True)`` would compare once more, on fewer inputs."""
+    if not unverified:
+        return contextlib.nullcontext()
+    return mock.patch("tilefuse.integrations.transformers.verified.why_not", return_value="")
+
+
 def _patch(model: nn.Module, unverified: bool) -> Any:
     from tilefuse.integrations.transformers import patch
 
-    if not unverified:
-        return patch(model)
-    # patch(unverified=True) would compare once more, on fewer inputs
-    with mock.patch("tilefuse.integrations.transformers.verified.why_not", return_value=""):
+    with _as_if_verified(unverified):
         return patch(model)
 
 
@@ -249,6 +255,8 @@ def check(row: Architecture, *, unverified: bool = False, compiled: bool = False
             record.difference, record.noise = max(record.difference, difference), max(record.noise, noise)
         record.modes[name] = wrong
     record.modes["unpatch"] = _unpatched(row, model, stock_model, [*stock])
+    if not only or "by_name" in only:
+        _by_name(case(copy.deepcopy(stock_model)), unverified, stock, other, record)
     if not only or "bfloat16" in only:
         _bfloat16(row, stock_model, unverified, record)
     record.status = "failed" if record.failures else "passed"
@@ -269,6 +277,38 @@ def _unpatched(row: Architecture, model: nn.Module, stock_model: nn.Module, name
     except Exception as error:
         return _said(error)
     return ""
+
+
+def _by_name(
+    case: Case, unverified: bool, stock: dict[str, Results], other: dict[str, Results], record: Record
+) -> None:
+    """Adds the mode "by_name": ``attn_implementation="tilefuse"`` without ``patch``, where that is not refused."""
+    from tilefuse.integrations.transformers import register
+
+    register()
+    wrong, asked = "", [name for name in _BY_NAME if name in stock]
+    with _as_if_verified(unverified):
+        try:
+            case.model.set_attn_implementation("tilefuse")
+        except Exception as error:
+            record.stock_cannot["by_name"] = _said(error)
+            return
+        if case.config._attn_implementation != "tilefuse":
+            return
+        for name in asked:
+            try:
+                results = _run(MODES[name], case)
+                difference, noise, wrong = compare(results, stock[name], other.get(name), record.noise)
+            except Exception as error:
+                wrong = _said(error)
+                if isinstance(error, ValueError) and 'attn_implementation="tilefuse"' in wrong:
+                    record.stock_cannot["by_name"] = wrong
+                    return
+            if wrong:
+                wrong = f"{name}: {wrong}"
+                break
+            record.difference, record.noise = max(record.difference, difference), max(record.noise, noise)
+    record.modes["by_name"] = wrong
 
 
 def _bfloat16(row: Architecture, model: nn.Module, unverified: bool, record: Record) -> None:
