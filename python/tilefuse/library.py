@@ -325,7 +325,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
         op = backward.__module__.split(".")[-1]
-        message = f"tilefuse.{op}: the op is differentiable once, and this is a second derivative"
+        message = (
+            f"tilefuse.{op}: the op is differentiable once, and this is a second derivative; "
+            "take that of plain PyTorch (a patched model's after unpatch(model))"
+        )
         return _refuse(message, (*upstream, *ctx.saved_tensors), gradients)
 
     return wrapper

@@ -14,8 +14,10 @@ from tilefuse.testing import assert_bit_equal
 pytest.importorskip("transformers", reason="needs transformers (pip install tilefuse[transformers])")
 
 import transformers
+from transformers.activations import ACT2FN
 
-from tilefuse.integrations.transformers import patch, rebuild, register, rope, unpatch, verified
+from tilefuse.integrations.transformers import experts, patch, rebuild, register, rope, unpatch, verified
+from tilefuse.testing import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -236,20 +238,93 @@ def test_attention_weights_of_an_eager_model(tiny, name, how):
     assert attention_calls(report) == {"eager: attention weights are asked for"}
 
 
-def test_implementations_that_are_chosen_after_patch(tiny):
+def test_implementations_that_are_chosen_after_patch(tiny, monkeypatch):
     model = tiny("mixtral")
     ids = tokens()
     stock = logits(model, ids)
     report = patch(model)
     model.set_experts_implementation("eager")
-    called = []
-    # the fused kernel calls no activation
-    model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda *_: called.append(1))
-    close(logits(model, ids), stock)
-    assert called
+    with monkeypatch.context() as context:
+        context.setattr(experts, "moe_experts", pytest.fail)
+        close(logits(model, ids), stock)
     model.set_attn_implementation("eager")
     close(logits(model, ids), stock)
     assert attention_calls(report) == {"window_attention"}
+
+
+def experts_of(name):
+    """The expert layer of a tiny model and inputs that reach any clamp, with gradients."""
+    row = next(row for row in sweep.architectures() if row.name.startswith(name))
+    module = next(m for m in sweep.tiny(row).modules() if hasattr(m, "_apply_gate"))
+    generator = torch.Generator().manual_seed(0)
+    hidden = (module.gate_up_proj.shape[1 if module.is_transposed else 2]) if module.has_gate else 0
+    x = 40 * torch.randn(12, hidden, generator=generator)
+    weights = torch.rand(12, 2, generator=generator)
+    ids = torch.rand(12, module.num_experts, generator=generator).topk(2).indices
+    return module, (x.requires_grad_(), ids, weights.requires_grad_())
+
+
+def forward_and_gradients(module, inputs):
+    out = module(*inputs)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    wanted = [x for x in (*inputs, *module.parameters()) if x.requires_grad]
+    return out.detach(), *torch.autograd.grad(out, wanted, dout)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mixtral", {}),
+        ("mixtral", {"act_fn": ACT2FN["gelu"]}),
+        ("mixtral", {"act_fn": ACT2FN["gelu_pytorch_tanh"]}),
+        ("mixtral", {"act_fn": torch.nn.GELU()}),
+        ("lfm2_moe", {}),
+        ("beam", {}),
+        ("deepseek_v4", {"limit": 3.0}),
+        ("deepseek_v4", {}),
+        ("glm5_next", {"swiglu_limit": 3.0}),
+        ("hy_v4", {"swiglu_limit": 3.0}),
+        ("minimax_m3_vl_text", {"swiglu_limit": 3.0, "swiglu_alpha": 1.3}),
+    ],
+)
+def test_gates_of_experts_are_one_kernel(name, change, monkeypatch):
+    module, inputs = experts_of(name)
+    for attribute, value in change.items():
+        delattr(module, attribute)
+        setattr(module, attribute, value)
+    expected = forward_and_gradients(module, inputs)
+    assert patch(module)[""].changed == "experts"
+    monkeypatch.setattr(experts, "grouped_matmul", pytest.fail)
+    for ours, stock in zip(forward_and_gradients(module, inputs), expected):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5 * stock.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("deepseek_v4", {"limit": 0.0}),
+        ("deepseek_v4", {"act_fn": ACT2FN["gelu"], "limit": 3.0}),
+        ("mixtral", {"act_fn": ACT2FN["quick_gelu"]}),
+        ("mixtral", {"act_fn": torch.nn.GELU("tanh")}),
+    ],
+)
+def test_gates_that_no_kernel_has(name, change, monkeypatch):
+    module, inputs = experts_of(name)
+    for attribute, value in change.items():
+        setattr(module, attribute, value)
+    expected = forward_and_gradients(module, inputs)
+    assert patch(module)[""].changed == "experts (activation as in the model)"
+    monkeypatch.setattr(experts, "moe_experts", pytest.fail)
+    for ours, stock in zip(forward_and_gradients(module, inputs), expected):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5 * stock.abs().max().item())
+
+
+def test_hooks_on_the_activation_of_experts_run():
+    module, inputs = experts_of("mixtral")
+    patch(module)
+    before = module(*inputs)
+    module.act_fn.register_forward_hook(lambda *arguments: 2 * arguments[-1])
+    close(module(*inputs) / before, torch.full_like(before, 2.0))
 
 
 def test_a_keyword_that_no_one_knows_goes_to_stock_whole(tiny):
@@ -328,6 +403,34 @@ def test_a_difference_is_found_before_anyone_uses_it(tiny, monkeypatch):
     assert "forward" not in model.model.layers[0].self_attn.__dict__ and model.training
     with pytest.raises(RuntimeError, match="could not be compared"):
         patch(tiny("llama").to("meta"), unverified=True)
+
+
+def test_what_is_wrapped_is_compared(tiny, monkeypatch):
+    from tilefuse.integrations.transformers import attention
+
+    monkeypatch.setattr(verified, "record", lambda: {"transformers": ["5.23"], "types": {"mistral": {}}})
+    ids = tokens()
+    wrapped = torch.nn.ModuleDict({"one": tiny("llama"), "two": tiny("mistral")})
+    stock = [logits(model, ids) for model in wrapped.values()]
+    report = patch(wrapped, unverified=True)
+    assert all("attention" in report[f"{name}.model.layers.0.self_attn"].changed for name in wrapped)
+    for model, expected in zip(wrapped.values(), stock):
+        close(logits(model, ids), expected)
+    unpatch(wrapped)
+    ours = attention.window_attention
+    monkeypatch.setattr(attention, "window_attention", lambda *a, window, **more: ours(*a, window=(3, 0), **more))
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM patched differs from Hugging Face's by"):
+        patch(wrapped, unverified=True)
+    assert not any("forward" in module.__dict__ for module in wrapped.modules())
+
+
+def test_second_derivatives_raise_and_say_what_to_do(tiny):
+    model = tiny("llama")
+    patch(model)
+    loss = model(tokens(), labels=tokens()).loss
+    first = torch.autograd.grad(loss, model.model.embed_tokens.weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"a second derivative; .*after unpatch\(model\)"):
+        first.square().sum().backward()
 
 
 def test_names_are_refused_to_types_that_are_not_verified(config_of, monkeypatch):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import attention, bigbird, check, experts, fp8_linear, longformer, router, verified
+from . import attention, bigbird, check, experts, fp8_linear, longformer, router
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
@@ -81,14 +81,14 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
 
     What tilefuse does not compute exactly stays with Hugging Face, at the module or for the call: attention dropout in
     training, position biases, masks of the user, masks with holes, padding under ``torch.compile``, attention weights
-    of an eager model, and every call with an argument that tilefuse does not know. The report names modules;
-    ``report.calls()`` counts what their attention calls ran on.
+    of an eager model, ``generate_batch``, and every call with an argument that tilefuse does not know. The report
+    names modules; ``report.calls()`` counts what their attention calls ran on. A second derivative raises.
 
     Args:
         model: any module. Usually a ``transformers.PreTrainedModel``; wrapped ones (DDP, PEFT, ``torch.compile``)
             are searched too.
-        unverified: swap the attention of a model whose type is not verified all the same, after its output for a
-            small random input was compared with Hugging Face's.
+        unverified: swap the attention of models whose type is not verified all the same, after their outputs for a
+            small random input were compared with Hugging Face's.
 
     Returns:
         A mapping from module path to ``Change(changed, left)``: what runs on tilefuse now, and what was left with the
@@ -125,10 +125,8 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
             router.swap,
             experts.swap,
         ]
-        if unverified and verified.why_not(model.__dict__.get("config")):
-            state = check.compared(model, lambda: apply(model, parts))
-        else:
-            state = apply(model, parts)
+        unknown = check.not_verified(model) if unverified else []
+        state = check.compared(model, unknown, lambda: apply(model, parts)) if unknown else apply(model, parts)
     state.report.belongs_to(model)
     return state.report
 

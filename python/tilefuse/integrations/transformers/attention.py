@@ -247,7 +247,11 @@ def attention(
     why = _unlike(form, module, query, key, value, attention_mask, options)
     compact = None if why else _meaning(form, module, query, key, attention_mask, options)
     if compact is None:
-        calls.count(module, f"{_name(form)}: {why or 'its mask is not one of the ops'}")
+        if not why:
+            why = "its mask is not one of the ops"
+            if query.shape[2] == 1:
+                why = "one query's mask with padding is small, and stays dense"
+        calls.count(module, f"{_name(form)}: {why}")
         return stock(module, query, key, value, mask.dense(attention_mask), **options)
     sinks = module.sinks if form is not None and form.sinks else None
     softcap = options.get("softcap") or 0.0

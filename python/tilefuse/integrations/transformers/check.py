@@ -9,33 +9,44 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from . import verified
 from .swap import undo
 
 # errors of rounding through a whole model, relative to its largest output
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def compared(model: nn.Module, patch: Callable[[], Any]) -> Any:
-    """``patch()``, if the model then gives what it gave before, else RuntimeError and the model as it was."""
-    training = [module for module in model.modules() if module.training]
+def not_verified(module: nn.Module) -> list[nn.Module]:
+    """The models in it, outermost ones with a config, whose type is not verified."""
+    config = module.__dict__.get("config")
+    if config is not None:
+        return [module] if verified.why_not(config) else []
+    return [model for child in module.children() for model in not_verified(child)]
+
+
+def compared(whole: nn.Module, models: list[nn.Module], patch: Callable[[], Any]) -> Any:
+    """``patch()`` of the whole, if these models in it then give what they gave before, else RuntimeError and all as
+    it was."""
+    training = [module for module in whole.modules() if module.training]
     generator = torch.Generator("cpu").manual_seed(0)
-    inputs = list(_inputs(model, generator))
-    model.eval()
+    inputs = [(model, each) for model in models for each in _inputs(model, generator)]
     try:
-        before = [_outputs(model, each) for each in inputs]
+        for model in models:
+            model.eval()
+        before = [_outputs(model, each) for model, each in inputs]
         state = patch()
-        after = [_outputs(model, each) for each in inputs]
+        after = [_outputs(model, each) for model, each in inputs]
     except Exception as error:
-        undo(model)
-        raise RuntimeError(f"tilefuse: {type(model).__name__} could not be compared with itself: {error}") from error
+        undo(whole)
+        raise RuntimeError(f"tilefuse: {type(whole).__name__} could not be compared with itself: {error}") from error
     finally:
         for module in training:
             module.training = True
-    for each, stock, ours in zip(inputs, before, after):
+    for (model, each), stock, ours in zip(inputs, before, after):
         for a, b in zip(stock, ours):
             wrong = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
             if not wrong <= _TOLERANCE[a.dtype] * a.double().abs().max().clamp(min=1e-6).item():
-                undo(model)
+                undo(whole)
                 raise RuntimeError(
                     f"tilefuse: {type(model).__name__} patched differs from Hugging Face's by {wrong:.3g} with "
                     f"{', '.join(each)}"
