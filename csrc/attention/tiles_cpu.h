@@ -111,20 +111,23 @@ static inline void by_registers(int first, int last, const F& f) {
   if constexpr (N > 1) by_registers<N - 1>(first, last, f);
 }
 
-// NR rows and KV registers of C [.][L]: sum over depth of rows[r][k] * a[k][lane]
+// NR rows and KV registers of C [.][L]: sum over words [begin, end) of rows[r][k] * a[k][lane]
 template <int L, int NR, int KV, typename W>
-static inline void rows_product(const W* a, const W* const* rows, int64_t depth, float* c) {
+static inline void rows_product(const W* a, const W* const* rows, int64_t begin, int64_t end, float* c) {
   vec acc[NR][KV] = {};
-  for (int64_t k = 0; k < depth; ++k, a += L) {
+  for (int64_t k = begin; k < end; ++k) {
 #pragma GCC unroll 16
     for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < KV; ++v) acc[r][v] = multiply_add(rows[r][k], a + v * kWidth, acc[r][v]);
+      for (int v = 0; v < KV; ++v) acc[r][v] = multiply_add(rows[r][k], a + k * L + v * kWidth, acc[r][v]);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < NR; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < KV; ++v) store(c + r * L + v * kWidth, acc[r][v]);
+    for (int v = 0; v < KV; ++v) {
+      float* to = c + r * L + v * kWidth;
+      store(to, begin > 0 ? load(to) + acc[r][v] : acc[r][v]);
+    }
 }
 
 // NR rows and KV registers of C [.][L]: sum over depth of b[r * row_step + k * depth_step] * a[k][lane]
@@ -582,6 +585,8 @@ class Forward {
   void scores(const Seen<L>& seen, const W* const* rows, const T* const* v, int64_t count) {
     constexpr int kMost = L / kWidth < kVectors ? L / kWidth : kVectors;
     const int64_t depth = words(dim_, kPer);
+    // of float32, sums of sums: one sum of them all would round too often
+    const int64_t piece = sizeof(T) == sizeof(float) ? 64 : depth;
     const auto block = [&](int r, auto size) {
       constexpr int kSize = decltype(size)::value;
       int from, to;
@@ -590,7 +595,10 @@ class Forward {
         for (int64_t d = 0; d < dim_v_; d += 64 / sizeof(T)) __builtin_prefetch(v[i] + d);
       }
       by_registers<kMost>(from, to, [&](int lane, auto registers) {
-        rows_product<L, kSize, decltype(registers)::value>(q_ + lane, rows + r, depth, s_ + r * L + lane);
+        for (int64_t k = 0; k < depth; k += piece) {
+          rows_product<L, kSize, decltype(registers)::value>(q_ + lane, rows + r, k,
+                                                             k + piece < depth ? k + piece : depth, s_ + r * L + lane);
+        }
       });
     };
     int r = 0;
