@@ -534,13 +534,18 @@ template <typename T>
 void panel_of_rows(const T* w, int64_t stride, int64_t rows, int64_t depth, Operand* panel) {
   for (int64_t n = 0; n < kPanelWidth; ++n) {
     for (int64_t k = 0; k < depth; ++k) place(panel, n, k, n < rows ? operand_of(w[n * stride + k]) : 0.0f);
+    // whole pairs of K are multiplied
+    if (depth % 2 != 0) place(panel, n, depth, 0.0f);
   }
 }
 
 template <typename T>
 void panel_of_columns(const T* w, int64_t stride, int64_t columns, int64_t depth, Operand* panel) {
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t n = 0; n < kPanelWidth; ++n) place(panel, n, k, n < columns ? operand_of(w[k * stride + n]) : 0.0f);
+  // whole pairs of K are multiplied
+  for (int64_t k = 0; k < depth + depth % 2; ++k) {
+    for (int64_t n = 0; n < kPanelWidth; ++n) {
+      place(panel, n, k, n < columns && k < depth ? operand_of(w[k * stride + n]) : 0.0f);
+    }
   }
 }
 
