@@ -94,23 +94,31 @@ def test_logits_loss_and_gradients(tiny, name, dtype):
     patched = copy.deepcopy(model)
     report = patch(patched)
     assert report.changed
-    # where two experts are nearly tied, rounding decides: such inputs say nothing
-    for seed in range(20):
+    trials = []
+    for seed in range(40):
         ids = tokens(seed, batch=2, length=12)
         mask = left_padding(ids, 3)
+        # where two experts are nearly tied, rounding decides: such inputs say nothing
         if same_routes(*(routes(each, ids, mask) for each in (exact, model, patched))):
+            trials.append([step(each, ids, mask) for each in (exact, model, patched)])
+        # the largest error of one input's few dozen tokens is luck: those of several are compared together
+        if len(trials) == 4:
             break
     else:
         raise AssertionError("never chose the same experts")
-    results = [step(each, ids, mask) for each in (exact, model, patched)]
-    (logits, loss, gradients), (stock_logits, stock_loss, stock_gradients), (out, out_loss, out_gradients) = results
-    assert_close(out, logits, stock_logits, rows=False, name="logits")
-    assert_loss_close(out_loss, loss, stock_loss, (stock_logits.double() - logits).square().mean().sqrt())
-    assert set(out_gradients) == set(stock_gradients)
+    for (logits, loss, gradients), (stock_logits, stock_loss, stock_gradients), (
+        out,
+        out_loss,
+        out_gradients,
+    ) in trials:
+        assert_close(out, logits, stock_logits, rows=False, name="logits")
+        assert_loss_close(out_loss, loss, stock_loss, (stock_logits.double() - logits).square().mean().sqrt())
+        assert set(out_gradients) == set(stock_gradients) == set(gradients)
     few = [], [], []
-    for parameter, gradient in out_gradients.items():
-        triple = gradient, gradients[parameter], stock_gradients[parameter]
-        if gradient.numel() >= 64:
+    for parameter in trials[0][0][2]:
+        oracle, naive, gradient = (torch.stack([trial[i][2][parameter] for trial in trials]) for i in range(3))
+        triple = gradient, oracle, naive
+        if gradient[0].numel() >= 64:
             # a router's gradient is a small difference of terms of order one: its float32 noise is theirs
             router = parameter.endswith((".gate.weight", ".router.weight"))
             assert_close(*triple, tiny=NOISE_ULPS * 2.0**-24 if router else None, rows=False, name=parameter)
