@@ -114,14 +114,17 @@ class Registry:
         self._eager = None if form is None else functools.partial(attention, eager, form)
 
     def get_interface(self, name: str, default: Function) -> Function:
-        if name == "sdpa":
+        # someone may have registered another function under a name of Hugging Face's
+        found = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        if found is sdpa_attention_forward:
             return self._sdpa
-        if name == "eager" and default is self.eager and self._eager is not None:
+        if found is self.eager and self._eager is not None:
             return self._eager
-        return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        return found
 
     def __getitem__(self, name: str) -> Function:
-        return self._sdpa if name == "sdpa" else ALL_ATTENTION_FUNCTIONS[name]
+        found = ALL_ATTENTION_FUNCTIONS[name]
+        return self._sdpa if found is sdpa_attention_forward else found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(ALL_ATTENTION_FUNCTIONS, name)
@@ -134,13 +137,16 @@ def replace(name: str, value: Any, scope: dict[str, Any]) -> Any:
     return mask.MAKERS.get(value) if callable(value) else None
 
 
-@functools.cache
-def _methods(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _methods(cls: type) -> tuple[list[str], list[str]]:
     """The methods of a class that call attention functions, and those that make masks."""
     methods = rebuild.methods(cls)
-    attends = [name for name, method in methods.items() if rebuild.uses(method, _is_registry)]
-    makes = [name for name, method in methods.items() if rebuild.uses(method, _makes_masks)]
-    return tuple(attends), tuple(makes)
+    attends = [name for name, method in methods.items() if _uses(method, _is_registry)]
+    makes = [name for name, method in methods.items() if _uses(method, _makes_masks)]
+    return attends, makes
+
+
+# a class may be given another method, which is another function
+_uses = functools.cache(rebuild.uses)
 
 
 def _is_registry(value: Any) -> bool:
@@ -201,7 +207,7 @@ def _why_left(module: nn.Module, config: Any) -> str:
 
 
 def _swap_attention(
-    module: nn.Module, config: Any, why: str, attends: tuple[str, ...], other_tables: set[str]
+    module: nn.Module, config: Any, why: str, attends: list[str], other_tables: set[str]
 ) -> Swap | Left:
     """``why``: what keeps its attention from being swapped, "" if nothing."""
     cls = type(module)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.utils import output_capturing
 
 from ...ops.attention.block_sparse_attention import block_sparse_attention
-from .swap import Left, Swap
+from .swap import Left, Swap, original
 
 _STOCK = "transformers.models.big_bird.modeling_big_bird"
 _ATTENTION = ("BigBirdBlockSparseAttention", "BigBirdSelfAttention")
@@ -30,7 +30,7 @@ def swap(module: Any, config: Any) -> Swap | Left | None:
     stock = next((c for c in type(module).__mro__ if c.__module__ == _STOCK and c.__name__ in _ATTENTION), None)
     if stock is None:
         return None
-    if type(module).forward is not stock.forward:
+    if type(module).forward is not stock.forward or not original(stock):
         return Left(f"{type(module).__name__} has a forward of its own")
     if stock.__name__ == _ATTENTION[1]:
         return Left("attention_type original_full is dense attention outside of Hugging Face's attention registry")

@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, GELUTanh, SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import (
+    ALL_EXPERTS_FUNCTIONS,
+    _default_apply_gate,
+    use_experts_implementation,
+)
 
 from ...ops.moe.grouped_matmul import grouped_matmul
 from ...ops.moe.moe_combine import moe_combine
@@ -47,6 +51,15 @@ _GATES = (
 
 def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts)
+
+
+@use_experts_implementation
+class _Experts(nn.Module):
+    def forward(self) -> None: ...
+
+
+# the forward of every class that Hugging Face's registry serves
+_DISPATCH = _Experts.forward.__code__
 
 
 def activation_of(act_fn: Any) -> str | None:
@@ -118,6 +131,8 @@ def swap(module: Any, config: Any) -> Swap | Left | None:
     """Modules of classes that Hugging Face marks with ``use_experts_implementation``."""
     if not all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "down_proj")):
         return None
+    if getattr(type(module).forward, "__code__", None) is not _DISPATCH:
+        return Left(f"{type(module).__name__} has a forward of its own")
     weights = [module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj]
     if not all(isinstance(w, Tensor) and w.dim() == 3 for w in weights):
         return Left("its weights are not stacked")

@@ -21,7 +21,7 @@ from ...ops.moe.moe_combine import moe_combine
 from ...ops.moe.moe_experts_fp8 import moe_experts_fp8
 from ...ops.moe.moe_plan import moe_plan
 from .experts import activation_of
-from .swap import Left, Swap
+from .swap import Left, Swap, original
 
 CODES = torch.float8_e4m3fn
 TILE = (128, 128)
@@ -41,7 +41,7 @@ def swap(module: nn.Module, config: Any) -> Swap | Left | None:
     stock = next((c for c in type(module).__mro__ if c.__module__ == _STOCK), None)
     if stock is None or stock.__name__ not in _PARTS:
         return None
-    if type(module).forward is not stock.forward:
+    if type(module).forward is not stock.forward or not original(stock):
         return Left(f"{type(module).__name__} has a forward of its own")
     unfit, forward, what = _PARTS[stock.__name__]
     if why := unfit(module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops.attention.global_attention import global_attention
-from .swap import Left, Swap
+from .swap import Left, Swap, original
 
 _STOCK = {
     ("transformers.models.longformer.modeling_longformer", "LongformerSelfAttention"),
@@ -24,7 +24,7 @@ def swap(module: Any, config: Any) -> Swap | Left | None:
     stock = next((c for c in type(module).__mro__ if (c.__module__, c.__name__) in _STOCK), None)
     if stock is None:
         return None
-    if type(module).forward is not stock.forward:
+    if type(module).forward is not stock.forward or not original(stock):
         return Left(f"{type(module).__name__} has a forward of its own")
     left = ["output_attentions"]
     if module.dropout > 0:

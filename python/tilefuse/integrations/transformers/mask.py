@@ -238,11 +238,11 @@ class _Registry:
     """Hugging Face's registry of mask functions, with ours for models that run on ``sdpa`` or ``eager``."""
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        if name == "sdpa":
+        # someone may have registered another function under a name of Hugging Face's
+        found = stock.ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if found is stock.sdpa_mask:
             return sdpa_mask
-        if name == "eager":
-            return eager_mask
-        return stock.ALL_MASK_ATTENTION_FUNCTIONS[name]
+        return eager_mask if found is stock.eager_mask else found
 
 
 def _ours(maker: Any) -> Any:

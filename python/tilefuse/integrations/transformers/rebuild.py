@@ -18,8 +18,11 @@ from typing import Any
 Function = types.FunctionType
 # name and value of a global -> what takes its place, None: it stays
 Replace = Callable[[str, Any, dict[str, Any]], Any]
+# scope, name and value of globals
+Used = list[tuple[dict[str, Any], str, Any]]
 
-_built: dict[tuple[type, str, tuple[str, ...]], Function] = {}
+# with the function that each is the copy of, and the globals that it used
+_built: dict[tuple[type, str, tuple[str, ...]], tuple[Function, Used, Function]] = {}
 
 
 def _names(code: types.CodeType) -> Iterator[str]:
@@ -29,10 +32,12 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def copy(function: Function, replace: Replace, callers: tuple[Function, ...] = ()) -> Function | None:
+def copy(
+    function: Function, replace: Replace, callers: tuple[Function, ...] = (), used: Used | None = None
+) -> Function | None:
     """The function with other globals, also in the functions of its file that it calls and in those that it wraps.
 
-    None if nothing that it uses changes.
+    None if nothing that it uses changes. ``used`` receives the globals that were looked at.
     """
     if function in callers:
         return None
@@ -41,16 +46,18 @@ def copy(function: Function, replace: Replace, callers: tuple[Function, ...] = (
     changed = {}
     for name in set(_names(function.__code__)) & scope.keys():
         value = scope[name]
+        if used is not None:
+            used.append((scope, name, value))
         new = replace(name, value, scope)
         if new is None and isinstance(value, Function) and value.__globals__ is scope:
-            new = copy(value, replace, callers)
+            new = copy(value, replace, callers, used)
         if new is not None:
             changed[name] = new
     # a decorator keeps what it wraps in a cell
     cells = []
     for cell in function.__closure__ or ():
         inner = _contents(cell)
-        new = copy(inner, replace, callers) if isinstance(inner, Function) else None
+        new = copy(inner, replace, callers, used) if isinstance(inner, Function) else None
         cells.append(cell if new is None else types.CellType(new))
     if not changed and all(a is b for a, b in zip(cells, function.__closure__ or ())):
         return None
@@ -101,7 +108,8 @@ def uses(function: Function, wanted: Callable[[Any], bool]) -> bool:
 def method(cls: Any, name: str, parts: tuple[str, ...]) -> Function:
     """The copy of a class's method that runs these parts on tilefuse: ``"attention"``, ``"rope"``, ``"norm=0.0"``."""
     key = (cls, name, parts)
-    if key not in _built:
+    stock = inspect.getattr_static(cls, name)
+    if key not in _built or not _still(stock, *_built[key][:2]):
         from . import attention, qk_norm, rope
 
         replaces = {"attention": attention.replace, "rope": rope.replace}
@@ -111,8 +119,8 @@ def method(cls: Any, name: str, parts: tuple[str, ...]) -> Function:
             answers = (one(name, value, scope) for one in wanted)
             return next((answer for answer in answers if answer is not None), None)
 
-        stock = inspect.getattr_static(cls, name)
-        made = copy(stock, replace)
+        used: Used = []
+        made = copy(stock, replace, used=used)
         if made is None:
             raise LookupError(f"{cls.__qualname__}.{name} has nothing of {', '.join(parts)}")
         for part in parts:
@@ -120,8 +128,13 @@ def method(cls: Any, name: str, parts: tuple[str, ...]) -> Function:
                 made = qk_norm.fuse(made, float(part[5:]))
                 functools.update_wrapper(made, stock, updated=())
         made.__module__, made.__qualname__ = __name__, _encode(cls, name, parts)
-        _built[key] = made
-    return _built[key]
+        _built[key] = stock, used, made
+    return _built[key][2]
+
+
+def _still(stock: Function, before: Function, used: Used) -> bool:
+    """Whether a copy is still that of the method: others change classes and globals of a model's file too."""
+    return stock is before and all(scope.get(name) is value for scope, name, value in used)
 
 
 def _encode(cls: type, name: str, parts: tuple[str, ...]) -> str:

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import transformers
 from torch import nn
 
 from . import calls
@@ -43,6 +46,11 @@ class Swap:
     left: str = ""
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The methods that change."""
+        return (*self.methods, *(() if self.forward is None else ("forward",)))
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,12 @@ def _slot(module: nn.Module, name: str) -> str:
     return "_old_forward" if name == "forward" and "_old_forward" in module.__dict__ else name
 
 
+def _replaced(module: nn.Module, name: str) -> bool:
+    """Whether someone gave this instance a method of its own, which a swap would drop; accelerate's hooks do not."""
+    found = module.__dict__.get(_slot(module, name))
+    return found is not None and getattr(found, "__func__", None) is not getattr(type(module), name, None)
+
+
 def set_method(state: _State, module: nn.Module, name: str, method: Callable[..., Any], **options: Any) -> None:
     slot = _slot(module, name)
     # unlike a bound method, this is pickled as what it is
@@ -158,13 +172,30 @@ def _code_key(function: Any) -> tuple[Any, ...] | None:
     return code and (code.co_code, code.co_names, code.co_varnames, code.co_consts)
 
 
+_LIBRARY = os.path.dirname(transformers.__file__)
+
+
+def original(cls: type, method: str = "forward") -> bool:
+    """Whether a method is the one of its class's file, through decorators of Hugging Face's alone: not one that someone
+    put there since, on a class that others share."""
+    function = getattr(cls, method, None)
+    own = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    while function is not None:
+        file = getattr(getattr(function, "__code__", None), "co_filename", "")
+        if file != own and not file.startswith(_LIBRARY + os.sep):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
+
+
 @functools.cache
 def _known(classes: tuple[tuple[str, str, Any], ...], method: str) -> dict[tuple[Any, ...], Any]:
     found = {}
     for model, name, value in classes:
         file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-        key = _code_key(getattr(getattr(file, name, None), method, None))
-        if key is not None:
+        cls = getattr(file, name, None)
+        key = _code_key(getattr(cls, method, None))
+        if isinstance(cls, type) and key is not None and original(cls, method):
             found[key] = value
     return found
 
@@ -222,6 +253,9 @@ def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left |
             answer = next((answer for part in parts if (answer := part(module, config)) is not None), None)
             if isinstance(answer, Left):
                 changes[path] = Change(left=answer.why)
+            elif answer is not None and any(_replaced(module, name) for name in answer.names):
+                if answer.what:
+                    changes[path] = Change(left="someone replaced its forward")
             elif answer is not None:
                 calls.forget(module)
                 for name, method in answer.methods.items():
