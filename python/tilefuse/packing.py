@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import errors
 
@@ -163,29 +162,53 @@ def pack_weight(w: Tensor, scale: Tensor | None = None, *, format: str = "bf16")
             errors.value_error(name, "scale", f"{[*tiles]} or {[*rows]} float32", scale)
         errors.check_dtype(name, "scale", scale, (torch.float32,))
         errors.check_device(name, "scale", scale, w, "w")
-    padded = -(-k // 4) * 4
-    data = torch.empty((*lead, n, padded // 2, 2), dtype=w.dtype, device="cpu")
+    return PackedWeight(pack_data(w.detach()), scale, k)
+
+
+def _bits(t: Tensor) -> Tensor:
     # bytes: not every operation takes e4m3
-    bits = torch.uint8 if format == "fp8" else torch.int16
+    return t.view(torch.uint8 if t.element_size() == 1 else torch.int16)
+
+
+def pack_data(w: Tensor, into: Tensor | None = None) -> Tensor:
+    """The data of a packed weight, of ``w [.., N, K]`` or ``[E, P, N / P, K]``: rows in P parts of any strides.
+
+    ``into``: where to, contiguous. It may be w's own memory if that holds one matrix after the other, K padded.
+    """
+    k = w.shape[-1]
+    lead, n = (w.shape[:1], w.shape[1] * w.shape[2]) if w.ndim == 4 else (w.shape[:-2], w.shape[-2])
+    padded = -(-k // 4) * 4
+    shape = (*lead, n, padded // 2, 2)
+    data = torch.empty(shape, dtype=w.dtype, device="cpu") if into is None else into.view(shape)
     count = lead[0] if lead else 1
-    matrices = w.detach().view(bits).reshape(count, n, k)
-    for packed, matrix in zip(data.view(bits).view(count, n, padded // 2, 2), matrices):
-        whole = pad(matrix, (0, padded - k)).contiguous()
+    matrices = _bits(w) if lead else _bits(w)[None]
+    whole = matrices.new_zeros(n, padded)
+    part = whole.view(*matrices.shape[1:-1], padded)[..., :k]
+    for packed, matrix in zip(_bits(data).view(count, n, padded // 2, 2), matrices):
+        part.copy_(matrix)
         for to, source in (_strips(packed, whole), _rest(packed, whole)):
             to.copy_(source)
-    return PackedWeight(data, scale, k)
+    return data
+
+
+def unpack_into(w: Tensor, data: Tensor) -> None:
+    """The inverse of ``pack_data``: writes a packed weight's elements to ``w``, of any strides."""
+    n, pairs, _ = data.shape[-3:]
+    count = data.shape[0] if data.ndim == 4 else 1
+    matrices = _bits(w) if data.ndim == 4 else _bits(w)[None]
+    whole = matrices.new_empty(n, 2 * pairs)
+    part = whole.view(*matrices.shape[1:-1], 2 * pairs)[..., : w.shape[-1]]
+    for packed, matrix in zip(_bits(data).view(count, n, pairs, 2), matrices):
+        for source, to in (_strips(packed, whole), _rest(packed, whole)):
+            to.copy_(source)
+        matrix.copy_(part)
 
 
 def unpack_data(data: Tensor, k: int) -> Tensor:
     """The weight ``[.., N, K]`` of a packed weight's data."""
-    *lead, n, pairs, _ = data.shape
-    bits = torch.uint8 if data.element_size() == 1 else torch.int16
-    out = torch.empty((*lead, n, 2 * pairs), dtype=bits, device=data.device)
-    count = lead[0] if lead else 1
-    for packed, matrix in zip(data.view(bits).view(count, n, pairs, 2), out.view(count, n, 2 * pairs)):
-        for source, to in (_strips(packed, matrix), _rest(packed, matrix)):
-            to.copy_(source)
-    return out[..., :k].contiguous().view(data.dtype)
+    w = data.new_empty(*data.shape[:-2], k)
+    unpack_into(w, data)
+    return w
 
 
 def operand(w: Weight) -> Tensor:

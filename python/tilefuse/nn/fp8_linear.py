@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import errors, library
+from .. import errors, library, packs
 from ..ops.fp8.linear import fp8_linear
 from ..ops.fp8.matmul import fp8_matmul
 from ..ops.fp8.quantize import check_scale_options, fp8_dequantize, fp8_quantize
+from ..packing import Weight
 from .common import check_positive, draw_, keep_dtype
 
 __all__ = ["FP8Linear"]
@@ -36,12 +37,12 @@ class _FrozenLinear(torch.autograd.Function):
         return dout @ fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=dout.dtype), *[None] * 5
 
 
-def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, scale_format: str, eps: float) -> Tensor:
+def _product(x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None, scale_format: str, eps: float) -> Tensor:
     codes, x_scale = fp8_quantize(x, scale_format=scale_format, eps=eps)
     return fp8_matmul(codes, x_scale, weight, scale, bias, out_dtype=x.dtype)
 
 
-class FP8Linear(nn.Module):
+class FP8Linear(packs.PackableModule):
     """``y = x W^T + bias`` with W in e4m3 for inference, or a master weight and FP8 products for training.
 
     * ``master_weight=False``: W is ``weight * weight_scale_inv`` (one scale per 128 x 128 block), frozen; x is
@@ -165,7 +166,7 @@ class FP8Linear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """``[N, K]`` in ``dtype``: the weight that the products see."""
-        weight, scale = self.weight, self.weight_scale_inv
+        weight, scale = packs.read(self, "weight"), self.weight_scale_inv
         if self.master_weight:
             weight, scale = fp8_quantize(weight.detach(), block=_BLOCK, **self._scales)
         return fp8_dequantize(weight, scale, block=_BLOCK, out_dtype=dtype)
@@ -173,6 +174,10 @@ class FP8Linear(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Normal weights of standard deviation ``initializer_range`` (then quantised), bias 0. Same seed, same bits."""
+        with packs.unpacked(self):
+            self._reset(generator)
+
+    def _reset(self, generator: torch.Generator | None) -> None:
         if self.weight.is_meta:
             return
         if self.master_weight:
@@ -186,7 +191,36 @@ class FP8Linear(nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
+    def pack(self, mode: str = "keep") -> packs.PackedMemory:
+        """Packs the codes for inference on a CPU (``tilefuse.pack_weight``): the same bits, sooner.
+
+        As ``MoE.pack``, which says when the pack is used and how a weight that changed is noticed. The scales and the
+        bias stay parameters.
+
+        Args:
+            mode: ``"keep"`` or ``"only"``, which frees ``weight``; ``dequantize`` and ``to_linear`` then unpack it.
+
+        Returns:
+            ``(before, after)``: bytes of the codes, the pack included.
+
+        Raises:
+            ValueError: mode; a master weight (``quantize_`` makes codes of it); a weight that is not on the CPU or no
+            parameter of its own.
+        """
+        if self.master_weight:
+            errors.value_error(f"{_NAME}.pack", "master_weight", "False (quantize_() makes codes)", True)
+        return packs.pack(f"{_NAME}.pack", self, (packs.Source("weight"),), mode)
+
+    def unpack(self) -> FP8Linear:
+        """Takes ``pack`` back: the pack goes, a freed weight is there again. Returns self."""
+        packs.unpack(self)
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FP8Linear:
+        with packs.unpacked(self):
+            return self._move(fn, recurse)
+
+    def _move(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> FP8Linear:
         if self.master_weight:
             return super()._apply(fn, recurse)
         kept: dict[str, Any] = {name: self._parameters.pop(name) for name in ("weight", "weight_scale_inv")}
@@ -214,11 +248,13 @@ class FP8Linear(nn.Module):
         (x,) = library.autocast(x)
         if self.master_weight:
             return fp8_linear(x, self.weight, self.bias, **self._scales)
-        bias = None if self.bias is None else self.bias.detach()
-        args = (
-            x.reshape(-1, self.in_features), self.weight, self.weight_scale_inv.detach(), bias, self.scale_format,
-            self.eps,
-        )  # fmt: skip
+        bias, scale = None if self.bias is None else self.bias.detach(), self.weight_scale_inv.detach()
+        packed = packs.packed_weights(self, x)
+        if packed is None:
+            weight: Weight = self.weight
+        else:
+            (weight,), scale = packed, packs.checked(self, scale)
+        args = (x.reshape(-1, self.in_features), weight, scale, bias, self.scale_format, self.eps)
         out = _FrozenLinear.apply(*args) if errors.needs_grad(x) else _product(*args)
         return out.view(*x.shape[:-1], self.out_features)
 

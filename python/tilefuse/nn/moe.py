@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import errors, library
+from .. import errors, library, packs
 from ..ops.moe.moe_experts import moe_experts
 from ..ops.moe.moe_losses import moe_balance_loss, moe_update_bias, moe_z_loss
 from ..ops.moe.moe_route import moe_route
@@ -157,7 +157,7 @@ class _Router(nn.Module):
         return self
 
 
-class _Experts(nn.Module):
+class _Experts(packs.PackableModule):
     """The experts of this process: ``gate_up_proj [E, 2 I, hidden]``, ``down_proj [E, hidden, I]``."""
 
     def __init__(
@@ -178,6 +178,13 @@ class _Experts(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """``x [T, hidden]``, ``ids`` and ``weights [T, k]``, in the order of Hugging Face's experts."""
+        packed = packs.packed_weights(self, x, weights)
+        if packed is not None:
+            (wide,) = library.autocast(x)
+            # autocast to another dtype takes the parameters
+            if wide.dtype == packed[0].dtype or self.gate_up_proj.is_meta:
+                ids = packs.checked(self, ids)
+                return moe_experts(wide, packed[0], packed[1], weights, ids, activation=self.activation)
         x, gate_up, down = library.autocast(x, self.gate_up_proj, self.down_proj)
         if self.parallel is not None and self.parallel.average_gradients:
             gate_up, down = (_ScaledGradient.apply(w, 1 / self.parallel.world) for w in (gate_up, down))
@@ -351,15 +358,16 @@ class MoE(nn.Module):
         draw_(self._router.weight, self.initializer_range, generator)
         first = 0 if self.parallel is None else self.parallel.rank * self.parallel.local_experts
         experts = _inside(self.experts, _Experts)
-        for weight in (experts.gate_up_proj, experts.down_proj):
-            if self.parallel is None or weight.is_meta:
-                draw_(weight, self.initializer_range, generator)
-            else:
-                # drawn for all ranks, so that the random state moves on alike everywhere
-                whole = weight.new_empty(self.num_experts, *weight.shape[1:])
-                draw_(whole, self.initializer_range, generator)
-                with torch.no_grad():
-                    weight.copy_(whole[first : first + self.parallel.local_experts])
+        with packs.unpacked(experts):
+            for weight in (experts.gate_up_proj, experts.down_proj):
+                if self.parallel is None or weight.is_meta:
+                    draw_(weight, self.initializer_range, generator)
+                else:
+                    # drawn for all ranks, so that the random state moves on alike everywhere
+                    whole = weight.new_empty(self.num_experts, *weight.shape[1:])
+                    draw_(whole, self.initializer_range, generator)
+                    with torch.no_grad():
+                        weight.copy_(whole[first : first + self.parallel.local_experts])
         if self.correction_bias:
             self._router.e_score_correction_bias.zero_()
             self._router.expert_counts.zero_()
@@ -409,6 +417,44 @@ class MoE(nn.Module):
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)
         return (out, routing) if return_routing else out
+
+    def pack(self, mode: str = "keep") -> packs.PackedMemory:
+        """Packs the experts' weights for inference on a CPU (``tilefuse.pack_weight``): the same bits, sooner.
+
+        Calls that need no gradient then use the packs; others use the parameters as before. An expert's weight that
+        changed since (an optimiser's step, ``load_state_dict``, another tensor in its place) is packed again at the
+        next such call; in a compiled graph that call raises instead. What is written through ``weight.data`` does not
+        count as a change: call ``pack`` again. A copy or a pickle packs its own. The router and the shared experts
+        stay as they are.
+
+        Args:
+            mode: ``"keep"`` keeps the parameters, beside as much again for the packs. ``"only"`` frees them: they are
+                placeholders on the meta device, packed in their own memory where nothing else refers to it, and a call
+                that needs a gradient raises RuntimeError. ``state_dict``, ``load_state_dict`` and ``.to`` see them in
+                the checkpoint's form all the same. ``.to`` another device or dtype leaves them unpacked there.
+
+        Returns:
+            ``(before, after)``: bytes of the experts' weights, packs included. At most one expert's matrix is held
+            beside them while packing.
+
+        Raises:
+            ValueError: mode; weights that are not bfloat16, not on the CPU, or not parameters of their own (sharded,
+            parametrised).
+
+        Example::
+
+            moe = tilefuse.nn.MoE(512, 256, num_experts=64, top_k=6, dtype=torch.bfloat16).eval()
+            print(moe.pack("only"))
+            with torch.no_grad():
+                y = moe(torch.randn(1, 512, dtype=torch.bfloat16))
+        """
+        sources = (packs.Source("gate_up_proj"), packs.Source("down_proj"))
+        return packs.pack(f"{_NAME}.pack", _inside(self.experts, _Experts), sources, mode)
+
+    def unpack(self) -> MoE:
+        """Takes ``pack`` back: the packs go, freed parameters are there again. Returns self."""
+        packs.unpack(_inside(self.experts, _Experts))
+        return self
 
     @property
     def _router(self) -> _Router:

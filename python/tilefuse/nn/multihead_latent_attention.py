@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import errors
-from ..ops.fp8.quantize import fp8_dequantize
 from ..ops.mla.merge_attention import merge_attention
 from ..ops.mla.mla_absorb_query import mla_absorb_query
 from ..ops.mla.mla_append_kv import mla_append_kv
@@ -277,7 +276,7 @@ class MultiheadLatentAttention(nn.Module):
         if not readable(layer, nn.Linear, FP8Linear) or layer.bias is not None:
             return None
         if layer.weight.dtype == torch.float8_e4m3fn:
-            return fp8_dequantize(layer.weight, layer.weight_scale_inv, block=(128, 128), out_dtype=dtype)
+            return layer.dequantize(dtype)
         return layer.weight.to(dtype)
 
     def _rotate(self, q: Tensor, positions: Tensor | None) -> Tensor:
