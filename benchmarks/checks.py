@@ -18,6 +18,7 @@ from tilefuse.testing.verification import gradient_report
 
 from .contestants import Contestant, results_of
 from .harness import Case, Failure
+from .roofline import Roof
 
 # a peer this far from the oracle computes something else
 PEER_TINY = 1e-3
@@ -201,6 +202,37 @@ def check_first_call(peer: Contestant, out: Any, ours: Any) -> None:
         got, plain = peer.peer.compared(*got), peer.peer.compared(*plain)
     if reason := _apart(got, plain, max(FULL_SIZE, peer.peer.error or 0.0)):
         raise Failure(f"its output is another one: at full size, {reason}")
+
+
+def judge(line: Mapping[str, Any], roof: Roof, device: str) -> dict[str, Any]:
+    """A measured line by a roof: its share of it, or ``unjudged`` where a time is shorter than the roof allows.
+
+    The roof is measured too, perhaps in a slow moment, so that the line is left as it is: a better roof may judge it
+    again. A peer whose output was never compared with ours (a yardstick) does less work where it is too fast: the
+    judged line has it as missing.
+    """
+    line = dict(line) | {"roof": roof.as_dict()}
+    if line["status"] != "ok" or "state" not in line:
+        # nothing was timed, or it is a whole model, whose least work nobody counts
+        return line
+    cached = line["state"] == "cached"
+    work = line["bytes"], line["flops"]
+    floor = roof.floor_seconds(*work, device, cached) * 1e6
+    attainable, bound = roof.attainable_seconds(*work, line["dtype"], cached, line.get("reads", False))
+    line |= {"roof_percent": 1e8 * attainable / line["median_us"], "bound": bound, "floor_us": floor}
+    if line["call_cost"]:
+        # the cost of a call is no bandwidth: its few operands sit in the first-level cache
+        return line
+    line["peers"] = dict(line["peers"])
+    for name, timed in {"tilefuse": line, **line["peers"]}.items():
+        if not timed.get("median_us", floor) < floor:
+            continue
+        reason = f"took {timed['median_us']:.2f} us, this machine's roof allows no less than {floor:.2f} us"
+        if timed.get("yardstick") or timed.get("unchecked"):
+            line["peers"][name] = {"missing": reason}
+        elif line["status"] == "ok":
+            line |= {"status": "unjudged", "reason": f"{name} {reason}"}
+    return line
 
 
 def _scale(tensor: Tensor) -> float:

@@ -81,6 +81,7 @@ class ModelCase:
     bytes: int = 0
     flops: int = 0
     call_cost: bool = False
+    reads: bool = False
     series: str = ""
     length: int = 0
 

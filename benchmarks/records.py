@@ -7,8 +7,9 @@ import math
 import os
 import platform
 import re
+import statistics
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import tilefuse
 from . import roofline
 
 HERE = Path(__file__).resolve().parent
+# above either, a run was under load: load average per core, and the median of its cases' spreads where they are enough
+LOAD, SPREAD, ENOUGH = 1.5, 0.25, 5
 
 
 def device_key(device: torch.device) -> str:
@@ -78,11 +81,33 @@ def clocks(device: torch.device) -> dict[str, Any]:
         names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
         values = _nvidia_smi(",".join(names))
         return dict(zip(names, (v.strip() for v in values.split(",")))) if values else {}
-    found: dict[str, Any] = {"load": round(os.getloadavg()[0], 2)}
+    found: dict[str, Any] = {"load": round(os.getloadavg()[0], 2), "cores": os.cpu_count()}
     if os.path.exists("/proc/cpuinfo"):
         mhz = [float(v) for v in re.findall(r"cpu MHz\s*:\s*([\d.]+)", Path("/proc/cpuinfo").read_text())]
         found["mhz"] = max(mhz, default=None)
     return found
+
+
+def spread(line: Mapping[str, Any]) -> float | None:
+    """How far a case's rounds lie apart: from the 20th to the 80th percentile, over the median. None without rounds."""
+    if "p20_us" not in line:
+        return None
+    return (line["p80_us"] - line["p20_us"]) / line["median_us"]
+
+
+def under_load(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """What says that the machine had other work while these lines were measured, or None.
+
+    The load average of any line, its own threads included, against the cores (lines of a GPU, and older ones, have
+    none), and the median spread of all lines.
+    """
+    clocks = [line.get("clocks", {}) for line in lines]
+    load, cores = max(((c["load"], c["cores"]) for c in clocks if c.get("cores")), default=(0.0, 1))
+    spreads = [found for line in lines if (found := spread(line)) is not None]
+    words = [f"load average up to {load:.3g} on {cores} cores"] if load > LOAD * cores else []
+    if len(spreads) >= ENOUGH and statistics.median(spreads) > SPREAD:
+        words.append(f"median spread {statistics.median(spreads):.0%}")
+    return ", ".join(words) or None
 
 
 def results_folder() -> Path:

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from . import records
+
 Line = Mapping[str, Any]
 MARKS = ("<!-- {name}: written by `python -m tilefuse bench --readme` -->", "<!-- end of {name} -->")
 COLOURS = {"tilefuse": "#1b6ca8", "eager": "#9a9a9a", "torch.compile": "#e08e45", "library": "#3d9970"}
@@ -36,8 +38,8 @@ HEADLINE = (
     "window_attention",
     "block_sparse_attention",
 )
-MODEL_HEADER = ["model", "case", "dtype", "mode", "tokens/s", "speed", "peak memory of the call"]
-HEADER = ["op", "case", "dtype", "mode", "time", "% of roof", "compared with"]
+MODEL_HEADER = ["model", "case", "dtype", "mode", "tokens/s", "spread", "speed", "peak memory of the call"]
+HEADER = ["op", "case", "dtype", "mode", "time", "spread", "% of roof", "compared with"]
 MEMORY = "extra memory (eager's)"
 # a reason longer than this is cut: a table is no log
 REASON_LENGTH = 110
@@ -89,6 +91,11 @@ def _time(us: float) -> str:
     return f"{us:.2f} us" if us < 10 else f"{us:.0f} us" if us < 1000 else f"{us / 1000:.2f} ms"
 
 
+def _spread(line: Line) -> str:
+    found = records.spread(line)
+    return "" if found is None else f"{found:.0%}"
+
+
 def _ratio(value: float) -> str:
     return f"{value:.2f}x" if value < 0.995 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
@@ -123,12 +130,12 @@ def rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[list[st
     for line in lines:
         cells = [line["op"], line["name"], line["dtype"], line["mode"]]
         if line["status"] != "ok":
-            cells += [f"{line['status']}: {_short_reason(line['reason'])}", "", ""]
+            cells += [f"{line['status']}: {_short_reason(line['reason'])}", "", "", ""]
         elif line.get("call_cost"):
-            cells += [_time(line["call_us"]) + " per call", "", compared(line, bold)]
+            cells += [_time(line["call_us"]) + " per call", _spread(line), "", compared(line, bold)]
         else:
             roof = f"{line['roof_percent']:.0f}% {line['bound']}"
-            cells += [_time(line["median_us"]), roof, compared(line, bold)]
+            cells += [_time(line["median_us"]), _spread(line), roof, compared(line, bold)]
         table.append(cells + ([_memory(line)] if memory else []))
     return header, table
 
@@ -147,12 +154,12 @@ def model_rows(lines: Sequence[Line], bold: str = "") -> tuple[list[str], list[l
     for line in lines:
         cells = [line["op"], line["name"], line["dtype"], line["mode"]]
         if line["status"] != "ok":
-            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", ""])
+            table.append([*cells, f"{line['status']}: {_short_reason(line['reason'])}", "", "", ""])
             continue
         stock = line["peers"]["stock"]
         rates = f"{_rate(stock['tokens_per_second'])} -> {_rate(line['tokens_per_second'])}"
         memory = f"{_mebibytes(stock['peak_bytes'])} -> {_mebibytes(line['peak_bytes'])} MiB"
-        table.append([*cells, rates, f"{bold}{_ratio(stock['speedup'])}{bold}", memory])
+        table.append([*cells, rates, _spread(line), f"{bold}{_ratio(stock['speedup'])}{bold}", memory])
     return list(MODEL_HEADER), table
 
 
@@ -188,7 +195,8 @@ def measured_roof(lines: Sequence[Line]) -> str:
     """What the machine can do, as the latest run found it."""
     roof = max(lines, key=lambda line: line["date"])["roof"]
     tflops = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in roof["tflops"].items())
-    return f"Measured roof: copy {roof['copy_gbps']:.4g} GB/s; matmul TFLOP/s: {tflops}."
+    copy, read = roof["copy_gbps"], roof["read_gbps"]
+    return f"Measured roof: copy {copy:.4g} GB/s, read {read:.4g} GB/s; matmul TFLOP/s: {tflops}."
 
 
 def markdown(lines: Sequence[Line]) -> str:
@@ -197,6 +205,8 @@ def markdown(lines: Sequence[Line]) -> str:
         return "No results yet.\n"
     device = lines[0]["device"]
     out = [measured_on(lines), measured_roof(lines)]
+    if load := records.under_load(lines):
+        out.append(f"Measured under load ({load}): times are too long.")
     ops, models = apart(lines)
     if models:
         out += [f"### Whole models, {device}", "Stock Hugging Face -> patched."]

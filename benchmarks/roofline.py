@@ -1,8 +1,9 @@
 """The roof of the machine at hand, measured in the same process as the cases: no data-sheet numbers.
 
-Bandwidths are those of a large copy, a large read and a large fill; the matmul rate is that of one large square
-product per dtype. Each is the best of several repeats, because a roof is what the machine can do; a case's own
-time is a median.
+Bandwidths are those of a large copy (one stream read, one written), a large read (a sum over one stream, a dot product
+over two, whichever is faster: a copy is no roof of a kernel that only reads) and a large fill; the matmul rate is that
+of one large square product per dtype. Each is the best of several repeats, because a roof is what the machine can do; a
+case's own time is a median.
 """
 
 from __future__ import annotations
@@ -34,11 +35,16 @@ class Roof:
         """The rate for a dtype; for one that has no matmul of its own here, the fastest."""
         return self.tflops.get(dtype) or max(self.tflops.values(), default=0.0)
 
-    def attainable_seconds(self, nbytes: int, flops: int, dtype: str, cached: bool = False) -> tuple[float, str]:
-        """The least time that a copy and a matmul on this machine suggest, and which of the two sets it."""
-        memory = nbytes / ((max(self.copy_gbps, self.cached_gbps) if cached else self.copy_gbps) * 1e9)
+    def attainable_seconds(
+        self, nbytes: int, flops: int, dtype: str, cached: bool = False, reads: bool = False
+    ) -> tuple[float, str]:
+        """The least time that a copy (a read where the case ``reads``) and a matmul suggest, and which sets it."""
+        gbps, bound = (max(self.copy_gbps, self.read_gbps), "read") if reads else (self.copy_gbps, "memory")
+        if cached:
+            gbps, bound = max(gbps, self.cached_gbps), "cache"
+        memory = nbytes / (gbps * 1e9)
         compute = flops / (self.matmul(dtype) * 1e12) if flops and self.tflops else 0.0
-        return (compute, "compute") if compute > memory else (memory, "cache" if cached else "memory")
+        return (compute, "compute") if compute > memory else (memory, bound)
 
     def floor_seconds(self, nbytes: int, flops: int, device: str, cached: bool) -> float:
         """The time below which a measurement cannot be right: every roof at its highest, minus the tolerance."""
@@ -83,7 +89,8 @@ def measure(device: torch.device, *, seconds: float = 3.0) -> Roof:
     target = torch.empty_like(source)
     size = source.nbytes
     copy = 2 * size / _best(lambda: target.copy_(source), device, share)
-    read = size / _best(source.sum, device, share)
+    read = size / _best(source.sum, device, share / 2)
+    read = max(read, 2 * size / _best(lambda: torch.dot(source, target), device, share / 2))
     fill = size / _best(lambda: target.fill_(1.5), device, share)
     small = source[: cache_bytes(device) // 16 // 4]
     small_target = torch.empty_like(small)

@@ -438,6 +438,38 @@ def test_bench_writes_lines_table_and_plots(capsys, monkeypatch, tmp_path):
     assert json.loads(out) == [case.id]
 
 
+@pytest.mark.parametrize(
+    ("load", "status", "code"), [(None, "failed", cli.FAILED), ("median spread 40%", "unjudged", cli.OK)]
+)
+def test_bench_judges_at_its_end_and_says_that_it_ran_under_load(capsys, monkeypatch, tmp_path, load, status, code):
+    from tilefuse.benchmarks import harness, records, roofline, runner
+
+    def inputs(device, generator):
+        return (harness.normal((4, 64), torch.float32, device, generator),)
+
+    options = {"op": "toy", "dtype": "float32", "inputs": inputs, "run": torch.exp, "family": "rope"}
+    options |= {"oracle": torch.exp, "peers": {"eager": torch.exp}}
+    # the first is faster than any roof, the second than the first roof only
+    cases = [harness.Case(name="too fast", bytes=10**15, **options), harness.Case(name="b", bytes=2048, **options)]
+    roofs = iter([1e-6, 1e-6])
+    monkeypatch.setattr(
+        roofline, "measure", lambda device: roofline.Roof(*[next(roofs, 1e4)] * 4, {"float32": 1e3, "bfloat16": 1e3})
+    )
+    monkeypatch.setattr(harness, "discover", lambda *args, **options: cases)
+    monkeypatch.setattr(runner, "MAX_SETS", 2)
+    monkeypatch.setattr(records, "under_load", lambda lines: load)
+    arguments = ("bench", "--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01", "--json")
+    returned, out, words = run(capsys, *arguments)
+    assert returned == code, words
+    found = json.loads(out)
+    stored = records.read_lines(tmp_path / f"{records.device_key(torch.device('cpu'))}.jsonl")
+    for lines in (found["lines"], stored):
+        assert {line["name"]: line["status"] for line in lines} == {"too fast": status, "b": "ok"}
+        assert {line["roof"]["copy_gbps"] for line in lines} == {1e4}
+    said = "under load (median spread 40%): times are too long, 1 of 2 cases beat the roof and are not judged"
+    assert words.count(said) == (1 if load else 0) and found["load"] == load
+
+
 def test_check_that_runs_out_of_time_is_incomplete_and_not_recorded(monkeypatch, tmp_path):
     check = verification.check_op("rope", "cpu", "reference", limit=4, seconds=0)
     assert not check.complete

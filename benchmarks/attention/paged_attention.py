@@ -158,6 +158,7 @@ def cases() -> Iterator[Case]:
             peers=peers,
             bytes=2 * batch * (length - PAGE // 2) * m.kv_heads * m.head_dim * (1 if fp8 else 2),
             flops=4 * batch * (length - PAGE // 2) * m.heads * m.head_dim,
+            reads=True,
             suite=suite,
             devices=devices,
         )
@@ -181,5 +182,6 @@ def cases() -> Iterator[Case]:
             bytes=2 * 2 * batch * g.window * g.kv_heads * g.head_dim,
             flops=4 * batch * g.window * g.heads * g.head_dim,
             call_cost=batch == 8,
+            reads=True,
             devices=devices,
         )

@@ -155,6 +155,7 @@ def linear_cases() -> Iterator[Case]:
             },
             bytes=2 * m * k + n * k + 2 * m * n,
             flops=2 * m * n * k,
+            reads=m <= 16,
             suite="quick",
         )
 
@@ -163,7 +164,8 @@ def cases() -> Iterator[Case]:
     yield from linear_cases()
     shapes = [
         # CPU, and decode
-        (512, 2048, 7168, "quick", ("cpu", "cuda")),
+        (512, 2048, 7168, "full", ("cpu",)),
+        (512, 2048, 7168, "quick", ("cuda",)),
         (1, 2048, 7168, "full", ("cpu", "cuda")),
         (64, 7168, 2048, "full", ("cpu", "cuda")),
     ]
@@ -190,6 +192,7 @@ def cases() -> Iterator[Case]:
             },
             bytes=m * k + n * k + 2 * m * n + m * k // 32,
             flops=2 * m * n * k,
+            reads=m <= 16,
             suite=suite,
             devices=devices,
         )

@@ -92,6 +92,6 @@ def cases() -> Iterator[Case]:
                 peers=peers,
                 bytes=tokens * (2 * WIDTH + written + 4 * M.rope_dim),
                 call_cost=tokens == 1,
-                suite="quick" if tokens == 4096 else "full",
+                suite="quick" if tokens == 4096 and not fp8 else "full",
                 devices=("cuda",) if tokens == 32768 else ("cpu", "cuda"),
             )

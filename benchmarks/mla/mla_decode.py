@@ -173,6 +173,7 @@ def cases() -> Iterator[Case]:
             peers=peers,
             bytes=batch * (seen * (FP8_WIDTH if layout == "fp8" else 2 * WIDTH) + 2 * heads * (WIDTH + R)),
             flops=2 * batch * heads * seen * (WIDTH + R),
+            reads=True,
             memory=True,
             suite=suite,
             devices=devices,
@@ -197,6 +198,7 @@ def cases() -> Iterator[Case]:
             peers={"eager": eager_sparse(layout), "torch.compile": compiled(eager_sparse(layout))},
             bytes=batch * (top * row + 2 * heads * (WIDTH + R)),
             flops=2 * batch * heads * top * (WIDTH + R),
+            reads=True,
             suite=suite,
             devices=devices,
         )

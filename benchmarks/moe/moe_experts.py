@@ -111,6 +111,7 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) 
         grads=(0, 1, 2, 3),
         bytes=2 * activations + weights if forward else 3 * activations + 2 * weights,
         flops=(2 if forward else 6 if both else 4) * slots * 3 * m.moe_intermediate * m.hidden,
+        reads=forward and tokens <= 16,
         **options,
     )
 

@@ -105,6 +105,7 @@ def cases() -> Iterator[Case]:
             naive=reference_naive,
             bytes=per_expert * min(slots, m.top_k if slots > experts else slots) + 4 * tokens * m.hidden,
             flops=2 * slots * per_expert,
+            reads=tokens <= 16,
             suite=suite,
             devices=devices,
         )

@@ -71,6 +71,7 @@ def cases() -> Iterator[Case]:
                 peers={"eager": eager, "torch.compile": compiled(eager)},
                 grads=(0,),
                 bytes=logits * (1 if mode == "forward" else 2) + extra,
+                reads=mode == "forward",
                 suite=suite,
                 devices=devices,
             )
