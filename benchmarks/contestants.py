@@ -134,6 +134,8 @@ def whole_backends(case: Case, inputs: tuple[Any, ...], candidates: Sequence[str
 
 
 def _traced(case: Case, inputs: tuple[Any, ...]) -> dict[str, dict[str, str]]:
+    if case.prepare:
+        inputs = case.prepare(*inputs)
     if case.mode == "forward":
         return library.trace_call(case.run, inputs, {})
 

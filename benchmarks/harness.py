@@ -165,6 +165,7 @@ class Case:
     oracle: Callable[..., Any] | None = None
     naive: Callable[..., Any] | None = None
     oracle_inputs: Callable[[torch.device, torch.Generator], tuple[Any, ...]] | None = None
+    prepare: Callable[..., tuple[Any, ...]] | None = None  # what `run` is given, made once: packed weights
     upcast: tuple[int, ...] | None = None
     exact: bool = False
     rows: bool = True
@@ -192,6 +193,10 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.op} | {self.name} | {self.dtype} | {self.mode}"
+
+    @property
+    def ours(self) -> Peer:
+        return Peer(self.run, prepare=self.prepare)
 
     def peer(self, name: str) -> Peer:
         entry = self.peers[name]

@@ -196,7 +196,7 @@ class Runner:
         self.roof = self.roof.higher(roofline.measure(self.device))
 
     def _run(self, case: Case) -> dict[str, Any]:
-        ours = Contestant(case, Peer(case.run))
+        ours = Contestant(case, case.ours)
         naive = case.naive or case.peer("eager").function()
         small = case.oracle_inputs or case.inputs
         began = time.perf_counter()
@@ -252,7 +252,7 @@ class Runner:
         if self.settings.each_backend:
             candidates = ("triton", "cuda") if self.device.type == "cuda" else ("reference", "cpu")
             for backend in whole_backends(case, checked.inputs, candidates):
-                admit(f"tilefuse {backend}", Peer(case.run), backend)
+                admit(f"tilefuse {backend}", case.ours, backend)
         for name in case.peers:
             admit(name, case.peer(name))
         return contestants, peers

@@ -26,7 +26,7 @@ def _as_measured():
 @pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 @pytest.mark.parametrize(("case", "name"), PAIRS, ids=[f"{case.id} | {name}" for case, name in PAIRS])
 def test_case(benchmark, case, name):
-    peer = harness.Peer(case.run) if name == "tilefuse" else case.peer(name)
+    peer = case.ours if name == "tilefuse" else case.peer(name)
     if "cpu" not in peer.devices:
         pytest.skip(f"{name} does not run on a CPU")
     try:

@@ -130,34 +130,50 @@ def wide(w, scale):
     return expanded(w, scale, torch.bfloat16)
 
 
+def packed(x, w, scale):
+    return x, None, tilefuse.pack_weight(w, scale, format="fp8")
+
+
+def w8a16_oracle(x, w, scale):
+    return x.double() @ expanded(w, scale, torch.float64).mT
+
+
+def w8a16_naive(x, w, scale):
+    return F.linear(x, wide(w, scale))
+
+
 def linear_cases() -> Iterator[Case]:
-    # none of these rounds x to FP8: by that rounding they are off from ours
-    other = {"error": 0.04}
     for m, n, k in ((1, 2048, 7168), (16, 2048, 7168), (64, 7168, 2048), (512, 2048, 7168)):
-        yield Case(
-            op="fp8_matmul",
-            name=f"{M.name} linear, with fp8_quantize, {m} x {n} x {k}",
-            dtype="bfloat16",
-            inputs=linear_inputs(m, n, k),
-            oracle_inputs=linear_inputs(min(m, 64), 256, 1024),
-            run=linear,
-            oracle=linear_oracle,
-            upcast=(),
-            naive=linear_on(torch.bfloat16),
-            peers={
-                "eager": linear_on(torch.bfloat16),
-                "torch.compile": compiled(linear_on(torch.bfloat16)),
-                "bfloat16 linear": Peer(F.linear, prepare=lambda x, *w: (x, wide(*w)), **other),
-                "SGLang W8A16": vllm.fp8_scaled_mm_cpu(**other),
-                "SGLang bf16": vllm.weight_packed_linear(wide, **other),
-                "SGLang int8": vllm.int8_scaled_mm_with_quant(wide, yardstick=True),
-                "zentorch bf16": zentorch.zentorch_linear_unary(wide, **other),
-            },
-            bytes=2 * m * k + n * k + 2 * m * n,
-            flops=2 * m * n * k,
-            reads=m <= 16,
-            suite="quick",
-        )
+        for w8a16 in (True, False):
+            # none of the peers rounds x to FP8, as W8A8 does: by that rounding they are off from it
+            other = {} if w8a16 else {"error": 0.04}
+            form = "W8A16, packed" if w8a16 else "with fp8_quantize"
+            yield Case(
+                op="fp8_matmul",
+                name=f"{M.name} linear, {form}, {m} x {n} x {k}",
+                dtype="bfloat16",
+                inputs=linear_inputs(m, n, k),
+                oracle_inputs=linear_inputs(min(m, 64), 256, 1024),
+                run=tilefuse.fp8_matmul if w8a16 else linear,
+                prepare=packed if w8a16 else None,
+                oracle=w8a16_oracle if w8a16 else linear_oracle,
+                upcast=(),
+                naive=w8a16_naive if w8a16 else linear_on(torch.bfloat16),
+                peers={
+                    "eager": Peer(w8a16_naive) if w8a16 else linear_on(torch.bfloat16),
+                    "torch.compile": compiled(w8a16_naive if w8a16 else linear_on(torch.bfloat16)),
+                    "bfloat16 linear": Peer(F.linear, prepare=lambda x, *w: (x, wide(*w)), **other),
+                    "SGLang W8A16": vllm.fp8_scaled_mm_cpu(**other),
+                    "SGLang bf16": vllm.weight_packed_linear(wide, **other),
+                    "SGLang int8": vllm.int8_scaled_mm_with_quant(wide, yardstick=True),
+                    "zentorch bf16": zentorch.zentorch_linear_unary(wide, **other),
+                },
+                bytes=2 * m * k + n * k + 2 * m * n,
+                flops=2 * m * n * k,
+                reads=m <= 16,
+                suite="quick" if w8a16 else "full",
+                devices=("cpu",) if w8a16 else ("cpu", "cuda"),
+            )
 
 
 def cases() -> Iterator[Case]:

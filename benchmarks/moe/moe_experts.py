@@ -82,7 +82,11 @@ def inputs_of(tokens: int, experts: int, hidden: int, intermediate: int, top_k: 
     return inputs
 
 
-def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) -> Case:
+def packed(x, w_gate_up, w_down, weights, ids):
+    return x, tilefuse.pack_weight(w_gate_up), tilefuse.pack_weight(w_down), weights, ids
+
+
+def case(m: Model, tokens: int, experts: int, mode: str = "forward", *, pack: bool = False, **options) -> Case:
     slots = tokens * m.top_k
     weights = 2 * 3 * m.moe_intermediate * m.hidden * min(slots, experts)
     forward, both = mode == "forward", mode == "forward+backward"
@@ -100,9 +104,11 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) 
         peers["kt-kernel"] = kt.moe_experts()
     return Case(
         op="moe_experts",
-        name=f"{m.name}{part}, {tokens} tokens",
+        name=f"{m.name}{part}, {'packed, ' if pack else ''}{tokens} tokens",
         dtype="bfloat16",
         mode=mode,
+        prepare=packed if pack else None,
+        oracle=tilefuse.moe_experts if pack else None,
         inputs=inputs_of(tokens, experts, m.hidden, m.moe_intermediate, m.top_k),
         oracle_inputs=inputs_of(128, 4, 256, 128, 2),
         run=tilefuse.moe_experts,
@@ -118,12 +124,13 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", **options) 
 
 def cases() -> Iterator[Case]:
     m = QWEN3_30B_A3B
-    yield case(m, 512, m.experts, suite="quick")
-    # decode: 8 experts, then each expert once
-    yield case(m, 1, m.experts, suite="quick")
-    yield case(m, 16, m.experts, suite="quick")
+    for tokens in (1, 16, 512):
+        # the library peers pack, so does ours; then the checkpoint's weights
+        yield case(m, tokens, m.experts, pack=True, suite="quick", devices=("cpu",))
+        yield case(m, tokens, m.experts, suite="quick" if tokens == 512 else "full")
     # as many experts as a token takes
     for tokens in (1, 16, 128):
+        yield case(DEEPSEEK_V3, tokens, DEEPSEEK_V3.top_k, pack=True, devices=("cpu",))
         yield case(DEEPSEEK_V3, tokens, DEEPSEEK_V3.top_k)
     yield case(m, 128, 16, "backward")
     yield case(m, 32768, m.experts, devices=("cuda",))
