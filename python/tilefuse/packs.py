@@ -255,14 +255,19 @@ def pack(name: str, module: nn.Module, sources: tuple[Source, ...], mode: str) -
     if mode not in MODES:
         errors.value_error(name, "mode", f"one of {', '.join(MODES)}", mode)
     unpack(module)
-    packs = Packs(sources, mode == "only")
-    why = _unfit(module, packs)
+    why = why_not(module, sources, mode)
     if why is not None:
         raise ValueError(f"tilefuse.{name}: {why}")
+    packs = Packs(sources, mode == "only")
     module.__dict__[_PACKS] = packs
     before = memory(module)
     _make(module, packs)
     return PackedMemory(before, memory(module))
+
+
+def why_not(module: nn.Module, sources: tuple[Source, ...], mode: str) -> str | None:
+    """Why ``pack`` would refuse these parameters."""
+    return _unfit(module, Packs(sources, mode == "only"))
 
 
 def unpack(module: nn.Module) -> None:
@@ -347,6 +352,29 @@ def read(module: nn.Module, name: str) -> Tensor:
         if source.name == name:
             return _unpacked(module, source, weight)
     return getattr(module, name)
+
+
+def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    with unpacked(self):
+        return type(self)._apply(self, fn, recurse)
+
+
+def _save_to_state_dict(self: nn.Module, destination: Any, prefix: str, keep_vars: bool) -> None:
+    type(self)._save_to_state_dict(self, destination, prefix, keep_vars)
+    fill_state_dict(self, destination, prefix, keep_vars)
+
+
+def _load_from_state_dict(self: nn.Module, *args: Any) -> None:
+    with unpacked(self):
+        type(self)._load_from_state_dict(self, *args)
+
+
+# of an instance of a class that knows nothing of packs
+METHODS = {
+    "_apply": _apply,
+    "_save_to_state_dict": _save_to_state_dict,
+    "_load_from_state_dict": _load_from_state_dict,
+}
 
 
 class PackableModule(nn.Module):

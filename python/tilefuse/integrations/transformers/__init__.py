@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ... import errors
 from . import attention, bigbird, check, experts, fp8_linear, longformer, router
 from .swap import STATE, Change, Left, Report, Swap, apply, undo
 
@@ -65,7 +66,7 @@ def register() -> None:
     experts.register()
 
 
-def patch(model: nn.Module, *, unverified: bool = False) -> Report:
+def patch(model: nn.Module, *, unverified: bool = False, pack: bool | str = False) -> Report:
     """Runs what it can of one live model on tilefuse, and says what that is.
 
     Each module that a part of tilefuse knows gets a new forward on the *instance*. Configs, parameters,
@@ -89,12 +90,19 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
             are searched too.
         unverified: swap the attention of models whose type is not verified all the same, after their outputs for a
             small random input were compared with Hugging Face's.
+        pack: pack the weights of experts and FP8 linears for inference on a CPU (``tilefuse.pack_weight``), one matrix
+            at a time. True keeps the parameters beside the packs, for training too; ``"only"`` frees them:
+            ``state_dict``, ``save_pretrained``, ``load_state_dict`` and ``.to`` still see them as the checkpoint has
+            them, and a call that needs a gradient raises RuntimeError. ``tilefuse.nn.MoE.pack`` says how a weight that
+            changed is noticed. Calls under ``torch.no_grad()`` or without trainable weights use the packs. A patched
+            model is patched anew where it was packed otherwise. ``report.memory`` has the bytes before and after.
 
     Returns:
         A mapping from module path to ``Change(changed, left)``: what runs on tilefuse now, and what was left with the
         reason. ``report.changed`` and ``report.left`` hold one of the two; ``print(report)`` shows equal layers once.
 
     Raises:
+        ValueError: pack is none of False, True and "only".
         RuntimeError: with ``unverified``, if the outputs differ or could not be compared. The model is then as before.
 
     Example::
@@ -113,8 +121,10 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
         tokens = model.generate(torch.randint(1, 100, (1, 8)), max_new_tokens=8, do_sample=False)
         unpatch(model)
     """
+    if pack not in (False, True, "only"):
+        errors.value_error("integrations.transformers.patch", "pack", 'one of False, True, "only"', pack)
     state = model.__dict__.get(STATE)
-    if state is None:
+    if state is None or (pack and pack != state.pack):
         # a part of it may be patched on its own
         undo(model)
         parts = [
@@ -126,7 +136,9 @@ def patch(model: nn.Module, *, unverified: bool = False) -> Report:
             experts.swap,
         ]
         unknown = check.not_verified(model) if unverified else []
-        state = check.compared(model, unknown, lambda: apply(model, parts)) if unknown else apply(model, parts)
+        state = (
+            check.compared(model, unknown, lambda: apply(model, parts, pack)) if unknown else apply(model, parts, pack)
+        )
     state.report.belongs_to(model)
     return state.report
 

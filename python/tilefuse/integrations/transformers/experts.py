@@ -14,10 +14,12 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
+from ... import packs
 from ...ops.moe.grouped_matmul import grouped_matmul
 from ...ops.moe.moe_combine import moe_combine
 from ...ops.moe.moe_experts import moe_experts
 from ...ops.moe.moe_plan import moe_plan
+from ...packing import Weight
 from .swap import Left, Swap, hooked, same_code
 
 NAME = "tilefuse"
@@ -47,6 +49,8 @@ _GATES = (
     ("minimax_m3_vl", "MiniMaxM3VLExperts", _Gate("swiglu_limit", "swiglu_alpha", "swiglu_oai")),
     ("openai_privacy_filter", "OpenAIPrivacyFilterExperts", _Gate("limit", "alpha", "swiglu_oai")),
 )
+# gate and up interleaved, which the packs are not
+_INTERLEAVED_GATES = (("gpt_oss", "GptOssExperts", _Gate("limit", "alpha", "swiglu_oai")),)
 
 
 def register() -> None:
@@ -72,12 +76,27 @@ def activation_of(act_fn: Any) -> str | None:
 
 def fused_activation(module: Any) -> dict[str, Any] | None:
     """The options of the op for the activation of this module, or None if the fused kernel has none such."""
-    if not module.has_gate or not module.is_concatenated or module.has_post_expert_norm:
+    return _options(module, False) if module.is_concatenated else None
+
+
+def packed_activation(module: Any) -> dict[str, Any] | None:
+    """The same where the weights are packed, with gate rows first."""
+    return _options(module, not module.is_concatenated)
+
+
+# its look-up reads other models' files, which no graph can
+@torch.compiler.assume_constant_result
+def _gate_of(cls: type, interleaved: bool) -> _Gate | None:
+    return same_code(cls, _INTERLEAVED_GATES if interleaved else _GATES, "_apply_gate")
+
+
+def _options(module: Any, interleaved: bool) -> dict[str, Any] | None:
+    if not module.has_gate or module.has_post_expert_norm:
         return None
     activation = activation_of(module.act_fn) if hasattr(module, "act_fn") else None
     options: dict[str, Any] = {}
     if type(module)._apply_gate is not _default_apply_gate:
-        gate = same_code(module, _GATES, "_apply_gate")
+        gate = _gate_of(type(module), interleaved)
         if gate is None:
             return None
         activation = gate.activation or activation
@@ -96,18 +115,45 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 
     An id of ``num_experts`` (another rank's expert) is dropped. An activation that the fused kernel does not know
     runs as the module computes it, between two grouped products; so do interleaved gate and up rows (gpt-oss), whose
-    weights are only ever read as views.
+    weights are only ever read as views, unless they are packed.
     """
+    packed = packs.packed_weights(self, hidden_states, top_k_weights)
+    if packed is not None:
+        return _packed_experts(self, packed, hidden_states, packs.checked(self, top_k_index), top_k_weights)
     up = self.gate_up_proj if self.has_gate else self.up_proj
     down = self.down_proj
     up_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
     down_bias = self.down_proj_bias if self.has_bias else None
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    return _experts(
+        self, up, down, up_bias, down_bias, hidden_states, top_k_index, top_k_weights, fused_activation(self)
+    )
+
+
+def _packed_experts(self: Any, packed: tuple[Any, ...], hidden_states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    up, down, *biases = packed
+    up_bias = down_bias = None
+    if self.has_bias:
+        up_bias = biases[0] if biases else self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
+        down_bias = self.down_proj_bias
+    return _experts(self, up, down, up_bias, down_bias, hidden_states, ids, weights, packed_activation(self))
+
+
+def _experts(
+    self: Any,
+    up: Weight,
+    down: Weight,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    options: dict[str, Any] | None,
+) -> Tensor:
     x = hidden_states.to(up.dtype)
     if top_k_weights.dtype not in (torch.float32, x.dtype):
         top_k_weights = top_k_weights.float()
-    options = fused_activation(self)
     if options is not None:
         out = moe_experts(x, up, down, top_k_weights, top_k_index, up_bias, down_bias, **options)
         return out.to(hidden_states.dtype)
@@ -123,6 +169,7 @@ def experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights
 def forward(self: Any, *args: Any, implementation: str | None, **kwargs: Any) -> Tensor:
     """``experts``, unless another implementation than the one from before ``patch`` was chosen since."""
     if self.config._experts_implementation != implementation:
+        packs.unpack(self)
         return type(self).forward(self, *args, **kwargs)
     return experts(self, *args, **kwargs)
 
@@ -142,4 +189,16 @@ def swap(module: Any, config: Any) -> Swap | Left | None:
         return Left("its weights are sharded tensors")
     fused = fused_activation(module)
     what = "experts" if fused else "experts (activation as in the model)"
-    return Swap(forward, what, options={"implementation": module.config._experts_implementation})
+    options = {"implementation": module.config._experts_implementation}
+    return Swap(forward, what, options=options, sources=_sources(module))
+
+
+def _sources(module: Any) -> tuple[packs.Source, ...]:
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    interleaved = not module.is_concatenated and packed_activation(module) is not None
+    weights = (
+        packs.Source(name, module.is_transposed, interleaved),
+        packs.Source("down_proj", module.is_transposed),
+    )
+    bias = packs.Source(f"{name}_bias", interleaved=True)
+    return (*weights, bias) if interleaved and module.has_bias else weights

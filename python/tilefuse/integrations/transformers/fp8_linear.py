@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import packs
 from ...ops.fp8.grouped_matmul import fp8_grouped_matmul
 from ...ops.fp8.matmul import fp8_matmul
 from ...ops.fp8.quantize import blocks_of, fp8_dequantize, fp8_quantize
@@ -20,6 +21,7 @@ from ...ops.moe.grouped_matmul import grouped_matmul
 from ...ops.moe.moe_combine import moe_combine
 from ...ops.moe.moe_experts_fp8 import moe_experts_fp8
 from ...ops.moe.moe_plan import moe_plan
+from ...packing import Weight
 from .experts import activation_of
 from .swap import Left, Swap, original
 
@@ -46,7 +48,8 @@ def swap(module: nn.Module, config: Any) -> Swap | Left | None:
     unfit, forward, what = _PARTS[stock.__name__]
     if why := unfit(module):
         return Left(why)
-    return Swap(forward, what)
+    names = ("weight",) if stock.__name__ == "FP8Linear" else ("gate_up_proj", "down_proj")
+    return Swap(forward, what, sources=tuple(packs.Source(name) for name in names))
 
 
 def _unfit(module: Any, weight: Tensor, scale: Tensor) -> str:
@@ -93,7 +96,7 @@ class _Linear(torch.autograd.Function):
         return dout @ fp8_dequantize(weight, _scale(scale), block=TILE, out_dtype=dout.dtype), None, None, None
 
 
-def _linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Weight, scale: Tensor, bias: Tensor | None) -> Tensor:
     return fp8_matmul(*_activation(x, scale), weight, _scale(scale), bias, out_dtype=x.dtype)
 
 
@@ -104,8 +107,13 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
         return type(self).forward(self, input)
     rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     bias = None if self.bias is None else self.bias.detach()
-    linear = _Linear.apply if torch.is_grad_enabled() and input.requires_grad else _linear
-    out = linear(rows, self.weight.detach(), self.weight_scale_inv.detach(), bias)
+    scale = self.weight_scale_inv.detach()
+    packed = packs.packed_weights(self, input)
+    if packed is not None:
+        out = _linear(rows, packed[0], packs.checked(self, scale), bias)
+    else:
+        linear = _Linear.apply if torch.is_grad_enabled() and input.requires_grad else _linear
+        out = linear(rows, self.weight.detach(), scale, bias)
     return out.view(*input.shape[:-1], out.shape[-1])
 
 
@@ -159,7 +167,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         # the loop over experts under the class's dispatch
         return inspect.unwrap(type(self).forward)(self, hidden_states, top_k_index, top_k_weights)
     options = {"activation": activation_of(self.act_fn), "limit": self.limit or 0.0}
-    up, down = self.gate_up_proj.detach(), self.down_proj.detach()
+    packed = packs.packed_weights(self, hidden_states, top_k_weights)
+    if packed is None:
+        up, down = self.gate_up_proj.detach(), self.down_proj.detach()
+    else:
+        (up, down), top_k_index = packed, packs.checked(self, top_k_index)
     up_scale, down_scale = _scale(self.gate_up_proj_scale_inv), _scale(self.down_proj_scale_inv)
     if not (torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)):
         return moe_experts_fp8(

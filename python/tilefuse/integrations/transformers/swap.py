@@ -24,6 +24,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from ... import packs
 from . import calls
 
 # where the state of a patched model lives: an attribute goes along with copy.deepcopy
@@ -46,6 +47,7 @@ class Swap:
     left: str = ""
     methods: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[packs.Source, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -74,13 +76,15 @@ class Change:
 class Report(Mapping[str, Change]):
     """Module path -> ``Change``, in the order of ``model.named_modules()``. Prints with equal layers on one line."""
 
-    def __init__(self, changes: Mapping[str, Change]):
+    def __init__(self, changes: Mapping[str, Change], memory: packs.PackedMemory | None = None):
         self._changes = dict(changes)
+        # bytes of the weights that were packed, before and with their packs; None without any
+        self.memory = memory
         self._model: weakref.ref[nn.Module] | None = None
 
     def __reduce__(self) -> Any:
         # a copy is that of another model
-        return Report, (self._changes,)
+        return Report, (self._changes, self.memory)
 
     def belongs_to(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
@@ -125,6 +129,9 @@ class Report(Mapping[str, Change]):
         for (path, change), numbers in groups.items():
             count = f" x{len(numbers)}" if len(numbers) > 1 else ""
             lines.append(f"  {path:<{width}}{count:<5} {change}")
+        if self.memory is not None:
+            before, after = (f"{n / 2**20:.1f} MiB" for n in self.memory)
+            lines.append(f"packed weights: {before} before, {after} with their packs")
         return "\n".join(lines)
 
 
@@ -133,6 +140,7 @@ class _State:
     """What ``undo`` needs."""
 
     report: Report
+    pack: bool | str = False
     # module, name of the method, ours, what was in the instance's __dict__ (None: nothing)
     methods: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
 
@@ -201,11 +209,13 @@ def _known(classes: tuple[tuple[str, str, Any], ...], method: str) -> dict[tuple
 
 
 def same_code(module: Any, classes: tuple[tuple[str, str, Any], ...], method: str = "forward") -> Any:
-    """The value of the first of ``(model, class, value)`` whose method is, instruction by instruction, the module's.
+    """The value of the first of ``(model, class, value)`` whose method is, instruction by instruction, the module's
+    or the class's.
 
     Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
     """
-    key = _code_key(getattr(type(module), method, None))
+    cls = module if isinstance(module, type) else type(module)
+    key = _code_key(getattr(cls, method, None))
     return None if key is None else _known(classes, method).get(key)
 
 
@@ -226,6 +236,8 @@ def undo(model: nn.Module) -> None:
         state = module.__dict__.pop(STATE, None)
         if state is None:
             continue
+        for changed in {changed for changed, name, _, _ in state.methods if name in packs.METHODS}:
+            packs.unpack(changed)
         for changed, name, bound, before in reversed(state.methods):
             for slot in {name, _slot(changed, name)}:
                 if changed.__dict__.get(slot) is not bound:
@@ -239,9 +251,25 @@ def undo(model: nn.Module) -> None:
                     changed._old_forward = types.MethodType(type(changed).forward, changed)
 
 
-def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left | None]]) -> _State:
+def _pack(state: _State, module: nn.Module, answer: Swap) -> tuple[Change, packs.PackedMemory]:
+    """Packs the weights of a module that has just got its forward."""
+    mode = "only" if state.pack == "only" else "keep"
+    why = packs.why_not(module, answer.sources, mode)
+    if why is not None:
+        left = "; ".join(part for part in (answer.left, f"not packed: {why}") if part)
+        return Change(answer.what, left), packs.PackedMemory(0, 0)
+    for name, method in packs.METHODS.items():
+        set_method(state, module, name, method)
+    memory = packs.pack("integrations.transformers.patch", module, answer.sources, mode)
+    return Change(f"{answer.what}, packed", answer.left), memory
+
+
+def apply(
+    model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left | None]], pack: bool | str = False
+) -> _State:
     """Walks the model and asks the parts, in order, about each module; the first that knows it decides."""
-    state = _State(Report({}))
+    state = _State(Report({}), pack)
+    memory = packs.PackedMemory(0, 0)
     setattr(model, STATE, state)
     changes: dict[str, Change] = {}
     # path -> config of the closest module above that has one
@@ -263,10 +291,13 @@ def apply(model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left |
                 if answer.forward is not None:
                     set_method(state, module, "forward", answer.forward, **answer.options)
                 set_method(state, module, "_replicate_for_data_parallel", _replicate)
-                if answer.what:
+                if answer.sources and pack:
+                    changes[path], its = _pack(state, module, answer)
+                    memory = packs.PackedMemory(memory.before + its.before, memory.after + its.after)
+                elif answer.what:
                     changes[path] = Change(answer.what, answer.left)
     except BaseException:
         undo(model)
         raise
-    state.report = Report(changes)
+    state.report = Report(changes, memory if memory.after else None)
     return state
