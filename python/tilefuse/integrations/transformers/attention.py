@@ -413,7 +413,13 @@ def _form_of_named(cls: type, config: type) -> tuple[bool, ...] | None:
     if why:
         raise ValueError(f'attn_implementation="{NAME}" takes verified model types only: {why}')
     models = [c for c in vars(file).values() if isinstance(c, type) and issubclass(c, PreTrainedModel)]
-    if any(model._supports_sdpa for model in models if model.__module__ == name):
+    models = [model for model in models if model.__module__ == name]
+    # a file may hold a vision model that runs on sdpa and a text model that does not
+    supports = {model._supports_sdpa for model in models if model.config_class is config}
+    supports = supports or {model._supports_sdpa for model in models}
+    if len(supports) > 1:
+        raise ValueError(f'attn_implementation="{NAME}" cannot tell whether {cls.__name__} runs on sdpa')
+    if True in supports:
         return None
     form = form_of(getattr(file, "eager_attention_forward", None))
     if form is None:

@@ -34,6 +34,7 @@ QUICK = (
     "llama4_text-Llama4ForCausalLM",
     "modernbert-ModernBertForMaskedLM",
     "bigbird_pegasus-BigBirdPegasusForConditionalGeneration",
+    "inkling2_text-Inkling2ForCausalLM",
     "splinter-SplinterModel",
     "git-GitForCausalLM",
     "doge-DogeForCausalLM",
