@@ -97,7 +97,8 @@ def case(m: Model, tokens: int, experts: int, mode: str = "forward", *, pack: bo
         "grouped_mm experts": huggingface("grouped_mm", m),
         "compiled grouped_mm experts": huggingface("grouped_mm", m, compile=True),
     }
-    if forward:
+    if pack:
+        # all of these pack the weights
         peers["vLLM"] = vllm.cpu_fused_moe()
         peers["SGLang"] = vllm.fused_experts_cpu()
         peers["zentorch"] = zentorch.zentorch_fused_moe()
