@@ -1,9 +1,9 @@
 """The roof of the machine at hand, measured in the same process as the cases: no data-sheet numbers.
 
-Bandwidths are those of a large copy (one stream read, one written), a large read (a sum over one stream, a dot product
-over two, whichever is faster: a copy is no roof of a kernel that only reads) and a large fill; the matmul rate is that
-of one large square product per dtype. Each is the best of several repeats, because a roof is what the machine can do; a
-case's own time is a median.
+Bandwidths are those of a large copy (one stream read, one written; or one changed in place, where that is faster), a
+large read (a sum over one stream, a dot product over two, whichever is faster: a copy is no roof of a kernel that only reads)
+and a large fill; the matmul rate is that of one large square product per dtype. Each is the best of several repeats,
+because a roof is what the machine can do; a case's own time is a median.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def measure(device: torch.device, *, seconds: float = 3.0) -> Roof:
     source = torch.randn(large, device=device)
     target = torch.empty_like(source)
     size = source.nbytes
-    copy = 2 * size / _best(lambda: target.copy_(source), device, share)
+    # in place nothing is read only to be overwritten
+    seconds = min(_best(call, device, share / 2) for call in (lambda: target.copy_(source), lambda: target.neg_()))
+    copy = 2 * size / seconds
     read = size / _best(source.sum, device, share / 2)
     read = max(read, 2 * size / _best(lambda: torch.dot(source, target), device, share / 2))
     fill = size / _best(lambda: target.fill_(1.5), device, share)
