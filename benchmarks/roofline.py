@@ -1,9 +1,9 @@
 """The roof of the machine at hand, measured in the same process as the cases: no data-sheet numbers.
 
-Bandwidths are those of a large copy (one stream read, one written; or one changed in place, where that is faster), a
-large read (a sum over one stream, a dot product over two, whichever is faster: a copy is no roof of a kernel that only reads)
-and a large fill; the matmul rate is that of one large square product per dtype. Each is the best of several repeats,
-because a roof is what the machine can do; a case's own time is a median.
+Bandwidths are those of a large copy (one stream read and one written, or one changed in place), a large read (a sum
+over one stream, a dot product over two, whichever is faster: a copy is no roof of a kernel that only reads) and a large
+fill; the matmul rate is that of one large square product per dtype. Each is the best of several repeats, because a roof
+is what the machine can do; a case's own time is a median.
 """
 
 from __future__ import annotations
