@@ -66,18 +66,23 @@ def scaled_copies(experts: int, rows: int, columns: int, device, generator):
     return out
 
 
+def routed(tokens: int, experts: int, hidden: int, top_k: int, device, generator):
+    """x, the weights of its slots and their experts."""
+    x = normal((tokens, hidden), torch.bfloat16, device, generator)
+    if tokens * top_k <= experts:
+        # few tokens: every slot another expert, so that it is known how many weights are read
+        ids = torch.randperm(experts, generator=generator, device=device)[: tokens * top_k].view(tokens, top_k)
+    else:
+        ids = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k, -1).indices
+    return x, normal((tokens, top_k), torch.float32, device, generator).softmax(-1), ids.int()
+
+
 def inputs_of(tokens: int, experts: int, hidden: int, intermediate: int, top_k: int):
     def inputs(device, generator):
-        x = normal((tokens, hidden), torch.bfloat16, device, generator)
-        if tokens * top_k <= experts:
-            # few tokens: every slot another expert, so that it is known how many weights are read
-            ids = torch.randperm(experts, generator=generator, device=device)[: tokens * top_k].view(tokens, top_k)
-        else:
-            ids = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k, -1).indices
-        weights = normal((tokens, top_k), torch.float32, device, generator).softmax(-1)
+        x, weights, ids = routed(tokens, experts, hidden, top_k, device, generator)
         w_gate_up = scaled_copies(experts, 2 * intermediate, hidden, device, generator)
         w_down = scaled_copies(experts, hidden, intermediate, device, generator)
-        return x, w_gate_up, w_down, weights, ids.int()
+        return x, w_gate_up, w_down, weights, ids
 
     return inputs
 

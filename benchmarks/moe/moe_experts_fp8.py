@@ -11,7 +11,7 @@ import tilefuse
 from ..harness import Case, Peer, normal
 from ..peers import kt, vllm
 from ..shapes import DEEPSEEK_V3, QWEN3_30B_A3B, Model
-from .moe_experts import DISTINCT
+from .moe_experts import DISTINCT, routed
 
 
 def dequantised(w, scale):
@@ -58,15 +58,9 @@ def scaled_copies(experts: int, n: int, k: int, device, generator):
 
 def inputs_of(tokens: int, experts: int, hidden: int, inner: int, top_k: int):
     def inputs(device, generator):
-        x = normal((tokens, hidden), torch.bfloat16, device, generator)
-        if tokens * top_k <= experts:
-            # few tokens: every slot another expert, so that it is known how many weights are read
-            ids = torch.randperm(experts, generator=generator, device=device)[: tokens * top_k].view(tokens, top_k)
-        else:
-            ids = torch.rand(tokens, experts, generator=generator, device=device).topk(top_k, -1).indices
-        weights = normal((tokens, top_k), torch.float32, device, generator).softmax(-1)
+        x, weights, ids = routed(tokens, experts, hidden, top_k, device, generator)
         gate_up = scaled_copies(experts, 2 * inner, hidden, device, generator)
-        return x, *gate_up, *scaled_copies(experts, hidden, inner, device, generator), weights, ids.int()
+        return x, *gate_up, *scaled_copies(experts, hidden, inner, device, generator), weights, ids
 
     return inputs
 
