@@ -132,13 +132,12 @@ def _unfit(module: nn.Module, packs: Packs) -> str | None:
     return None
 
 
-def _owned_alone(parameter: Tensor) -> bool:
-    """Whether nobody else can read the memory of a parameter that was just taken out of its module."""
+def _takes_over(parameter: Tensor) -> bool:
+    """Whether the memory of a tensor that nobody else holds can be written: no view or storage of it, no sharing."""
     storage = parameter.untyped_storage()
     return (
-        # the caller's variable, ours and the argument of this call; the tensor and our variable
-        sys.getrefcount(parameter) <= 3
-        and torch._C._storage_Use_Count(storage._cdata) <= 2
+        # the tensor and our variable
+        torch._C._storage_Use_Count(storage._cdata) <= 2
         and storage.resizable()
         and not storage.is_shared()
         and storage.nbytes() == parameter.nbytes
@@ -156,7 +155,9 @@ def _pack_one(module: nn.Module, source: Source, free: bool, old: PackedWeight |
         module._parameters[source.name] = nn.Parameter(
             torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
         )
-        if k % 4 == 0 and _owned_alone(parameter):
+        # what one variable of a function counts depends on the interpreter, and a call may add to it
+        alone = object()
+        if k % 4 == 0 and sys.getrefcount(parameter) <= sys.getrefcount(alone) and _takes_over(parameter):
             into = parameter.detach()
     elif old is not None and (old.dtype, old.data.numel()) == (parameter.dtype, parameter.numel()):
         into = old.data

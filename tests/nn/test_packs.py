@@ -247,6 +247,18 @@ class Sizes(TorchDispatchMode):
         return out
 
 
+@pytest.fixture
+def frames_evaluated_by_dynamo():
+    """As an exception out of a compiled function leaves them: a call of Python counts its arguments twice."""
+    before = torch._C._dynamo.eval_frame.set_eval_frame(False)
+    yield
+    torch._C._dynamo.eval_frame.set_eval_frame(before)
+
+
+def test_freeing_packs_in_place_where_dynamo_evaluates(frames_evaluated_by_dynamo):
+    test_freeing_packs_in_place()
+
+
 def test_freeing_packs_in_place():
     """Nothing but one expert's matrix beside the weights, whose memory the packs take over."""
     module, x = moe(), tokens()
