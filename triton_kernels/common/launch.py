@@ -37,6 +37,14 @@ def launch_options(config: Any) -> Mapping[str, Any]:
     return {name: value for name, value in constants(config).items() if name.startswith("num_")}
 
 
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+    """Rows of one step of a program that holds them whole, and how it is launched."""
+
+    block_t: int
+    num_warps: int
+
+
 @contextmanager
 def scratch(device: torch.device, needed: bool = True) -> Iterator[None]:
     """Memory for tensor descriptors that a kernel makes on the device; another library's allocator comes back after."""

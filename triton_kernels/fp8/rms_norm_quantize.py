@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from ..common import fp8
-from ..common.launch import on_device
+from ..common.launch import constants, on_device
 from .host import CODES, blocks_of, empty_row_scale
 
 
@@ -62,10 +64,18 @@ def rms_norm_quantize_fwd_kernel(
     tl.store(q_ptr + row * k + col, codes, mask)
 
 
-def config(k: int) -> dict[str, int]:
-    """One row per program, about 16 elements per thread, at most 32 warps."""
+@dataclass(frozen=True)
+class Config:
+    """Base-2 logarithm of the columns of a program, which holds one row."""
+
+    log2: int
+    num_warps: int
+
+
+def config(k: int) -> Config:
+    """About 16 elements per thread, at most 32 warps."""
     size = max(128, triton.next_power_of_2(k))
-    return {"LOG2": size.bit_length() - 1, "num_warps": min(max(size // 512, 1), 32)}
+    return Config(size.bit_length() - 1, min(max(size // 512, 1), 32))
 
 
 def rms_norm_quantize_fwd(x, weight, residual, norm_eps, pow2, eps):
@@ -92,7 +102,7 @@ def rms_norm_quantize_fwd(x, weight, residual, norm_eps, pow2, eps):
                 NATIVE=fp8.native_cast(x.device),
                 # a fused multiply-add would round once where the rule rounds twice
                 enable_fp_fusion=False,
-                **config(k),
+                **constants(config(k)),
             )
     return q, scale, h
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.launch import constants, on_device
+from ..common.launch import RowConfig, constants, on_device
 from .host import token_positions
 
 
@@ -169,19 +167,11 @@ def mla_compress_kv_bwd_kernel(
 MAX_PARTIALS = 256
 
 
-@dataclass(frozen=True)
-class Config:
-    """Rows per step."""
-
-    block_t: int
-    num_warps: int
-
-
-def config(rank: int) -> Config:
+def config(rank: int) -> RowConfig:
     """About 1 KiB of float32 per warp; twice that spills on sm_80."""
     rank_pad = triton.next_power_of_2(rank)
     rows = max(1, min(16, 2048 // rank_pad))
-    return Config(rows, 8 if rows * rank_pad >= 2048 else 4 if rows * rank_pad >= 1024 else 1)
+    return RowConfig(rows, 8 if rows * rank_pad >= 2048 else 4 if rows * rank_pad >= 1024 else 1)
 
 
 def dims(rank: int, rope_dim: int, interleaved: bool) -> dict[str, int | bool]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..common import fp8
-from ..common.launch import constants, on_device, vector_width
+from ..common.launch import RowConfig, constants, on_device, vector_width
 from .host import layout as layouts
 
 # columns of one scale
@@ -110,17 +108,9 @@ def mla_gather_kv_fwd_kernel(
         tl.store(row_out[:, None] + RANK + column_r[None, :], y.to(dtype), mask=mask[:, None] & inside_r)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Rows of one program."""
-
-    block_t: int
-    num_warps: int
-
-
-def config(rank: int) -> Config:
+def config(rank: int) -> RowConfig:
     """About 4,096 elements for each program."""
-    return Config(max(1, min(16, 4096 // triton.next_power_of_2(rank))), 4)
+    return RowConfig(max(1, min(16, 4096 // triton.next_power_of_2(rank))), 4)
 
 
 def cache_parts(cache: Tensor, row: layouts.RowLayout) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from ..common.launch import constants, on_device
+from ..common.launch import RowConfig, constants, on_device
 
 
 @triton.jit
@@ -220,17 +218,9 @@ def moe_route_bwd_kernel(
     tl.store(dlogits_ptr + row64 * EXPERTS + expert, dx.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Rows of a program."""
-
-    block_t: int
-    num_warps: int
-
-
-def config(experts: int) -> Config:
+def config(experts: int) -> RowConfig:
     """About 1,024 of the padded experts for each program."""
-    return Config(min(16, max(1, 1024 // experts)), 8 if experts > 2048 else 4)
+    return RowConfig(min(16, max(1, 1024 // experts)), 8 if experts > 2048 else 4)
 
 
 def moe_route_fwd(logits, bias, top_k, score, renormalize, n_group, topk_group, group_score, scale, nan_policy):

@@ -32,7 +32,7 @@ def _z(device: torch.device) -> Iterator[Sample]:
 def _bias(device: torch.device) -> Iterator[Sample]:
     counts = torch.tensor([3, 5, 4, 4], device=device)
     yield Sample((torch.zeros(4, device=device), counts), name="counts")
-    yield Sample((torch.randn(4, device=device), counts.float()), {"rate": 0.1}, "float_counts")
+    yield Sample((_logits(4, 1, device).flatten(), counts.float()), {"rate": 0.1}, "float_counts")
 
 
 SAMPLES: dict[str, Callable[[torch.device], Iterator[Sample]]] = {
