@@ -22,6 +22,7 @@ TITLES = {
     "rope": "Rotary embedding",
     "fp8": "FP8",
     "moe": "Mixture of experts",
+    "loss": "Losses",
     "mla": "Latent attention",
     "attention": "Sparse attention",
 }

@@ -33,9 +33,12 @@ FORWARD = {
     ("moe_experts", "weights"),
     ("moe_experts", "w_down"),
     ("moe_experts", "bias_down"),
+    ("preference_loss", "chosen"),
+    ("preference_loss", "rejected"),
     ("rope", "x"),
     ("rope_qk", "q"),
     ("rope_qk", "k"),
+    ("sequence_logp", "logp"),
 }
 # several kernels make one forward pass: torch.func.grad does not reach through the first ones
 NO_FUNC_GRAD = {

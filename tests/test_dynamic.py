@@ -140,6 +140,7 @@ CASES = {
         lambda b, s: (draw(b, 1, HEADS, DIM), *(draw(pages(b, s)[0], 16, 2, DIM),) * 2, *pages(b, s)[1:]),
         {},
     ),
+    "preference_loss": (lambda b, s: (draw(b * s), draw(b * s), draw(b * s), draw(b * s)), {}),
     "qk_norm_rope": (lambda b, s: (*qkv(b, s)[:2], draw(DIM), draw(DIM), *tables()), {}),
     "rms_norm_quantize": (lambda b, s: (draw(b, s, 256), draw(256)), {}),
     "rope": (lambda b, s: (draw(b, s, HEADS, DIM), *tables()), {}),
@@ -156,6 +157,7 @@ CASES = {
     ),
     "rope_qk": (lambda b, s: (*qkv(b, s)[:2], *tables()), {}),
     "rope_qk_": (lambda b, s: (*qkv(b, s)[:2], *tables()), {}),
+    "sequence_logp": (lambda b, s: (draw(b * s), integers(s, b * s), bounds(b, s)), {"average": True}),
     "silu_mul_quantize": (lambda b, s: (draw(b, s, 256),), {}),
     "window_attention": (lambda b, s: qkv(b, s), {"window": (9, 0)}),
 }

@@ -21,7 +21,14 @@ from tilefuse import cli, library
 from tilefuse.ops.mla.layout import GROUP, RowLayout
 from tilefuse.testing.sweep import record as sweep_record
 
-FAMILIES = {"rope": "rope.md", "fp8": "fp8.md", "moe": "moe.md", "mla": "mla.md", "attention": "attention.md"}
+FAMILIES = {
+    "rope": "rope.md",
+    "fp8": "fp8.md",
+    "moe": "moe.md",
+    "mla": "mla.md",
+    "attention": "attention.md",
+    "loss": "losses.md",
+}
 
 
 def _lines() -> list[dict[str, Any]]:

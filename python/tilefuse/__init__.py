@@ -19,6 +19,8 @@ from .ops.fp8.matmul import fp8_matmul
 from .ops.fp8.quantize import fp8_dequantize, fp8_quantize, fp8_quantize_dual
 from .ops.fp8.rms_norm_quantize import rms_norm_quantize
 from .ops.fp8.silu_mul_quantize import silu_mul_quantize
+from .ops.loss.mtp_targets import mtp_targets
+from .ops.loss.preference_loss import preference_loss, sequence_logp
 from .ops.mla.merge_attention import merge_attention
 from .ops.mla.mla_absorb_query import mla_absorb_query
 from .ops.mla.mla_append_kv import mla_append_kv
@@ -76,10 +78,12 @@ __all__ = [
     "moe_route",
     "moe_update_bias",
     "moe_z_loss",
+    "mtp_targets",
     "nn",
     "ops",
     "pack_weight",
     "paged_attention",
+    "preference_loss",
     "qk_norm_rope",
     "rms_norm_quantize",
     "rope",
@@ -88,6 +92,7 @@ __all__ = [
     "rope_qk",
     "rope_qk_",
     "rope_tables",
+    "sequence_logp",
     "silu_mul_quantize",
     "window_attention",
     "window_from",
