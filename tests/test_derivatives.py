@@ -45,9 +45,6 @@ NO_FUNC_GRAD = {
     ("fp8_linear", "x"),
     ("fp8_linear", "weight"),
     ("fp8_linear", "bias"),
-    ("moe_experts", "x"),
-    ("moe_experts", "w_gate_up"),
-    ("moe_experts", "bias_gate_up"),
 }
 REFUSALS = (NotImplementedError, RuntimeError)
 

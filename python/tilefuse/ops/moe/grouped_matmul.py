@@ -102,7 +102,7 @@ def grouped_bias_grad(dout: Tensor, offsets: Tensor, dout_index: Tensor | None, 
     return grouped_matmul_wgrad(ones, dout, offsets, None, dout_index, index_div, dtype)[..., 0]
 
 
-def _scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def scatter_rows(rows: Tensor, index: Tensor, offsets: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Sums rows ``[P, K]`` float32 into ``out[index[p]]``; positions outside the groups are not read."""
     at = torch.arange(index.shape[0], device=index.device)
     use = (at >= offsets[0]) & (at < offsets[-1]) & (index >= 0) & (index < size)
@@ -134,7 +134,7 @@ class _GroupedMatmul(torch.autograd.Function):
                 compute = torch.float64 if a.dtype == torch.float64 else torch.float32
                 rows = grouped_matmul_fwd(dout, b.transpose(1, 2), offsets, None, None, 1, compute, None)
                 index = a_index if ctx.index_div == 1 else a_index // ctx.index_div
-                da = _scatter_rows(rows, index, offsets, a.shape[0], a.dtype)
+                da = scatter_rows(rows, index, offsets, a.shape[0], a.dtype)
         if ctx.needs_input_grad[1]:
             db = grouped_matmul_wgrad(a, dout, offsets, a_index, None, ctx.index_div, b.dtype)
         if ctx.has_bias and ctx.needs_input_grad[4]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import errors
-from ...library import kernel, once_differentiable, op
+from ...library import gradient_of, kernel, once_differentiable, op
 from ...packing import Weight, check_inference
 from .grouped_matmul import (
     either_contiguous,
@@ -15,6 +15,7 @@ from .grouped_matmul import (
     grouped_matmul_wgrad,
     not_triton,
     only_bfloat16,
+    scatter_rows,
 )
 from .moe_combine import check_weights, moe_combine_fwd
 from .moe_plan import moe_plan_fwd
@@ -100,6 +101,38 @@ moe_experts_act_bwd = kernel(
     module=_MODULE,
     fake=_act_bwd_fake,
 )
+
+
+@gradient_of(moe_experts_up)
+class _Up(torch.autograd.Function):
+    """For transforms of torch.func, which differentiate kernel by kernel."""
+
+    @staticmethod
+    def forward(ctx, x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, save, w_scale):
+        if w_scale is not None or w_gate_up.ndim > 3:
+            raise NotImplementedError("tilefuse.moe_experts_up: packed and e4m3 weights have no derivative")
+        h, z = moe_experts_up(x, w_gate_up, offsets, order, bias, top_k, activation, alpha, limit, True, None)
+        ctx.save_for_backward(x, w_gate_up, offsets, order, z)
+        ctx.mark_non_differentiable(z)
+        ctx.has_bias, ctx.top_k, ctx.options = bias is not None, top_k, (activation, alpha, limit)
+        return h, z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, _):
+        x, w_gate_up, offsets, order, z = ctx.saved_tensors
+        top_k = ctx.top_k
+        dx = dw_gate_up = dbias = None
+        ones = z.new_ones((x.shape[0], top_k), dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+        dz = moe_experts_act_bwd(z, dh.contiguous(), offsets, order, ones, *ctx.options)[0]
+        if ctx.needs_input_grad[0]:
+            rows = grouped_matmul_fwd(dz, w_gate_up.transpose(1, 2), offsets, None, None, 1, ones.dtype, None)
+            dx = scatter_rows(rows, order // top_k, offsets, x.shape[0], x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw_gate_up = grouped_matmul_wgrad(x, dz, offsets, order, None, top_k, w_gate_up.dtype)
+        if ctx.has_bias and ctx.needs_input_grad[4]:
+            dbias = grouped_bias_grad(dz, offsets, None, 1, dz.dtype)
+        return dx, dw_gate_up, None, None, dbias, *[None] * 6
 
 
 def forward(
