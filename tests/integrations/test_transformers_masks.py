@@ -314,7 +314,18 @@ def test_a_lazy_mask_is_a_mask():
         kept = same(lazy())
         assert mask.compact_of(kept) is not None and kept.shape == expected.shape
     # entries that someone writes count, and nothing else does then
-    for write in (lambda x: x.__setitem__((..., 0), False), lambda x: x.logical_not_()):
+    for write in (
+        lambda x: x.__setitem__((..., 0), False),
+        lambda x: x.logical_not_(),
+        lambda x: setattr(x, "data", torch.zeros_like(expected)),
+        lambda x: x.data.zero_(),
+        lambda x: x.storage().fill_(0),
+        lambda x: copy.copy(x).zero_(),
+        lambda x: x.set_(torch.zeros_like(expected)),
+        lambda x: torch.from_dlpack(x).zero_(),
+        lambda x: torch.logical_not(expected, out=x),
+        lambda x: torch._foreach_zero_([x]),
+    ):
         written, stock = (
             mask.LazyMask.of(mask.compact_of(lazy()), expected.clone, (2, 1, 9, 9), torch.bool, torch.device("cpu")),
             expected.clone(),

@@ -8,6 +8,7 @@ Face would have made the mask: tilefuse's attention reads the numbers, and any o
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -133,6 +134,9 @@ class LazyMask(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dense().__reduce_ex__(protocol)
 
+    def __copy__(self) -> Tensor:
+        return copy.copy(self._exposed())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dense().clone()
 
@@ -144,6 +148,18 @@ class LazyMask(Tensor):
 
     def tolist(self) -> Any:
         return self.dense().tolist()
+
+    @property
+    def data(self) -> Any:
+        return self.detach()
+
+    @data.setter
+    def data(self, entries: Tensor) -> None:
+        self._may_be_written(True)
+        self._entries.made = entries
+
+    def storage(self) -> Any:
+        return self._exposed().storage()
 
     def data_ptr(self) -> int:
         return self._exposed().data_ptr()
