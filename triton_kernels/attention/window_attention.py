@@ -15,7 +15,7 @@ from torch import Tensor
 from ... import arch
 from ..common import tuned
 from ..common.flash import Config, Results, constants_of, padded, width
-from ..common.launch import launch_options, on_device
+from ..common.launch import TRITON, launch_options, on_device
 from ..common.rows import Rows
 from .window_backward import (
     PREFIX_CHUNK,
@@ -68,7 +68,9 @@ def dkdv_config(head_dim: int, element_size: int, span: int, extras: int, target
         return Config(16 if amd else 32, 32, 8, 1)
     if capability == 100:
         return Config(64, 64, 8, 1)
-    return Config(32, 64, 8, 1 if extras or amd else 2)
+    # older compilers spill where loads are pipelined around wgmma
+    unstaged = extras or amd or (capability == 90 and TRITON < (3, 7))
+    return Config(32, 64, 8, 1 if unstaged else 2)
 
 
 def prefix_config(head_dim: int, element_size: int, span: int, extras: int, target: str) -> Config:

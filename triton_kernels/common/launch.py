@@ -13,6 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
+# (major, minor) of the compiler
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+
 
 def on_device(tensor: Tensor):
     """Launches go to the device of the arguments, also when another GPU is current."""
