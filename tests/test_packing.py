@@ -288,8 +288,9 @@ W, FP8, SCALE = normal(4, 4), normal(4, 4).to(CODES), torch.ones(1, 1)
         ((W, SCALE), {}, ValueError, "scale must be None with format 'bf16'"),
         ((FP8,), {"format": "fp8"}, ValueError, r"scale must be \[1, 1\] or \[4, 1\] float32, got None"),
         ((FP8, torch.ones(2, 1)), {"format": "fp8"}, ValueError, r"scale must be \[1, 1\] or \[4, 1\] float32"),
-        ((FP8, SCALE.double()), {"format": "fp8"}, TypeError, "scale must be float32"),
+        ((FP8, SCALE.double()), {"format": "fp8"}, TypeError, r"scale must be \[1, 1\] or \[4, 1\] float32"),
         ((FP8, SCALE.to("meta")), {"format": "fp8"}, ValueError, "scale must be on the device of w"),
+        ((FP8, SCALE.clone().requires_grad_()), {"format": "fp8"}, RuntimeError, "scales get no gradient, but scale"),
         ((normal(4, 4).requires_grad_(),), {}, RuntimeError, "packed weights are for inference, but w requires grad"),
     ],
 )  # fmt: skip

@@ -97,6 +97,23 @@ class PackedWeight:
 Weight = Tensor | PackedWeight
 
 
+def check_weight_scale(
+    name: str, arg: str, scale: Tensor | None, w: Weight, like: errors.Typed, like_arg: str
+) -> Tensor:
+    """Checks the scales of e4m3 codes ``w [.., N, K]``: of 128 x 128 or 1 x 128 blocks, told apart by shape."""
+    *lead, n, k = w.shape
+    tiles, rows = (*lead, -(-n // 128), -(-k // 128)), (*lead, n, -(-k // 128))
+    expected = f"{[*tiles]} or {[*rows]} float32"
+    # not `in`: torch.compile finds no tuple of symbolic sizes in another
+    if scale is None or (tuple(scale.shape) != tiles and tuple(scale.shape) != rows):
+        errors.value_error(name, arg, expected, scale)
+    if scale.dtype != torch.float32:
+        errors.type_error(name, arg, expected, scale)
+    errors.check_device(name, arg, scale, like, like_arg)
+    errors.check_not_differentiated(name, "scales get no gradient", **{arg: scale})
+    return scale
+
+
 def _strips(packed: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The whole strips of one packed weight and of its matrix ``[N, K']``, as views of one shape."""
     n, k = matrix.shape
@@ -136,7 +153,7 @@ def pack_weight(w: Tensor, scale: Tensor | None = None, *, format: str = "bf16")
     Raises:
         ValueError: a wrong shape, device or format.
         TypeError: a dtype that is not the format's.
-        RuntimeError: w requires grad and grad mode is on.
+        RuntimeError: w or scale requires grad and grad mode is on.
 
     Example::
 
@@ -153,16 +170,11 @@ def pack_weight(w: Tensor, scale: Tensor | None = None, *, format: str = "bf16")
     if w.device.type != "cpu":
         raise ValueError(f"tilefuse.{name}: w must be on the CPU, whose kernels read packed weights, got {w.device}")
     errors.check_not_differentiated(name, "packed weights are for inference", w=w)
-    *lead, n, k = w.shape
     if format == "bf16" and scale is not None:
         errors.value_error(name, "scale", "None with format 'bf16'", scale)
     if format == "fp8":
-        tiles, rows = (*lead, -(-n // 128), -(-k // 128)), (*lead, n, -(-k // 128))
-        if scale is None or (tuple(scale.shape) != tiles and tuple(scale.shape) != rows):
-            errors.value_error(name, "scale", f"{[*tiles]} or {[*rows]} float32", scale)
-        errors.check_dtype(name, "scale", scale, (torch.float32,))
-        errors.check_device(name, "scale", scale, w, "w")
-    return PackedWeight(pack_data(w.detach()), scale, k)
+        check_weight_scale(name, "scale", scale, w, w, "w")
+    return PackedWeight(pack_data(w.detach()), scale, w.shape[-1])
 
 
 def _bits(t: Tensor) -> Tensor:

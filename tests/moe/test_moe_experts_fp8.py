@@ -107,7 +107,7 @@ W, I = torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.int32)
         (ValueError, r"moe_experts_fp8: x must be \[T, H\]", (X[0], A, S, D, S[:, :1], W, I), {}),
         (TypeError, "x must be float32 or bfloat16 or float16", (X.double(), A, S, D, S[:, :1], W, I), {}),
         (TypeError, "w_gate_up must be float8_e4m3fn", (X, A.float(), S, D, S[:, :1], W, I), {}),
-        (ValueError, r"w_gate_up_scale must be \[3, 2, 1\] float32", (X, A, S[:, :1], D, S[:, :1], W, I), {}),
+        (ValueError, r"up_scale must be \[3, 2, 1\] or \[3, 256, 1\] float32", (X, A, S[:, :1], D, S[:, :1], W, I), {}),
         (TypeError, "w_down_scale must be", (X, A, S, D, S[:, :1].double(), W, I), {}),
         (ValueError, "activation must be one of silu", (X, A, S, D, S[:, :1], W, I), {"activation": "swiglu_oai"}),
         (ValueError, "w_down_scale must be on the device of x", (X, A, S, D, S[:, :1].to("meta"), W, I), {}),

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import arch, errors
 from ...library import kernel, op
-from ...packing import PackedWeight, Weight, operand, refuse_packed
+from ...packing import PackedWeight, Weight, check_weight_scale, operand, refuse_packed
 from .quantize import CODES, blocks_of, check_scale, only_standard_out
 
 __all__ = ["fp8_matmul"]
@@ -22,16 +22,10 @@ def check_out_dtype(name: str, out_dtype: torch.dtype) -> None:
 
 
 def weight_scale(name: str, b: Weight, b_scale: Tensor | None) -> Tensor:
-    """The scales of ``b [.., N, K]``, (128, 128) or (1, 128), told apart by shape; a packed weight holds its own."""
+    """The checked scales of ``b [.., N, K]``; a packed weight holds its own."""
     if b_scale is None and isinstance(b, PackedWeight):
         b_scale = b.scale
-    *lead, n, k = b.shape
-    tiles, rows = (*lead, blocks_of(n), blocks_of(k)), (*lead, n, blocks_of(k))
-    # not `in`: torch.compile finds no tuple of symbolic sizes in another
-    if b_scale is None or (tuple(b_scale.shape) != tiles and tuple(b_scale.shape) != rows):
-        errors.value_error(name, "b_scale", f"{[*tiles]} or {[*rows]} float32", b_scale)
-    check_scale(name, "b_scale", b_scale, b_scale.shape, b, "b")
-    return b_scale
+    return check_weight_scale(name, "b_scale", b_scale, b, b, "b")
 
 
 def check_activation(name: str, a: Tensor, a_scale: Tensor | None, shape: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import errors
 from ...library import op
-from ...packing import PackedWeight, Weight, operand
+from ...packing import PackedWeight, Weight, check_weight_scale, operand
 from ..fp8.grouped_matmul import fp8_grouped_matmul_fwd
 from ..fp8.quantize import CODES, fp8_quantize
 from ..fp8.silu_mul_quantize import silu_mul_quantize
@@ -31,13 +31,7 @@ def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, ac
     for arg, weight, scale in (("w_gate_up", w_gate_up, w_gate_up_scale), ("w_down", w_down, w_down_scale)):
         if weight.dtype != CODES:
             errors.type_error(name, arg, "float8_e4m3fn", weight)
-        experts, n, k = weight.shape
-        blocks = (experts, -(-n // 128), -(-k // 128))
-        if scale is None or scale.shape not in (torch.Size(blocks), torch.Size((experts, n, blocks[2]))):
-            errors.value_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
-        if scale.dtype != torch.float32:
-            errors.type_error(name, f"{arg}_scale", f"{[*blocks]} float32", scale)
-        errors.check_device(name, f"{arg}_scale", scale, x, "x")
+        check_weight_scale(name, f"{arg}_scale", scale, weight, x, "x")
 
 
 @op(
@@ -108,10 +102,7 @@ def moe_experts_fp8(
     if w_down_scale is None and isinstance(w_down, PackedWeight):
         w_down_scale = w_down.scale
     _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, activation, limit)
-    errors.check_not_differentiated(
-        "moe_experts_fp8", "it is for inference", x=x, weights=weights, w_gate_up_scale=w_gate_up_scale,
-        w_down_scale=w_down_scale,
-    )  # fmt: skip
+    errors.check_not_differentiated("moe_experts_fp8", "it is for inference", x=x, weights=weights)
     top_k = ids.shape[1]
     w_gate_up, w_down, ids, weights = operand(w_gate_up), operand(w_down), ids.contiguous(), weights.contiguous()
     if not quantize_activations:
