@@ -116,6 +116,8 @@ class Peer:
         compared: turns outputs, the oracle's and the peer's alike, into what is compared (codes into values).
         package: the distribution that it comes from, whose version the result line carries.
         apart: its own threads go on spinning after a call, so that it is timed alone, after the others.
+        keeps_memory: the library never frees what it makes of weights, so that the whole case runs in a process of its
+            own, where its file's ``cases()`` yields it again.
         yardstick: not an implementation of the op but a bound, such as a plain copy: not checked, shown in a column
             of its own, never the "best peer".
     """
@@ -132,6 +134,7 @@ class Peer:
     compared: Callable[..., tuple[Any, ...]] | None = None
     package: str = ""
     apart: bool = False
+    keeps_memory: bool = False
     yardstick: bool = False
 
     def __post_init__(self):

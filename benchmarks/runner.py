@@ -6,10 +6,12 @@ import ctypes
 import datetime
 import gc
 import math
+import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from . import records, roofline, timing
 from .checks import Checked, check, check_first_call, check_full_size, check_peer, judge
 from .contestants import Contestant, kernels_of, nbytes, whole_backends
-from .harness import Case, Failure, Peer
+from .harness import Case, Failure, Peer, discover
 from .models import ModelCase
 from .peers import version
 from .roofline import Roof
@@ -152,8 +154,7 @@ class Runner:
             line |= {"series": case.series, "length": case.length}
         before = time.perf_counter()
         try:
-            with compile_settings(), torch.no_grad(), torch.cuda.stream(self.stream):
-                line |= case.measure(self) if isinstance(case, ModelCase) else self._run(case)
+            line |= self._in_its_own_process(case) if self._outlives(case) else self.measure(case)
             line["status"] = "ok"
         except Failure as reason:
             line |= {"status": "failed", "reason": str(reason)}
@@ -165,6 +166,8 @@ class Runner:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+            else:
+                give_back_freed_memory()
         line["case_seconds"] = round(time.perf_counter() - before, 2)
         line |= {"roof": self.roof.as_dict(), **self.environment, "clocks": records.clocks(self.device)}
         self._lines.append(line)
@@ -194,6 +197,26 @@ class Runner:
 
     def _measure_the_roof_again(self) -> None:
         self.roof = self.roof.higher(roofline.measure(self.device))
+
+    def measure(self, case: Case | ModelCase) -> dict[str, Any]:
+        """What a case adds to its line, measured in this process."""
+        with compile_settings(), torch.no_grad(), torch.cuda.stream(self.stream):
+            return case.measure(self) if isinstance(case, ModelCase) else self._run(case)
+
+    def _outlives(self, case: Case | ModelCase) -> bool:
+        """Whether a peer of this case would leave its copies of the weights in this process for good."""
+        if isinstance(case, ModelCase):
+            return False
+        peers = [case.peer(name) for name in case.peers]
+        return any(p.keeps_memory and self.device.type in p.devices and version(p.package) for p in peers)
+
+    def _in_its_own_process(self, case: Case | ModelCase) -> dict[str, Any]:
+        # not forked: OpenMP's threads do not survive that
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            threads = torch.get_num_threads()
+            measured = pool.submit(_measure_here, case.id, self.device, self.settings, self.roof, threads)
+            result, self.settings = measured.result()
+        return result
 
     def _run(self, case: Case) -> dict[str, Any]:
         ours = Contestant(case, case.ours)
@@ -324,23 +347,39 @@ class Runner:
                 peers[name].setdefault("compile_seconds", round(took, 2))
 
         measure = timing.measure_cuda if self.device.type == "cuda" else timing.measure_cpu
+
+        def take(names: Sequence[str], seconds: float) -> None:
+            """Times contestants against each other."""
+            if names:
+                measured.timings |= measure({name: bound[name] for name in names}, seconds)
+
+        def take_alone(name: str) -> None:
+            with contestants[name].forced():
+                take([name], self.settings.seconds / 4)
+
+        def take_memory() -> None:
+            for name in bound if case.memory else ():
+                with contestants[name].forced():
+                    measured.peak_bytes[name] = timing.peak_memory(bound[name][0], self.device)
+
         for name, contestant in contestants.items():
             if not contestant.peer.apart:
                 bind(name)
         # a forced backend is a process-wide setting: those contestants are timed one by one
-        free = {name: calls for name, calls in bound.items() if contestants[name].backend is None}
-        measured.timings |= measure(free, self.settings.seconds)
-        for name in bound.keys() - free.keys():
-            with contestants[name].forced():
-                measured.timings |= measure({name: bound[name]}, self.settings.seconds / 4)
+        take([name for name in bound if contestants[name].backend is None], self.settings.seconds)
+        for name in bound:
+            if contestants[name].backend is not None:
+                take_alone(name)
+        take_memory()
         for name, contestant in contestants.items():
             if contestant.peer.apart:
+                # alone in memory too: with everyone's copies of large weights it would not fit
+                bound.clear()
+                give_back_freed_memory()
                 bind(name)
                 if name in bound:
-                    measured.timings |= measure({name: bound[name]}, self.settings.seconds / 4)
-        for name, calls in bound.items() if case.memory else ():
-            with contestants[name].forced():
-                measured.peak_bytes[name] = timing.peak_memory(calls[0], self.device)
+                    take_alone(name)
+                    take_memory()
         return measured
 
     def _numbers(
@@ -368,6 +407,15 @@ def _beats_the_roof(line: Mapping[str, Any], judged: Mapping[str, Any]) -> bool:
     return judged["status"] == "unjudged" or judged.get("peers") != line.get("peers")
 
 
+def _measure_here(
+    case_id: str, device: torch.device, settings: Settings, roof: Roof, threads: int
+) -> tuple[dict[str, Any], Settings]:
+    """`Runner.measure` in a new process: the case by its id, since functions do not travel; settings count on."""
+    torch.set_num_threads(threads)
+    case = next(c for c in discover("full", device.type, match=case_id) if c.id == case_id)
+    return Runner(device, settings, roof).measure(case), settings
+
+
 def keep_freed_memory() -> None:
     """Lets glibc reuse freed blocks of any size.
 
@@ -381,6 +429,13 @@ def keep_freed_memory() -> None:
     except OSError:
         # another libc: its allocator stays as it is
         pass
+
+
+def give_back_freed_memory() -> None:
+    """What `keep_freed_memory` kept of one case does not suit the next: blocks of other sizes would be added."""
+    # another libc: its allocator stays as it is
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def run_all(

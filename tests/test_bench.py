@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -354,6 +355,40 @@ def test_peer_whose_threads_spin_is_bound_after_the_others_are_timed(engine, mon
     assert events.index(["spinning"]) == len(events) - 1 and events[together + 1 : -1] == ["prepared"] * 3
     ratio = line["peers"]["spinning"]["median_us"] / line["median_us"]
     assert line["peers"]["spinning"]["speedup"] == pytest.approx(ratio)
+
+
+def test_peer_whose_threads_spin_finds_the_copies_of_the_others_freed(engine):
+    copies, alive = weakref.WeakSet(), []
+
+    def copied(x):
+        copies.add(out := x.clone())
+        return (out,)
+
+    def spinning(x):
+        alive.append(len(copies))
+        return (x,)
+
+    peers = {"copying": Peer(eager, prepare=copied), "spinning": Peer(eager, prepare=spinning, apart=True)}
+    line = engine.run(make(prepare=copied, peers=peers | {"eager": eager}))
+    assert line["peers"]["spinning"]["speedup"] > 0
+    assert len(alive) == 1 + 3 and not any(alive)
+
+
+def test_case_of_a_library_that_keeps_memory_runs_in_a_process_of_its_own(engine):
+    case = harness.discover("quick", "cpu", match="moe_update_bias")[0]
+    keeping = Peer(case.peer("eager").fn, package="torch", keeps_memory=True)
+    # the new process takes the case by its id, so that it does not know this peer
+    engine.settings.compile_seconds = 0
+    line = engine.run(dataclasses.replace(case, peers={**case.peers, "keeping": keeping}))
+    assert line["status"] == "ok" and line["median_us"] > 0
+    assert line["peers"].keys() == case.peers.keys() and "compiles peers" in line["peers"]["torch.compile"]["missing"]
+    # where the library is not installed, nothing is kept
+    absent = dataclasses.replace(keeping, package="no-such-package", load=refused, fn=None)
+    assert engine.run(make(peers={"eager": eager, "absent": absent}))["status"] == "ok"
+
+
+def refused():
+    raise ImportError("no such package")
 
 
 def test_compile_budget_is_shared_by_family():

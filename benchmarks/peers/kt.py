@@ -1,6 +1,7 @@
 """KTransformers' expert layers: the package ``kt-kernel``.
 
-Its worker threads spin for some milliseconds after each call, so it is timed apart from the others, after them.
+Its worker threads spin for some milliseconds after each call, so it is timed apart from the others, after them. A layer
+that goes away leaves its packed weights behind.
 """
 
 from __future__ import annotations
@@ -137,4 +138,5 @@ def moe_experts(*, fp8: bool = False, **options: Any) -> Peer:
         extension()
         return lambda layer: layer()
 
-    return Peer(load=load, prepare=prepare, devices=("cpu",), package=PACKAGE, apart=True, **options)
+    options |= {"apart": True, "keeps_memory": True}
+    return Peer(load=load, prepare=prepare, devices=("cpu",), package=PACKAGE, **options)

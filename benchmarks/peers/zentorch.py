@@ -26,7 +26,10 @@ def peer(load: Callable[[], Callable[..., Any]], **options: Any) -> Peer:
 
 
 def zentorch_fused_moe() -> Peer:
-    """x, w_gate_up, w_down, weights, ids -> the experts' output."""
+    """x, w_gate_up, w_down, weights, ids -> the experts' output.
+
+    It reorders the weights in place and keeps a second copy for small batches, which flushing its cache does not free.
+    """
 
     def prepare(x, w_gate_up, w_down, weights, ids):
         # the first call reorders the weights in place and remembers their address: others may have lain there before
@@ -44,7 +47,7 @@ def zentorch_fused_moe() -> Peer:
 
         return run
 
-    return peer(load, prepare=prepare)
+    return peer(load, prepare=prepare, keeps_memory=True)
 
 
 def zentorch_linear_unary(weight_of: Callable[..., Tensor], **options: Any) -> Peer:
