@@ -7,6 +7,7 @@ import datetime
 import gc
 import math
 import multiprocessing
+import re
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -100,11 +102,30 @@ def compile_settings() -> Any:
     with (
         torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
         torch._functorch.config.patch(donated_buffer=False),
+        torch_at_a_path_without_blanks(),
     ):
         try:
             yield
         finally:
             torch._dynamo.reset()
+
+
+@contextmanager
+def torch_at_a_path_without_blanks() -> Any:
+    """Inductor's compile commands come apart at blanks, those of torch's own folder too: there a link stands for it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch.utils import cpp_extension
+
+    folder = Path(torch.__file__).parent
+    if not re.search(r"\s", str(folder)):
+        yield
+        return
+    # always the same link: what was compiled with it is found again
+    link = Path(cache_dir()) / "torch"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder)
+    with patch.multiple(cpp_extension, _TORCH_PATH=str(link), TORCH_LIB_PATH=str(link / "lib")):
+        yield
 
 
 class Runner:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -403,6 +404,23 @@ def test_compile_budget_is_a_reason(engine):
     line = engine.run(make(peers={"eager": eager, "torch.compile": compiled(eager)}))
     assert line["status"] == "ok"
     assert "compiles peers" in line["peers"]["torch.compile"]["missing"]
+
+
+def test_torch_in_a_folder_with_a_blank_has_compiled_peers(tmp_path, monkeypatch):
+    from torch._inductor.cpp_builder import get_cpp_torch_options
+    from torch._inductor.cpu_vec_isa import invalid_vec_isa
+
+    blank = tmp_path / "my projects" / "torch"
+    blank.parent.mkdir()
+    blank.symlink_to(Path(torch.__file__).parent)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch, "__file__", str(blank / "__init__.py"))
+    with runner.compile_settings():
+        options = get_cpp_torch_options("g++", invalid_vec_isa, True, *[False] * 4)
+    # headers and libraries
+    found = [path for part in options for path in part if isinstance(path, str) and path.startswith(str(tmp_path))]
+    assert len(found) >= 2 and not any(" " in path for path in found)
+    assert all(Path(path).is_dir() for path in found)
 
 
 def test_yardstick_is_timed_but_is_no_peer(engine):
