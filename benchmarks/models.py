@@ -2,11 +2,12 @@
 
 Layer widths are those of the real models; layers, experts and vocabulary are few and weights random, so that a machine
 without a GPU can hold them. Each case says which. Stock is what ``from_config`` gives: Hugging Face's own choice of
-attention and experts. Three modes:
+attention and experts. The modes:
 
 * *prefill*: one forward over a prompt that also fills the KV cache (encoders have no cache: one forward);
 * *decode*: steps of one token per sequence with the cache after a prompt, given tokens instead of greedy ones so that
   both models do the same work;
+* *prefill packed*, *decode packed*: the same of a model with experts, patched with ``pack="only"``, on a CPU;
 * *train*: forward, loss and backward for all weights; no optimiser step, no dropout.
 
 Before anything is timed, logits are compared on short inputs: in float32 with the stock model's, and in the case's
@@ -42,6 +43,8 @@ from .report import MODELS as FAMILY
 from .shapes import DEEPSEEK_V2_LITE, GPT_OSS_20B, LLAMA3_8B, LONGFORMER_BASE, QWEN3_30B_A3B
 
 VOCAB = 4096
+# of a mode whose patched model has packed weights
+PACKED = " packed"
 STEPS = 4
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 COMPARED_ELEMENTS = 2**20
@@ -94,9 +97,18 @@ class ModelCase:
         parts = [f"{self.layers} layer{'s' if self.layers > 1 else ''}"]
         if self.net.all_experts:
             parts.append(f"{self.experts} of {self.net.all_experts} experts")
-        if self.mode == "decode":
+        if self.kind == "decode":
             return ", ".join((*parts, f"batch {self.batch}, {self.tokens} tokens in the cache"))
         return ", ".join((*parts, f"{self.batch} x {self.tokens} tokens"))
+
+    @property
+    def kind(self) -> str:
+        """What a call does, however the weights are kept."""
+        return self.mode.removesuffix(PACKED)
+
+    @property
+    def packed(self) -> bool:
+        return self.mode.endswith(PACKED)
 
     @property
     def id(self) -> str:
@@ -105,7 +117,7 @@ class ModelCase:
     @property
     def counted(self) -> int:
         """Tokens that one call handles."""
-        return self.batch * (STEPS if self.mode == "decode" else self.tokens)
+        return self.batch * (STEPS if self.kind == "decode" else self.tokens)
 
     def measure(self, runner: Any) -> dict[str, Any]:
         # a call is long and both are alike: half of an op's time is enough rounds
@@ -250,6 +262,9 @@ def cases() -> Iterator[ModelCase]:
         yield ModelCase(net, "prefill", 1, tokens, suite="quick", **few)
         yield ModelCase(net, "decode", 4, tokens, suite="quick", **few)
         yield ModelCase(net, "train", 1, 64, suite="full" if net is GPT_OSS else "quick", **few)
+        if experts:
+            yield ModelCase(net, "prefill packed", 1, tokens, suite="quick", **few)
+            yield ModelCase(net, "decode packed", 4, tokens, suite="quick", **few)
         yield ModelCase(net, "prefill", 1, 1024, layers=2, **few)
         yield ModelCase(net, "decode", 8, 1024, layers=2, **few)
         all_of_it = {"layers": 4, "experts": net.all_experts, "devices": cuda, "suite": "quick"}
@@ -279,7 +294,7 @@ _kept: dict[tuple[Any, ...], Pair] = {}
 
 
 def _pair(case: ModelCase, device: torch.device) -> Pair:
-    key = (case.net, case.layers, case.experts, device)
+    key = (case.net, case.layers, case.experts, case.packed, device)
     if key not in _kept:
         _kept.clear()
         gc.collect()
@@ -305,7 +320,7 @@ def _make(case: ModelCase, device: torch.device) -> Pair:
         stock = case.net.build(case.layers, case.experts).eval()
     _fill(stock)
     patched = _twin(stock)
-    report = patch(patched)
+    report = patch(patched, pack="only" if case.packed else False)
     error = _compare(case, stock, patched, device)
     return Pair(stock, patched, dict(Counter(report.changed.values())), dict(Counter(report.left.values())), error)
 
@@ -394,9 +409,9 @@ class Job:
 
 
 def _job(case: ModelCase, model: nn.Module, device: torch.device) -> Job:
-    inputs = _inputs(case, case.batch, case.tokens + (STEPS if case.mode == "decode" else 0), device)
+    inputs = _inputs(case, case.batch, case.tokens + (STEPS if case.kind == "decode" else 0), device)
     ids = inputs["input_ids"]
-    if case.mode == "prefill":
+    if case.kind == "prefill":
         return Job(lambda: None, lambda _: model(**inputs), lambda out: [out.logits])
     if case.mode == "train":
 

@@ -486,7 +486,7 @@ def model_table(lines: Sequence[Line]) -> str:
     for line in lines:
         if line["status"] == "ok":
             ratios.setdefault(line["op"], {}).setdefault(line["mode"], []).append(line["peers"]["stock"]["speedup"])
-    modes = ("prefill", "decode", "train")
+    modes = ("prefill", "decode", "train", "prefill packed", "decode packed")
     table = [[model, *(_span(found[m]) if m in found else "" for m in modes)] for model, found in ratios.items()]
     return markdown_table(["model", *modes], table)
 

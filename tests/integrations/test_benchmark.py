@@ -21,6 +21,12 @@ def tiny(layers, experts):
     return models._causal(transformers.LlamaConfig(**options))
 
 
+def tiny_experts(layers, experts):
+    options = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 32}
+    options |= {"vocab_size": models.VOCAB, "num_hidden_layers": layers, "num_experts": experts}
+    return models._causal(transformers.Qwen3MoeConfig(**options, num_experts_per_tok=2, max_position_embeddings=256))
+
+
 def case(mode, **changes):
     return models.ModelCase(models.Net("tiny", tiny, 16), mode, 2, 24, **changes)
 
@@ -56,6 +62,19 @@ def test_a_line_has_every_number(mode, engine, tmp_path):
     json.dumps(line)
 
 
+def test_packed_experts_beside_the_weights_of_stock(engine):
+    packed = models.ModelCase(models.Net("tiny", tiny_experts, 16, 4), "decode packed", 2, 24, experts=4)
+    assert packed.counted == 2 * models.STEPS
+    line = engine.run(packed)
+    assert line["status"] == "ok", line
+    assert any("packed" in change for change in line["changed"])
+    pair = models._pair(packed, CPU)
+    assert not any(p.is_meta for p in pair.stock.parameters())
+    assert any(p.is_meta for p in pair.patched.parameters())
+    table = report.model_table([line | {"device": "CPU"}])
+    assert "decode packed" in table and "tiny" in table
+
+
 def test_weights_are_shared_and_the_stock_model_stays_stock(engine):
     pair = models._pair(case("prefill"), CPU)
     assert [p is q for p, q in zip(pair.stock.parameters(), pair.patched.parameters())]
@@ -70,8 +89,8 @@ def test_weights_are_shared_and_the_stock_model_stays_stock(engine):
 def test_a_wrong_patch_fails(wrong, engine, monkeypatch):
     stock_patch = integration.patch
 
-    def patch(model):
-        done = stock_patch(model)
+    def patch(model, **options):
+        done = stock_patch(model, **options)
         model.lm_head.register_forward_hook(lambda module, args, out: out * wrong)
         return done
 
@@ -129,7 +148,8 @@ def test_cases_are_listed_with_the_ops():
         found = every[len(plain) :]
         assert {c.family for c in found} == {models.FAMILY}
         assert {c.op for c in found} == {c.op for c in models.cases()}
-        assert {c.mode for c in found} == {"prefill", "decode", "train"}
+        assert {c.kind for c in found} == {"prefill", "decode", "train"}
+        assert {c.op for c in found if c.packed} == ({c.op for c in found if c.experts} if device == "cpu" else set())
     # the weights of a model are made once: its cases follow each other
     keys = [(c.net.name, c.layers, c.experts) for c in every[len(plain) :]]
     assert len({k for i, k in enumerate(keys) if i == 0 or keys[i - 1] != k}) == len(set(keys))
