@@ -39,6 +39,8 @@ _SILENT = {
     "sliding_window", "use_cache",
 }  # fmt: skip
 
+_KNOWN = {"dropout", "scaling", "is_causal", "output_attentions", *_SILENT}
+
 Function = Callable[..., tuple[Tensor, Tensor | None]]
 
 
@@ -277,12 +279,31 @@ def attention(
     # the kernel of decoding is causal: one query at the last key sees nothing to its right
     if not needs_grad and (q_length == 1 or (right == 0 and kv_length > q_length and q_length <= _FEW)):
         calls.count(module, "paged_attention")
-        # every sequence is one page of the cache, wherever that lies
-        pages = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
-        lengths = torch.full_like(pages[:, 0], kv_length) if compact.lengths is None else compact.lengths
+        pages, lengths = _pages(q, batch, kv_length)
+        lengths = lengths if compact.lengths is None else compact.lengths
         return paged_attention(q, k, v, pages, lengths, sinks, window=(left, 0), **settings)[0], None
     calls.count(module, "window_attention")
     return window_attention(q, k, v, sinks, window=(left, right), **settings)[0], None
+
+
+def _pages(q: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """Block table and lengths of a cache whose every sequence is one page, wherever that lies."""
+    # the layers of a model ask for the same; a graph that is captured or traced makes its own
+    kept = type(q) is Tensor and q.is_cpu and not torch.compiler.is_compiling()
+    if kept and not torch._C._len_torch_dispatch_stack():
+        return _kept_pages(batch, length)
+    return _made_pages(batch, length, q.device)
+
+
+def _made_pages(batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    pages = torch.arange(batch, dtype=torch.int32, device=device)
+    return pages[:, None], torch.full_like(pages, length)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_pages(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _made_pages(batch, length, torch.device("cpu"))
 
 
 def _name(form: Eager | None) -> str:
@@ -299,14 +320,11 @@ def _unlike(
     options: dict[str, Any],
 ) -> str:
     """What a call says that the ops do not compute, "" if nothing."""
-    known = {"dropout", "scaling", "is_causal", "output_attentions", *_SILENT}
-    if form is not None and form.softcap:
-        known.add("softcap")
-    if form is not None and form.sinks:
-        # it reads the module's own
-        known.add("s_aux")
     for name, option in options.items():
-        if option is not None and name not in known:
+        if option is None or name in _KNOWN:
+            continue
+        # of sinks it reads the module's own
+        if form is None or not ((name == "softcap" and form.softcap) or (name == "s_aux" and form.sinks)):
             return f"it has the argument {name}"
     if (options.get("dropout") or 0.0) > 0:
         return "attention dropout"
