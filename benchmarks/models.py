@@ -23,6 +23,7 @@ allocator is not in it. The resident set would say less: freed blocks stay in it
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import os
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from . import timing
 from .harness import Failure
 from .report import MODELS as FAMILY
-from .shapes import DEEPSEEK_V2_LITE, GPT_OSS_20B, LLAMA3_8B, LONGFORMER_BASE, QWEN3_30B_A3B
+from .shapes import DEEPSEEK_V2_LITE, GPT_OSS_20B, LLAMA3_8B, LONGFORMER_BASE, QWEN3_30B_A3B, SMOLLM2_135M
 
 VOCAB = 4096
 # of a mode whose patched model has packed weights
@@ -151,11 +152,11 @@ def _decoder(m: Any, layers: int) -> dict[str, Any]:
     }
 
 
-def _llama(layers: int, _: int) -> nn.Module:
+def _llama(m: Any, layers: int, _: int) -> nn.Module:
     from transformers import LlamaConfig
 
-    rope = {"rope_type": "default", "rope_theta": LLAMA3_8B.rope_theta}
-    return _causal(LlamaConfig(**_decoder(LLAMA3_8B, layers), head_dim=LLAMA3_8B.head_dim, rope_parameters=rope))
+    rope = {"rope_type": "default", "rope_theta": m.rope_theta}
+    return _causal(LlamaConfig(**_decoder(m, layers), head_dim=m.head_dim, rope_parameters=rope))
 
 
 def _qwen3_moe(layers: int, experts: int) -> nn.Module:
@@ -244,7 +245,8 @@ def _bigbird(layers: int, _: int) -> nn.Module:
     return _masked(BigBirdConfig(**_encoder(LONGFORMER_BASE, layers, 4096)))
 
 
-LLAMA = Net(LLAMA3_8B.name, _llama, 64)
+LLAMA = Net(LLAMA3_8B.name, functools.partial(_llama, LLAMA3_8B), 64)
+SMOLLM2 = Net(SMOLLM2_135M.name, functools.partial(_llama, SMOLLM2_135M), 64)
 QWEN3_MOE = Net(QWEN3_30B_A3B.name, _qwen3_moe, 64, QWEN3_30B_A3B.experts)
 DEEPSEEK = Net("DeepSeek-V3 at V2-Lite widths", _deepseek_v3, 64, DEEPSEEK_V2_LITE.experts)
 GPT_OSS = Net(GPT_OSS_20B.name, _gpt_oss, 160, GPT_OSS_20B.experts)
@@ -271,6 +273,9 @@ def cases() -> Iterator[ModelCase]:
         yield ModelCase(net, "prefill", 1, 4096, **all_of_it)
         yield ModelCase(net, "decode", 32, 2048, **all_of_it)
         yield ModelCase(net, "train", 1, 4096, **all_of_it)
+    # all of its layers: what a call costs beside its work shows
+    for mode, batch in (("prefill", 1), ("decode", 1), ("decode", 4), ("train", 1)):
+        yield ModelCase(SMOLLM2, mode, batch, 128, layers=SMOLLM2_135M.layers, suite="quick")
     for net in (LONGFORMER, BIGBIRD):
         yield ModelCase(net, "prefill", 1, 4096, suite="quick", devices=cpu)
         yield ModelCase(net, "train", 1, 2048, devices=cpu)

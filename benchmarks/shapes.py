@@ -58,6 +58,7 @@ GPT_OSS_20B = Model(
 )  # fmt: skip
 LONGFORMER_BASE = Model("Longformer-base-4096", 768, 12, 12, 12, 64, 3072, 50265, window=512)
 LLAMA3_8B = Model("Llama-3-8B", 4096, 32, 32, 8, 128, 14336, 128256, rope_theta=500000.0)
+SMOLLM2_135M = Model("SmolLM2-135M", 576, 30, 9, 3, 64, 1536, 49152, rope_theta=100000.0)
 
 MODELS = (
     DEEPSEEK_V3,
@@ -67,4 +68,5 @@ MODELS = (
     GPT_OSS_20B,
     LONGFORMER_BASE,
     LLAMA3_8B,
+    SMOLLM2_135M,
 )
