@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/cpu.h"
-#include "common/immintrin.h"
+#include "common/floats_cpu.h"
 #include "rope/rope.h"
 
 namespace tilefuse {
@@ -33,24 +33,6 @@ static inline void token_table(const RopeCall& call, int64_t token, int64_t firs
 }
 
 #if defined(__AVX512BF16__)
-
-static inline __m512 load_bf16(const bf16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-
-// as from_float rounds: the instruction differs from it in subnormals alone, which it makes 0
-static inline void store_bf16(bf16* p, __m512 x) {
-  __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
-  const __mmask16 subnormal = _mm512_fpclass_ps_mask(x, 0x20);
-  if (__builtin_expect(subnormal != 0, 0)) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    rounded = _mm256_mask_mov_epi16(rounded, subnormal, _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
-  }
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
-}
 
 // whole vectors of a row in bfloat16; the number of pairs done
 static inline int64_t rotate_half_vectors(const bf16* in, bf16* out, int64_t half, const float* cos, const float* sin,
