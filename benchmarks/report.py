@@ -23,6 +23,7 @@ TITLES = {
     "fp8": "FP8",
     "moe": "Mixture of experts",
     "loss": "Losses",
+    "norm": "Norms and activations",
     "mla": "Latent attention",
     "attention": "Sparse attention",
 }

@@ -143,6 +143,9 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "fp8/rms_norm_quantize", call("rms_norm_quantize", tokens(256), tensor("bf16", 256), tokens(256))
     yield "fp8/silu_mul_quantize", call("silu_mul_quantize", tokens(512))
 
+    yield "norm/rms_norm", train("rms_norm", x(256), tensor("bf16", 256))
+    yield "norm/rms_norm", train("add_rms_norm", x(256), x(256), tensor("bf16", 256))
+
 
 # lengths and windows beside and at multiples of 16, and one, which Triton makes a constant
 SIZES = ((1, 1, 1), (1, 1000, 511), (2, 1024, 512), (3, 1025, 33), (16, 4096, 4097))

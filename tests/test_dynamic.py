@@ -84,6 +84,7 @@ def grouped_codes(b, s):
 
 # op -> (tensors of a batch b and a length s, options)
 CASES = {
+    "add_rms_norm": (lambda b, s: (draw(b, s, 48), draw(b, s, 48), draw(48)), {}),
     "block_sparse_attention": (lambda b, s: (*qkv(b, s), *block_lists(b, s)), {"block_size": 16}),
     "fp8_dequantize": (lambda b, s: codes(b * s, 256), {}),
     "fp8_grouped_matmul": (lambda b, s: (*codes(2 * b * s, 128), *grouped_codes(b, s)), {}),
@@ -142,6 +143,7 @@ CASES = {
     ),
     "preference_loss": (lambda b, s: (draw(b * s), draw(b * s), draw(b * s), draw(b * s)), {}),
     "qk_norm_rope": (lambda b, s: (*qkv(b, s)[:2], draw(DIM), draw(DIM), *tables()), {}),
+    "rms_norm": (lambda b, s: (draw(b, s, 48), draw(48)), {}),
     "rms_norm_quantize": (lambda b, s: (draw(b, s, 256), draw(256)), {}),
     "rope": (lambda b, s: (draw(b, s, HEADS, DIM), *tables()), {}),
     "rope_": (lambda b, s: (draw(b, s, HEADS, DIM), *tables()), {}),

@@ -212,6 +212,53 @@ def rows_scales(out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return codes, scale.reshape(-1, 1), *rest
 
 
+def rms_norm(eps: float) -> Peer:
+    """x, weight -> the norm of rows."""
+
+    def load():
+        norm = op("rms_norm")
+
+        def run(x, weight):
+            out = torch.empty_like(x)
+            norm(out, x, weight, eps)
+            return out
+
+        return run
+
+    return peer(load)
+
+
+def fused_add_rms_norm(eps: float) -> Peer:
+    """x, residual, weight: the norm and the sum, in place."""
+
+    def load():
+        norm = op("fused_add_rms_norm")
+
+        def run(x, residual, weight):
+            norm(x, residual, weight, eps)
+            return x, residual
+
+        return run
+
+    return peer(load, prepare=lambda x, residual, weight: (x.clone(), residual.clone(), weight))
+
+
+def silu_and_mul() -> Peer:
+    """gate_up: the activation of its halves."""
+
+    def load():
+        activate = op("silu_and_mul")
+
+        def run(gate_up):
+            out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+            activate(out, gate_up)
+            return out
+
+        return run
+
+    return peer(load)
+
+
 def fused_add_rms_norm_quantize(eps: float) -> Peer:
     """x, weight, residual: the sum and its norm in place, then codes with one scale per row."""
 

@@ -28,6 +28,7 @@ FAMILIES = {
     "mla": "mla.md",
     "attention": "attention.md",
     "loss": "losses.md",
+    "norm": "norms.md",
 }
 
 

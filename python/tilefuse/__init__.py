@@ -37,6 +37,7 @@ from .ops.moe.moe_experts_fp8 import moe_experts_fp8
 from .ops.moe.moe_losses import moe_balance_loss, moe_update_bias, moe_z_loss
 from .ops.moe.moe_plan import moe_plan
 from .ops.moe.moe_route import moe_route
+from .ops.norm.rms_norm import add_rms_norm, rms_norm
 from .ops.rope.qk_norm_rope import qk_norm_rope
 from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
 from .ops.rope.rope_append_kv import rope_append_kv
@@ -48,6 +49,7 @@ __all__ = [
     "BlockPattern",
     "PackedWeight",
     "__version__",
+    "add_rms_norm",
     "backend",
     "block_pattern",
     "block_sparse_attention",
@@ -85,6 +87,7 @@ __all__ = [
     "paged_attention",
     "preference_loss",
     "qk_norm_rope",
+    "rms_norm",
     "rms_norm_quantize",
     "rope",
     "rope_",

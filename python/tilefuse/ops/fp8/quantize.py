@@ -61,8 +61,9 @@ def check_input(name: str, arg: str, x: Tensor, min_dims: int = 1) -> None:
 
 def as_rows(x: Tensor) -> Tensor:
     """``[rows, K]`` with a contiguous last dim: a view where the strides allow one, else a copy."""
+    x = errors.check_last_dim_contiguous(x)
     # -1 is ambiguous for an empty tensor
-    return errors.check_last_dim_contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def split_rows(scale: Tensor, lead: Sequence[int]) -> Tensor:
