@@ -473,6 +473,24 @@ def test_integers():
     assert torch.equal(out[5], x)
 
 
+@triton.jit
+def scalar_condition_kernel(x, n, limit, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    inside = limit < 4
+    mask = (at < n) & inside
+    tl.store(x + at, tl.load(x + at, mask=mask, other=0) + 1, mask=mask)
+    # one bit: true + true is false
+    tl.store(x + BLOCK + at, ((at < n) + inside).to(tl.int32))
+
+
+@pytest.mark.parametrize("limit", [3, 4])
+def test_a_scalar_condition_is_a_mask(limit):
+    x = torch.zeros(2, 8, dtype=torch.int32)
+    scalar_condition_kernel[(1,)](x, 5, limit, 8)
+    inside, first = limit < 4, torch.arange(8) < 5
+    assert x.tolist() == [(first & inside).int().tolist(), (first ^ inside).int().tolist()]
+
+
 def test_fma_rounds_once():
     # x * y = 1 + 2**-11 + 2**-24 lies just above the middle of two float32 once z is added
     x = torch.full((16,), 1 + 2.0**-12)

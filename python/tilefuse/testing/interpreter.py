@@ -24,6 +24,7 @@ masked load, no ``other``   zero                                                
                                                                                 promises nothing
 access out of bounds        reads or writes whatever is there                   IndexError
 ``and``, ``if`` on a block  always true                                         ValueError
+int < == of scalars         spread to integers, which 3.9 refuses as a mask     int1
 int1 arithmetic             saturates                                           wraps around
 histogram                   counts ``bins`` in the last bin                     ignores it
 ``fma``                     two roundings                                       one

@@ -191,6 +191,15 @@ def one_bit(name: str, compute: Callable[..., np.ndarray]) -> Callable[..., Any]
     return method
 
 
+def integer_comparison(name: str) -> Callable[..., Any]:
+    upstream_method = getattr(Builder, name)
+
+    def method(self: Any, a: Any, b: Any) -> Any:
+        return Handle(upstream_method(self, a, b).data, tl.int1)
+
+    return method
+
+
 def ashr(self: Any, a: Any, b: Any) -> Any:
     signed = np.dtype(f"i{a.data.dtype.itemsize}")
     return Handle((a.data.view(signed) >> b.data.astype(signed)).view(a.data.dtype), a.dtype.scalar)
@@ -474,6 +483,11 @@ REPAIRS = (
     Repair(("block load padded with NaN",), Builder, _padded_loads()),
     Repair(("and, if on a block",), upstream, {"_patch_lang_tensor": patch_tensor}),
     Repair(("int1 arithmetic",), Builder, {n: one_bit(n, compute) for n, compute in INTEGERS.items()}),
+    Repair(
+        ("int < == of scalars",),
+        Builder,
+        {name: integer_comparison(name) for name in dir(Builder) if name.startswith("create_icmp")},
+    ),
     Repair(("histogram",), Builder, {"create_histogram": histogram}),
     Repair(("fma",), Builder, _of(arithmetic, {"fma": fma})),
     Repair(("signed >>, umulhi",), Builder, {"create_ashr": ashr, "create_umulhi": umulhi}),
