@@ -92,6 +92,7 @@ CASES = {
     "fp8_matmul": (lambda b, s: (*codes(b * s, 128), *codes(64, 128, (128, 128))), {}),
     "fp8_quantize": (lambda b, s: (draw(b, s, 256),), {}),
     "fp8_quantize_dual": (lambda b, s: (draw(b * s, 256),), {}),
+    "gated_activation": (lambda b, s: (draw(b, s, 96),), {}),
     "global_attention": (lambda b, s: (*qkv(b, s), integers(s, b, 2)), {"window": (5, 5)}),
     "grouped_matmul": (lambda b, s: (draw(2 * b * s, 16), draw(6, 24, 16), plan(b, s)[3]), {}),
     "merge_attention": (lambda b, s: (draw(b, s, HEADS, DIM), draw(b, HEADS, s)) * 2, {}),

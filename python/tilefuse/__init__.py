@@ -37,6 +37,7 @@ from .ops.moe.moe_experts_fp8 import moe_experts_fp8
 from .ops.moe.moe_losses import moe_balance_loss, moe_update_bias, moe_z_loss
 from .ops.moe.moe_plan import moe_plan
 from .ops.moe.moe_route import moe_route
+from .ops.norm.gated_activation import gated_activation
 from .ops.norm.rms_norm import add_rms_norm, rms_norm
 from .ops.rope.qk_norm_rope import qk_norm_rope
 from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
@@ -60,6 +61,7 @@ __all__ = [
     "fp8_matmul",
     "fp8_quantize",
     "fp8_quantize_dual",
+    "gated_activation",
     "global_attention",
     "grouped_matmul",
     "merge_attention",
