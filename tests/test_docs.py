@@ -135,11 +135,12 @@ def test_the_site_needs_no_network(site):
 @pytest.mark.xdist_group("docs")
 def test_what_is_generated_is_there(site):
     """Each kind of content that the build makes of the code."""
-    for op in tilefuse.ops().values():
-        text = (site / f"{op.family}.html").read_text()
-        assert f'id="{op.function.__module__}.{op.name}"' in text, op.name
-        assert f">{op.name}</code></a>" in (site / "support.html").read_text()
     everything = "".join(page.read_text() for page in site.glob("*.html"))
+    support = (site / "support.html").read_text()
+    for op in tilefuse.ops().values():
+        # a family's page need not have its name
+        assert f'id="{op.function.__module__}.{op.name}"' in everything, op.name
+        assert f">{op.name}</code></a>" in support
     assert "<!-- table:" not in everything and "arithmatex" not in everything and "--8&lt;--" not in everything
     assert everything.count("<math") > 30
     pictures = set(re.findall(r'src="(pictures/[\w-]+\.svg)"', everything))
