@@ -122,6 +122,10 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     out, lse = x(8, 64), tensor("fp32", batch, 8, length)
     yield "mla/merge_attention", train("merge_attention", out, lse, out, lse)
 
+    head = tokens(256), tensor("bf16", 32000, 256), tokens(dtype="i64"), tensor("bf16", 32000)
+    yield "loss/linear_logprobs", train("linear_logprobs", *head, softcap=30.0)
+    yield "loss/linear_logprobs", train("linear_cross_entropy", *head[:3], label_smoothing=0.1)
+
     ids, weights = tokens(4, dtype="i32"), tokens(4, dtype="fp32")
     up, down, ends = tensor("bf16", 16, 512, 256), tensor("bf16", 16, 256, 256), tensor("i32", 17)
     yield "moe/moe_plan", call("moe_plan", ids, 16)

@@ -96,6 +96,11 @@ CASES = {
     "global_attention": (lambda b, s: (*qkv(b, s), integers(s, b, 2)), {"window": (5, 5)}),
     "grouped_matmul": (lambda b, s: (draw(2 * b * s, 16), draw(6, 24, 16), plan(b, s)[3]), {}),
     "merge_attention": (lambda b, s: (draw(b, s, HEADS, DIM), draw(b, HEADS, s)) * 2, {}),
+    "linear_cross_entropy": (
+        lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s), draw(60), draw(b, s)),
+        {"label_smoothing": 0.1},
+    ),
+    "linear_logprobs": (lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s)), {}),
     "mla_absorb_query": (
         lambda b, s: (draw(b * s, HEADS, 24), draw(HEADS, 16, 32), *tables(8), integers(s, b * s)),
         {},

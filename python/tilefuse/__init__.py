@@ -19,6 +19,8 @@ from .ops.fp8.matmul import fp8_matmul
 from .ops.fp8.quantize import fp8_dequantize, fp8_quantize, fp8_quantize_dual
 from .ops.fp8.rms_norm_quantize import rms_norm_quantize
 from .ops.fp8.silu_mul_quantize import silu_mul_quantize
+from .ops.loss.linear_cross_entropy import linear_cross_entropy
+from .ops.loss.linear_logprobs import linear_logprob_stats, linear_logprobs, merge_logprobs
 from .ops.loss.mtp_targets import mtp_targets
 from .ops.loss.preference_loss import preference_loss, sequence_logp
 from .ops.mla.merge_attention import merge_attention
@@ -64,7 +66,11 @@ __all__ = [
     "gated_activation",
     "global_attention",
     "grouped_matmul",
+    "linear_cross_entropy",
+    "linear_logprob_stats",
+    "linear_logprobs",
     "merge_attention",
+    "merge_logprobs",
     "mla_absorb_query",
     "mla_append_kv",
     "mla_attention",

@@ -453,6 +453,8 @@ _SCHEMA_TYPES = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     Weight: "Tensor",
+    # a number as well, but for torch.ops
+    Tensor | float | None: "Tensor?",
     Sequence[int]: "SymInt[]",
     int: "SymInt",
     bool: "bool",

@@ -28,6 +28,43 @@ def check_like(name: str, arg: str, tensor: Tensor, like: Tensor, like_arg: str)
     errors.check_device(name, arg, tensor, like, like_arg)
 
 
+def check_target(name: str, target: Tensor, shape: torch.Size, like: Tensor, like_arg: str) -> None:
+    if target.shape != shape:
+        errors.value_error(name, "target", f"{[*shape]} int32 or int64", target)
+    errors.check_dtype(name, "target", target, errors.INDEX_DTYPES)
+    errors.check_device(name, "target", target, like, like_arg)
+
+
+def check_linear(name: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    """Hidden states, the head's weight, one target per state and the head's bias."""
+    if x.dim() < 1:
+        errors.value_error(name, "x", "[..., H]", x)
+    errors.check_dtype(name, "x", x, errors.FLOATS)
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
+        errors.value_error(name, "weight", f"[V, {x.shape[-1]}] with V >= 1", weight)
+    if weight.dtype != x.dtype:
+        errors.type_error(name, "weight", f"of x's dtype {errors.dtype_name(x.dtype)}", weight)
+    errors.check_device(name, "weight", weight, x, "x")
+    check_target(name, target, x.shape[:-1], x, "x")
+    if bias is not None:
+        check_vocabulary(name, "bias", bias, weight.shape[0], x, "x")
+
+
+def check_vocabulary(name: str, arg: str, values: Tensor, vocabulary: int, like: Tensor, like_arg: str) -> None:
+    """One float per token of the vocabulary."""
+    if values.dim() != 1 or values.shape[0] != vocabulary:
+        errors.value_error(name, arg, f"[{vocabulary}]", values)
+    errors.check_dtype(name, arg, values, errors.FLOATS)
+    errors.check_device(name, arg, values, like, like_arg)
+
+
+def check_transform(name: str, softcap: float, temperature: float = 1.0) -> None:
+    if not softcap >= 0:
+        errors.value_error(name, "softcap", "at least 0 (0: none)", softcap)
+    if not temperature > 0:
+        errors.value_error(name, "temperature", "above 0", temperature)
+
+
 def places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Sequence of each packed token ``[T]`` int64 (0 outside of all) and whether it is inside of one."""
     token = torch.arange(tokens, device=cu_seqlens.device)

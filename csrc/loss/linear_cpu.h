@@ -1,0 +1,95 @@
+// Linear heads over a vocabulary on the CPU: what the ops of this family share. Rows of tokens that are ignored are
+// never read: `kept` lists the others, and everything here counts those.
+#pragma once
+
+#include "common/cpu.h"
+
+namespace tilefuse {
+
+// one float per id of the vocabulary; without data: none
+struct VocabularyValues {
+  const void* data;
+  Dtype dtype;
+};
+
+struct LinearHead {
+  Dtype dtype;
+  const void *x, *weight;
+  int64_t x_stride, weight_stride, hidden, vocabulary;
+  const int64_t* kept;
+  int64_t count;
+  Index target;
+  int64_t vocab_start;
+  VocabularyValues bias, class_weight;
+  float scale, softcap, cooling;  // cooling: 1 / temperature
+};
+
+constexpr int64_t kStatsBlock = 4096;  // ids of one set of statistics
+constexpr int64_t kStatsColumns = 5, kSmoothedColumns = 7;
+constexpr int64_t kPanelIds = 64;
+constexpr int64_t kPartTokens = 512;  // tokens that share the packing of a panel
+// of the backward: ids of a block at most, and bytes of a block's gradients
+constexpr int64_t kBlockIds = 1024, kBlockBytes = 32 << 20;
+
+// tokens in pairs: an odd one has a row of zeros for its partner
+static inline int64_t even_count(const LinearHead& head) { return head.count + head.count % 2; }
+
+// statistics of parts of the tokens times blocks of the vocabulary
+struct LinearStats {
+  LinearHead head;
+  int64_t blocks, columns;
+  float* stats;   // [T, blocks, columns]
+  float* logits;  // [panels][even_count][64], or nullptr: forgotten
+};
+
+// of T tokens, as the op returns them
+struct LinearResult {
+  float *logp, *lse, *entropy;
+  int32_t* argmax;
+  float *smoothed, *norm;
+  int64_t tokens;
+};
+
+// gradients of the logits of ids [first, first + ids), as operands of the two products
+struct LinearGradient {
+  LinearHead head;
+  const float *norm, *entropy, *coefficients;  // [2, T], [T], [4, T]
+  int64_t tokens;
+  float* logits;  // as LinearStats has them, overwritten; or nullptr: made again
+  int64_t first, ids, width;
+  void* by_token;    // [count][width words]
+  void* by_id;       // [ids / 64][words of count][64]
+  const void* x;     // [H / 64][words of count][64], x as columns
+  const void* rows;  // [count][words of H], x as rows
+  float* dx;         // [H / 64][count][64], the sums over the ids so far
+  float* dbias;      // [V] or nullptr
+  void* dweight;     // [V, H]
+  float factor;
+};
+
+#ifdef TILEFUSE_REGISTER
+
+// a head without its kept tokens
+LinearHead linear_head(const Tensor& x, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                       const OptionalTensor& class_weight, int64_t vocab_start, double scale, double softcap,
+                       double temperature);
+
+// tokens whose target is not `ignore_index`
+std::vector<int64_t> kept_tokens(const Tensor& target, int64_t ignore_index);
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// [T, blocks, columns]; `logits` as in LinearStats
+Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits);
+
+Result merge_stats(const Tensor& stats);
+
+// Gradients that are not wanted are of one dim and empty. The call's own memory is filled in.
+void linear_backward(LinearGradient call, Tensor& dx, Tensor& dweight, Tensor& dbias);
+
+// raises on a target that is neither in the vocabulary nor `ignore_index`
+void check_targets(const LinearHead& head, int64_t ignore_index);
+
+#endif  // TILEFUSE_REGISTER
+
+}  // namespace tilefuse
