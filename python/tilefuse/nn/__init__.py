@@ -7,6 +7,7 @@ same weights from the same seed, and nothing here imports ``transformers``.
 
 from .block_sparse_attention import BlockSparseAttention
 from .fp8_linear import FP8Linear
+from .linear_cross_entropy import LinearCrossEntropy
 from .moe import MoE, Routing
 from .multihead_latent_attention import MultiheadLatentAttention
 from .paged_cache import PagedKVCache, PagedLatentCache
@@ -16,6 +17,7 @@ from .window_attention import WindowAttention
 __all__ = [
     "BlockSparseAttention",
     "FP8Linear",
+    "LinearCrossEntropy",
     "MoE",
     "MultiheadLatentAttention",
     "PagedKVCache",
