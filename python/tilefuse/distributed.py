@@ -16,6 +16,8 @@ Data parallelism for the rest of the model leaves the experts alone, each rank h
     model = Model(moe=tilefuse.nn.MoE(..., parallel=parallel))
     exclude_experts(model)
     model = DistributedDataParallel(model)
+
+``vocabulary_parallel_logprobs`` is ``tilefuse.linear_logprobs`` of a head whose vocabulary is divided among the ranks.
 """
 
 from __future__ import annotations
@@ -31,10 +33,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import errors, library
+from .ops.loss.checks import check_linear, check_transform
+from .ops.loss.linear_logprobs import backward as linear_logprobs_backward
+from .ops.loss.linear_logprobs import head_inputs, linear_logprob_stats_fwd, merge_logprobs_fwd
 from .ops.moe.moe_combine import moe_combine, moe_combine_fwd
 from .ops.moe.moe_plan import moe_plan
 
-__all__ = ["Dispatched", "ExpertParallel", "exclude_experts"]
+__all__ = ["Dispatched", "ExpertParallel", "exclude_experts", "vocabulary_parallel_logprobs"]
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -300,3 +305,78 @@ class _AllToAll(torch.autograd.Function):
     def backward(ctx, dout):
         back = ctx.parallel._exchange(dout, ctx.receive, ctx.send, f"backward of {ctx.step}")
         return back, None, None, None, None
+
+
+def vocabulary_parallel_logprobs(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    vocab_start: int,
+    group: dist.ProcessGroup | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``tilefuse.linear_logprobs`` where each rank holds consecutive rows of the head, in the order of the ranks.
+
+    One all-gather of the ranks' ``linear_logprob_stats`` in the forward, five numbers per token and 4,096 ids; one
+    all-reduce of x's gradient, in float32, in the backward.
+
+    Args:
+        x: ``[..., H]``, the same on every rank. target: ``[...]`` ids in the whole vocabulary, the same on every rank.
+        weight: ``[V_rank, H]``, this rank's rows, as many blocks of 4,096 (the last may be ragged) as every other's.
+        bias: ``[V_rank]`` or None.
+        vocab_start: id of this rank's first row; a multiple of 4,096 for the bits of the undivided head.
+        group: process group; None is the default group.
+        scale, softcap, temperature, ignore_index: as in ``tilefuse.linear_logprobs``.
+
+    Returns:
+        logp, lse, entropy and argmax of ``tilefuse.linear_logprobs``, the same bits on every rank. The logp of a target
+        that no rank holds is NaN.
+
+    Gradients: for x, whole on every rank, and for this rank's weight and bias, which have the bits of the undivided
+    head's. Every rank must make the same calls, the backward included.
+
+    Raises:
+        ValueError, TypeError: as ``tilefuse.linear_logprobs``.
+    """
+    name = "vocabulary_parallel_logprobs"
+    x, weight = library.autocast(x, weight)
+    check_linear(name, x, weight, target, bias)
+    check_transform(name, softcap, temperature)
+    if vocab_start < 0:
+        errors.value_error(name, "vocab_start", "at least 0", vocab_start)
+    transform = (scale, softcap, temperature, ignore_index)
+    args = head_inputs(x, weight, target, bias)
+    results = _VocabularyParallel.apply(*args, group, vocab_start, transform)
+    return tuple(result.view(target.shape) for result in results)
+
+
+class _VocabularyParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, target, bias, group, vocab_start, transform):
+        stats = linear_logprob_stats_fwd(x, weight, target, bias, None, vocab_start, *transform, False)
+        parts = [torch.empty_like(stats) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, stats, group=group)
+        logp, lse, entropy, argmax, _, norm = merge_logprobs_fwd(torch.cat(parts, 1))
+        ctx.save_for_backward(x, weight, target, bias, None, norm, entropy)
+        ctx.group, ctx.vocab_start, ctx.transform = group, vocab_start, transform
+        ctx.mark_non_differentiable(argmax)
+        return logp, lse, entropy, argmax
+
+    @staticmethod
+    @library.once_differentiable
+    def backward(ctx, dlogp, dlse, dentropy, _argmax):
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
+        upstream = (dlogp, dlse, dentropy, None)
+        dx, dweight, dbias = linear_logprobs_backward(
+            ctx.saved_tensors, upstream, needs, ctx.vocab_start, 0.0, ctx.transform
+        )
+        if dx is not None and dist.get_world_size(ctx.group) > 1:
+            total = dx if dx.dtype == torch.float64 else dx.float()
+            dist.all_reduce(total, group=ctx.group)
+            dx = total.to(dx.dtype)
+        return dx, dweight, None, dbias, None, None, None
