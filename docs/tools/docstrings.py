@@ -13,15 +13,16 @@ RULE = re.compile(r"^ *=+(  *=+)+ *$")
 def to_markdown(text: str) -> str:
     """``Example::`` and ``words::`` before a literal block lose a colon; tables drawn with ``===`` become literal."""
     lines, inside = [], 0
-    for line in text.splitlines():
+    following = [*text.splitlines()[1:], ""]
+    for line, after in zip(text.splitlines(), following):
         if RULE.match(line):
-            # the first rule opens the table, the third closes it
+            # the first rule opens the table, the third closes it, or the second of a table without headings
             indent = line[: len(line) - len(line.lstrip())]
             inside += 1
             if inside == 1:
                 lines.append(f"{indent}```text")
             lines.append(line)
-            if inside == 3:
+            if inside == 3 or (inside == 2 and not after.strip()):
                 lines.append(f"{indent}```")
                 inside = 0
             continue
