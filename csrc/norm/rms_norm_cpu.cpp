@@ -34,11 +34,6 @@ namespace TILEFUSE_ISA {
 namespace {
 
 template <typename T>
-inline const T* row_of(const NormRows& rows, int64_t row) {
-  return rows.data == nullptr ? nullptr : static_cast<const T*>(rows.data) + row * rows.stride;
-}
-
-template <typename T>
 void scale_row(const T* x, const float* weight, Rstd rstd, bool llama, T* y, int64_t dim) {
   const float value = rstd.value, factor = rstd.factor;
   const auto scale = [=](int64_t i, auto normed, auto lanes) { put(y, i, normed * get(weight, i, lanes)); };
@@ -56,8 +51,8 @@ template <typename T>
 void forward(const RmsNormCall& call, T* buffer, int64_t begin, int64_t end) {
   const int64_t dim = call.dim, bytes = dim * static_cast<int64_t>(sizeof(T));
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = row_of<T>(call.x, row);
-    if (const T* residual = row_of<T>(call.residual, row)) {
+    const T* x = norm_row<T>(call.x, row);
+    if (const T* residual = norm_row<T>(call.residual, row)) {
       T* to = static_cast<T*>(call.h) + row * dim;
       T* h = call.stream ? buffer + dim : to;
       over_floats(dim, [=](int64_t i, auto lanes) { put(h, i, get(x, i, lanes) + get(residual, i, lanes)); });
@@ -103,14 +98,14 @@ void backward(const RmsNormBwdCall& call, T* buffer, int64_t begin, int64_t end)
     }
     const int64_t next = (span + 1) * kNormSpan, last = next < call.rows ? next : call.rows;
     for (int64_t row = span * kNormSpan; row < last; ++row) {
-      const T *dout = row_of<T>(call.dout, row), *x = row_of<T>(call.x, row);
+      const T *dout = norm_row<T>(call.dout, row), *x = norm_row<T>(call.x, row);
       const float rstd = call.rstd[row];
       const float sum = sum_lanes(dim, [=](int64_t i, auto lanes) {
         return get(dout, i, lanes) * get(weight, i, lanes) * (get(x, i, lanes) * rstd);
       });
       T* to = static_cast<T*>(call.dx) + row * dim;
       T* dx = call.stream ? buffer : to;
-      gradient_row(dout, row_of<T>(call.dh, row), x, weight, rstd, sum / static_cast<float>(dim), dx, partial, dim);
+      gradient_row(dout, norm_row<T>(call.dh, row), x, weight, rstd, sum / static_cast<float>(dim), dx, partial, dim);
       if (call.stream) stream_copy(to, dx, dim * static_cast<int64_t>(sizeof(T)));
     }
   }
@@ -194,11 +189,11 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm_fwd(Tensor x, Tensor residual, O
 }
 
 std::tuple<Tensor, Tensor> rms_norm_bwd(Tensor dout, OptionalTensor dh, Tensor x, OptionalTensor weight, Tensor rstd,
-                                        double weight_offset, bool weight_grad) {
+                                        double weight_offset, bool with_dweight) {
   const int64_t rows = x.size(0), dim = x.size(1);
   Tensor dx = empty_contiguous(x);
   const auto scale = norm_weight(weight, weight_offset, dim);
-  const NormWeightGradient dweight(rows, dim, weight_grad);
+  const NormWeightGradient dweight(rows, dim, with_dweight);
   RmsNormBwdCall call{};
   call.dtype = dtype_of(x);
   call.rows = rows;

@@ -20,6 +20,11 @@ struct NormRows {
 
 namespace TILEFUSE_ISA {
 
+template <typename T>
+static inline const T* norm_row(const NormRows& rows, int64_t row) {
+  return rows.data == nullptr ? nullptr : static_cast<const T*>(rows.data) + row * rows.stride;
+}
+
 // 64 running sums: an order that is the same with every vector width
 constexpr int64_t kNormLanes = 64;
 // values whose running sums are added to the totals: short sums keep their last places

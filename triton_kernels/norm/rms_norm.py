@@ -273,11 +273,11 @@ def weight_gradient(partial: Tensor, weight: Tensor) -> Tensor:
     return dweight
 
 
-def rms_norm_bwd(dout, dh, x, weight, rstd, weight_offset, weight_grad):
+def rms_norm_bwd(dout, dh, x, weight, rstd, weight_offset, with_dweight):
     rows, dim = x.shape
     dx = torch.empty((rows, dim), dtype=x.dtype, device=x.device)
     spans = triton.cdiv(rows, SPAN)
-    partial = torch.empty((spans, dim), dtype=torch.float32, device=x.device) if weight_grad else None
+    partial = torch.empty((spans, dim), dtype=torch.float32, device=x.device) if with_dweight else None
     tile = bwd_config(dim)
     mean = None if dim <= tile.block_n else torch.empty_like(rstd)
     options = {"rows": rows, "dim": dim, "weight_offset": weight_offset}

@@ -78,9 +78,9 @@ def _fake_bwd(
     weight: Tensor | None,
     _rstd: Tensor,
     _weight_offset: float,
-    weight_grad: bool,
+    with_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    dweight = weight.new_empty(weight.shape) if weight_grad and weight is not None else no_gradient(weight, x)
+    dweight = weight.new_empty(weight.shape) if with_dweight and weight is not None else no_gradient(weight, x)
     return x.new_empty(x.shape), dweight
 
 
@@ -96,7 +96,7 @@ add_rms_norm_fwd = kernel(
 # dh, the gradient of the sum that was normed, is added to that of the norm
 rms_norm_bwd = kernel(
     "rms_norm_bwd(Tensor dout, Tensor? dh, Tensor x, Tensor? weight, Tensor rstd, float weight_offset, "
-    "bool weight_grad) -> (Tensor, Tensor)",
+    "bool with_dweight) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_bwd,
 )

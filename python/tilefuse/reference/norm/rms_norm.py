@@ -46,14 +46,14 @@ def norm_gradient(dnormed: Tensor, normed: Tensor, rstd: Tensor) -> Tensor:
     return rstd * (dnormed - normed * (dnormed * normed).mean(-1, keepdim=True))
 
 
-def rms_norm_bwd(dout, dh, x, weight, rstd, weight_offset, weight_grad):
+def rms_norm_bwd(dout, dh, x, weight, rstd, weight_offset, with_dweight):
     dtype = compute_dtype(x)
     dout, rstd = dout.to(dtype), rstd.unsqueeze(-1)
     normed = x.to(dtype) * rstd
     dx = norm_gradient(dout * scale_of(weight, weight_offset, dtype), normed, rstd)
     if dh is not None:
         dx = dx + dh.to(dtype)
-    if weight_grad:
+    if with_dweight:
         dweight = (dout * normed).sum(0).to(weight.dtype)
     else:
         dweight = (x if weight is None else weight).new_empty(0)
