@@ -148,6 +148,7 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "fp8/silu_mul_quantize", call("silu_mul_quantize", tokens(512))
 
     yield "norm/gated_activation", train("gated_activation", x(512))
+    yield "norm/rms_norm_gated", train("rms_norm_gated", x(8, 256), x(8, 256), tensor("bf16", 256))
     yield "norm/rms_norm", train("rms_norm", x(256), tensor("bf16", 256))
     yield "norm/rms_norm", train("add_rms_norm", x(256), x(256), tensor("bf16", 256))
 

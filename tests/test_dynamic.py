@@ -150,6 +150,7 @@ CASES = {
     "preference_loss": (lambda b, s: (draw(b * s), draw(b * s), draw(b * s), draw(b * s)), {}),
     "qk_norm_rope": (lambda b, s: (*qkv(b, s)[:2], draw(DIM), draw(DIM), *tables()), {}),
     "rms_norm": (lambda b, s: (draw(b, s, 48), draw(48)), {}),
+    "rms_norm_gated": (lambda b, s: (draw(b, s, 48), draw(b, s, 48), draw(48)), {}),
     "rms_norm_quantize": (lambda b, s: (draw(b, s, 256), draw(256)), {}),
     "rope": (lambda b, s: (draw(b, s, HEADS, DIM), *tables()), {}),
     "rope_": (lambda b, s: (draw(b, s, HEADS, DIM), *tables()), {}),

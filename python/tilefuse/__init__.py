@@ -41,6 +41,7 @@ from .ops.moe.moe_plan import moe_plan
 from .ops.moe.moe_route import moe_route
 from .ops.norm.gated_activation import gated_activation
 from .ops.norm.rms_norm import add_rms_norm, rms_norm
+from .ops.norm.rms_norm_gated import rms_norm_gated
 from .ops.rope.qk_norm_rope import qk_norm_rope
 from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
 from .ops.rope.rope_append_kv import rope_append_kv
@@ -96,6 +97,7 @@ __all__ = [
     "preference_loss",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_gated",
     "rms_norm_quantize",
     "rope",
     "rope_",

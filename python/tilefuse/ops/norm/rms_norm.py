@@ -12,7 +12,7 @@ from ..fp8.quantize import as_rows
 __all__ = ["add_rms_norm", "rms_norm"]
 
 _MODULE = "norm/rms_norm"
-_ROUNDINGS = ("once", "llama")
+ROUNDINGS = ("once", "llama")
 # smallest eps that float32, which the kernels round it to, holds as a normal number
 _MIN_EPS = 2.0**-126
 _MAX_EPS = (2.0 - 2.0**-23) * 2.0**127
@@ -147,7 +147,7 @@ class _AddRMSNorm(torch.autograd.Function):
 
 
 def _options(name: str, eps: float, weight_offset: float, rounding: str) -> tuple[float, float, bool]:
-    if rounding not in _ROUNDINGS:
+    if rounding not in ROUNDINGS:
         errors.value_error(name, "rounding", "'once' or 'llama'", rounding)
     return eps, weight_offset, rounding == "llama"
 
