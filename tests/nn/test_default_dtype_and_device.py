@@ -7,10 +7,12 @@ import tilefuse
 from tilefuse.nn import (
     BlockSparseAttention,
     FP8Linear,
+    GatedMLP,
     MoE,
     MultiheadLatentAttention,
     PagedKVCache,
     PagedLatentCache,
+    RMSNorm,
     RotaryEmbedding,
     WindowAttention,
 )
@@ -23,6 +25,8 @@ MODULES = {
     "blocks": lambda **factory: BlockSparseAttention(48, 3, block_size=4, num_random=1, **factory),
     "moe": lambda **factory: MoE(48, 24, 8, 2, correction_bias=True, num_shared_experts=1, **factory),
     "fp8": lambda **factory: FP8Linear(48, 48, **factory),
+    "norm": lambda **factory: RMSNorm(48, **factory),
+    "mlp": lambda **factory: GatedMLP(48, 40, **factory),
 }
 
 

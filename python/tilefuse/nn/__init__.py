@@ -7,21 +7,25 @@ same weights from the same seed, and nothing here imports ``transformers``.
 
 from .block_sparse_attention import BlockSparseAttention
 from .fp8_linear import FP8Linear
+from .gated_mlp import GatedMLP
 from .linear_cross_entropy import LinearCrossEntropy
 from .moe import MoE, Routing
 from .multihead_latent_attention import MultiheadLatentAttention
 from .paged_cache import PagedKVCache, PagedLatentCache
+from .rms_norm import RMSNorm
 from .rotary_embedding import RotaryEmbedding
 from .window_attention import WindowAttention
 
 __all__ = [
     "BlockSparseAttention",
     "FP8Linear",
+    "GatedMLP",
     "LinearCrossEntropy",
     "MoE",
     "MultiheadLatentAttention",
     "PagedKVCache",
     "PagedLatentCache",
+    "RMSNorm",
     "RotaryEmbedding",
     "Routing",
     "WindowAttention",
