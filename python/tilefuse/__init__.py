@@ -46,6 +46,7 @@ from .ops.rope.qk_norm_rope import qk_norm_rope
 from .ops.rope.rope import rope, rope_, rope_qk, rope_qk_
 from .ops.rope.rope_append_kv import rope_append_kv
 from .ops.rope.rope_tables import rope_tables
+from .ops.rope.sinusoidal_table import sinusoidal_table
 from .packing import PackedWeight, pack_weight
 
 __version__ = "0.2.0.dev0"
@@ -107,6 +108,7 @@ __all__ = [
     "rope_tables",
     "sequence_logp",
     "silu_mul_quantize",
+    "sinusoidal_table",
     "window_attention",
     "window_from",
 ]
