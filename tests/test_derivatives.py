@@ -35,6 +35,7 @@ FORWARD = {
     ("moe_experts", "bias_down"),
     ("preference_loss", "chosen"),
     ("preference_loss", "rejected"),
+    ("t5_distance_bias", "weight"),
     ("rope", "x"),
     ("rope_qk", "q"),
     ("rope_qk", "k"),

@@ -168,6 +168,7 @@ CASES = {
     "rope_qk_": (lambda b, s: (*qkv(b, s)[:2], *tables()), {}),
     "sequence_logp": (lambda b, s: (draw(b * s), integers(s, b * s), bounds(b, s)), {"average": True}),
     "silu_mul_quantize": (lambda b, s: (draw(b, s, 256),), {}),
+    "t5_distance_bias": (lambda b, s: (draw(32, HEADS),), {"length": 50}),
     "window_attention": (lambda b, s: qkv(b, s), {"window": (9, 0)}),
 }
 each_op = pytest.mark.parametrize("name", sorted(CASES))

@@ -12,6 +12,7 @@ from .ops.attention.block_pattern import BlockPattern, block_pattern
 from .ops.attention.block_sparse_attention import block_sparse_attention
 from .ops.attention.global_attention import global_attention
 from .ops.attention.paged_attention import paged_attention
+from .ops.attention.t5_distance_bias import t5_distance_bias
 from .ops.attention.window_attention import window_attention, window_from
 from .ops.fp8.grouped_matmul import fp8_grouped_matmul
 from .ops.fp8.linear import fp8_linear
@@ -109,6 +110,7 @@ __all__ = [
     "sequence_logp",
     "silu_mul_quantize",
     "sinusoidal_table",
+    "t5_distance_bias",
     "window_attention",
     "window_from",
 ]
