@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tilefuse import library, native
+from tilefuse.testing import poisoned
 
 
 @pytest.fixture
@@ -86,3 +87,11 @@ def test_an_op_may_be_defined_before_the_library_is_loaded():
     """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout == "[1, 0]\n"
+
+
+@pytest.mark.cpu_library
+def test_the_library_fills_its_memory_under_poisoned():
+    assert native.fill_memory(False) is False
+    with poisoned():
+        assert native.fill_memory(True) is True
+    assert native.fill_memory(False) is False

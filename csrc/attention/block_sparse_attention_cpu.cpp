@@ -321,8 +321,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention_fwd(Tensor q, Tensor k, Tensor
                                                       Tensor col_index, OptionalTensor key_mask, int64_t block_size,
                                                       bool causal, double scale) {
   BlockSparseAttentionSetup setup(q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale);
-  Tensor out = torch::stable::new_empty(q, with_last(q, v.size(3)));
-  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  Tensor out = empty_of(q, with_last(q, v.size(3)));
+  Tensor lse = empty_of(q, statistics_shape(q), ScalarType::Float);
   setup.call.out = rows_of(out);
   setup.call.lse = statistics_of(lse);
   run(setup.call, Pass::forward, setup.call.rows, setup.call.heads, setup.batch);
@@ -334,9 +334,9 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_bwd(Tensor dout, Optio
                                                               Tensor col_index, OptionalTensor key_mask,
                                                               int64_t block_size, bool causal, double scale) {
   BlockSparseAttentionSetup setup(q, k, v, row_offsets, col_index, key_mask, block_size, causal, scale);
-  Tensor dq = torch::stable::new_empty(q, shape_of(q)), dk = torch::stable::new_empty(k, shape_of(k));
-  Tensor dv = torch::stable::new_empty(v, shape_of(v));
-  Tensor delta = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  Tensor dq = empty_of(q, shape_of(q)), dk = empty_of(k, shape_of(k));
+  Tensor dv = empty_of(v, shape_of(v));
+  Tensor delta = empty_of(q, statistics_shape(q), ScalarType::Float);
   BlockSparseAttentionCall& call = setup.call;
   call.out = rows_of(out);
   call.dout = rows_of(dout);

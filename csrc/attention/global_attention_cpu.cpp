@@ -265,8 +265,8 @@ std::tuple<Tensor, Tensor> global_attention_fwd(Tensor q, Tensor k, Tensor v, Te
                                                 int64_t right, int64_t dilation, bool causal, double scale) {
   GlobalAttentionSetup setup(q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation,
                              causal, scale);
-  Tensor out = torch::stable::new_empty(q, with_last(q, v.size(3)));
-  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  Tensor out = empty_of(q, with_last(q, v.size(3)));
+  Tensor lse = empty_of(q, statistics_shape(q), ScalarType::Float);
   WindowAttentionCall& local = setup.window.call;
   local.out = rows_of(out);
   local.lse = statistics_of(lse);
@@ -281,15 +281,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_attention_bwd(
     int64_t right, int64_t dilation, bool causal, double scale) {
   GlobalAttentionSetup setup(q, k, v, global_index, q_global, k_global, v_global, key_mask, left, right, dilation,
                              causal, scale);
-  Tensor dq = torch::stable::new_empty(q, shape_of(q));
+  Tensor dq = empty_of(q, shape_of(q));
   // float32 until everything is added
-  Tensor dk = torch::stable::new_empty(k, shape_of(k), ScalarType::Float);
-  Tensor dv = torch::stable::new_empty(v, shape_of(v), ScalarType::Float);
-  const Tensor none = torch::stable::new_empty(q, {0});
+  Tensor dk = empty_of(k, shape_of(k), ScalarType::Float);
+  Tensor dv = empty_of(v, shape_of(v), ScalarType::Float);
+  const Tensor none = empty_of(q, {0});
   Tensor dq_global = q_global ? torch::stable::new_zeros(q, shape_of(q)) : none;
   Tensor dk_global = k_global ? torch::stable::new_zeros(k, shape_of(k)) : none;
   Tensor dv_global = v_global ? torch::stable::new_zeros(v, shape_of(v)) : none;
-  Tensor delta = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  Tensor delta = empty_of(q, statistics_shape(q), ScalarType::Float);
   WindowAttentionCall& local = setup.window.call;
   local.out = rows_of(out);
   local.dout = rows_of(dout);

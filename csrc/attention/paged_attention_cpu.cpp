@@ -316,8 +316,8 @@ std::tuple<Tensor, Tensor> paged_attention_fwd(Tensor q, Tensor k_cache, Tensor 
                                                Tensor seq_lens, OptionalTensor sinks, OptionalTensor alibi_slopes,
                                                int64_t left, int64_t right, double scale, double softcap,
                                                double k_scale, double v_scale) {
-  Tensor out = torch::stable::new_empty(q, with_last(q, v_cache.size(3)));
-  Tensor lse = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  Tensor out = empty_of(q, with_last(q, v_cache.size(3)));
+  Tensor lse = empty_of(q, statistics_shape(q), ScalarType::Float);
   const std::vector<int64_t> table = read_index(block_table), lengths = read_index(seq_lens);
   std::vector<float> sink_values, slope_values;
   if (sinks) sink_values = read_floats(*sinks);

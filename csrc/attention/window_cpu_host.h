@@ -14,11 +14,11 @@ TILEFUSE_DISPATCH(window_attention_pass)
 
 // packed tokens that belong to no sequence keep these values
 inline Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
-  return like.dim() == 3 ? torch::stable::new_zeros(like, shape) : torch::stable::new_empty(like, shape);
+  return like.dim() == 3 ? torch::stable::new_zeros(like, shape) : empty_of(like, shape);
 }
 
 inline Tensor new_statistics(const Tensor& q, float value) {
-  Tensor t = torch::stable::new_empty(q, statistics_shape(q), ScalarType::Float);
+  Tensor t = empty_of(q, statistics_shape(q), ScalarType::Float);
   if (q.dim() == 3) torch::stable::fill_(t, value);
   return t;
 }
@@ -82,8 +82,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
   if (call.prefix > 0)
     run_parallel(window_attention_pass, call.sequence_count * call.kv_heads * ((call.prefix + 63) / 64), 1, call,
                  Pass::prefix_gradient);
-  if (!sinks) return {dq, dk, dv, torch::stable::new_empty(q, {0})};
-  Tensor dsinks = torch::stable::new_empty(*sinks, {call.heads});
+  if (!sinks) return {dq, dk, dv, empty_of(q, {0})};
+  Tensor dsinks = empty_of(*sinks, {call.heads});
   sink_gradient(call, lse, delta, dsinks);
   return {dq, dk, dv, dsinks};
 }

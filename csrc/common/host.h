@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -86,6 +87,15 @@ inline void prefer_huge_pages(const Tensor& tensor) {
   prefer_huge_pages(tensor.const_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
 }
 
+// whether new memory of the CPU is filled with bytes that are NaN in every float and -1 in integers, for tests
+inline bool fill_memory = false;
+
+inline void fill(const Tensor& tensor) {
+  int64_t bytes = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  if (bytes > 0) std::memset(tensor.mutable_data_ptr(), 0xff, static_cast<size_t>(bytes));
+}
+
 // on the device of `like`, without the cost of a dispatcher call
 inline Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t dims, const int64_t* sizes,
                             const int64_t* strides) {
@@ -95,21 +105,33 @@ inline Tensor empty_strided(const Tensor& like, int32_t dtype, int64_t dims, con
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor out(handle);
+  if (fill_memory && out.is_cpu()) fill(out);
+  return out;
 }
 
-// contiguous, of the shape, the dtype and on the device of `like`
-inline Tensor empty_contiguous(const Tensor& like) {
-  const auto sizes = like.sizes();
+// contiguous, on the device of `like` and of its dtype if none is given
+inline Tensor empty_of(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                       std::optional<ScalarType> dtype = std::nullopt) {
   int64_t strides[8];
+  STD_TORCH_CHECK(sizes.size() <= 8, "tilefuse: a tensor of more than 8 dims");
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  Tensor out = empty_strided(like, dtype, static_cast<int64_t>(sizes.size()), sizes.data(), strides);
+  int32_t number = 0;
+  if (dtype) {
+    number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &number));
+  }
+  return empty_strided(like, number, static_cast<int64_t>(sizes.size()), sizes.data(), strides);
+}
+
+// contiguous, of the shape, the dtype and on the device of `like`
+inline Tensor empty_contiguous(const Tensor& like) {
+  Tensor out = empty_of(like, like.sizes());
   prefer_huge_pages(out);
   return out;
 }

@@ -9,7 +9,7 @@ namespace {
 Tensor grouped_matmul(const Tensor& a, const OptionalTensor& a_scale, const Tensor& b, const Tensor& b_scale,
                       const Tensor& offsets, ScalarType out_dtype) {
   const int64_t m = a.size(0), n = b.size(1), groups = b.size(0);
-  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  Tensor out = empty_of(a, {m, n}, out_dtype);
   prefer_huge_pages(out);
   const Index bounds = index_of(offsets);
   // clamped and made ascending: no bound can lead out of memory

@@ -21,8 +21,8 @@ inline int64_t grain(int64_t elements_per_row) {
 inline bool past_caches(int64_t bytes) { return bytes >= (int64_t{16} << 20); }
 
 inline Tensor empty_codes(const Tensor& like, std::initializer_list<int64_t> shape) {
-  Tensor codes = torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()),
-                                          ScalarType::Float8_e4m3fn);
+  Tensor codes =
+      empty_of(like, torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), ScalarType::Float8_e4m3fn);
   prefer_huge_pages(codes);
   return codes;
 }

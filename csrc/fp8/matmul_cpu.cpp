@@ -9,7 +9,7 @@ namespace {
 Tensor matmul(const Tensor& a, const OptionalTensor& a_scale, const Tensor& b, const Tensor& b_scale,
               const OptionalTensor& bias, ScalarType out_dtype) {
   const int64_t m = a.size(0);
-  Tensor out = torch::stable::new_empty(a, {m, b.size(0)}, out_dtype);
+  Tensor out = empty_of(a, {m, b.size(0)}, out_dtype);
   prefer_huge_pages(out);
   if (m > 0) {
     PanelProduct product{};

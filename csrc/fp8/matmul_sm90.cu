@@ -153,7 +153,7 @@ Tensor matmul_tile(const Tensor& a, const Tensor& a_scale, const Tensor& b, cons
                   "), got ", tile);
   const CudaCall call(a);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(0);
-  Tensor out = torch::stable::new_empty(a, {m, n}, out_dtype);
+  Tensor out = empty_of(a, {m, n}, out_dtype);
   if (m == 0 || n == 0) return out;
 
   const int64_t scale_stride = a_scale.size(1) == 1 ? round_up(m, int64_t{4}) : a_scale.stride(1);

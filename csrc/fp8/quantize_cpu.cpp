@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, bool pow2, double eps)
 std::tuple<Tensor, Tensor> quantize_tiles(const Tensor& x, bool pow2, double eps) {
   const int64_t g = x.size(0), m = x.size(1), k = x.size(2);
   Tensor codes = empty_codes(x, {g, m, k});
-  Tensor scales = torch::stable::new_empty(x, {g, blocks_of(m), blocks_of(k)}, ScalarType::Float);
+  Tensor scales = empty_of(x, {g, blocks_of(m), blocks_of(k)}, ScalarType::Float);
   QuantizeCall call = quantize_call(x, k, codes, scales, pow2, eps);
   call.group_stride = stride_or_zero(x, 0);
   call.row_stride = stride_or_zero(x, 1);
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_dual(const Tensor& x, bool p
 
 Tensor dequantize(const Tensor& codes, const Tensor& scales, int64_t block_rows, ScalarType out_dtype) {
   const int64_t g = codes.size(0), m = codes.size(1), k = codes.size(2);
-  Tensor out = torch::stable::new_empty(codes, {g, m, k}, out_dtype);
+  Tensor out = empty_of(codes, {g, m, k}, out_dtype);
   DequantizeCall call{};
   call.dtype = dtype_of(out);
   call.codes = pointer<const uint8_t>(codes);

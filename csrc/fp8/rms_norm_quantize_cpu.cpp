@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tens
                                                      double eps) {
   const int64_t m = x.size(0), k = x.size(1);
   Tensor codes = fp8::empty_codes(x, {m, k}), scales = fp8::empty_row_scale(x, m, fp8::blocks_of(k));
-  Tensor h = torch::stable::new_empty(x, {m, k});
+  Tensor h = empty_of(x, {m, k});
   RmsNormQuantizeCall call{};
   call.quantize = quantize_call(x, k, codes, scales, pow2, eps);
   call.weight_dtype = dtype_of(weight);

@@ -229,7 +229,7 @@ MlaAbsorbQueryCall absorb_call(const Tensor& q, const Tensor& w_uk, const Tensor
 
 Tensor mla_absorb_query_fwd(Tensor q, Tensor w_uk, Tensor cos, Tensor sin, OptionalTensor positions, bool interleaved) {
   MlaAbsorbQueryCall call = absorb_call(q, w_uk, cos, sin, positions, interleaved);
-  Tensor out = torch::stable::new_empty(q, {call.tokens, call.heads, call.rank + 2 * call.half});
+  Tensor out = empty_of(q, {call.tokens, call.heads, call.rank + 2 * call.half});
   if (call.tokens == 0 || call.heads == 0) return out;
   call.out = out.mutable_data_ptr();
   const int64_t itemsize = static_cast<int64_t>(out.element_size());

@@ -275,8 +275,8 @@ std::tuple<Tensor, Tensor> run(MlaDecodeCall& call, const Tensor& q, const Tenso
   call.columns = table.size(table.dim() - 1);
   call.sinks = pointer<const float>(sinks);
   call.scale = static_cast<float>(softmax_scale);
-  Tensor out = torch::stable::new_empty(q, {call.batch, call.queries, call.heads, call.rank});
-  Tensor lse = torch::stable::new_empty(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
+  Tensor out = empty_of(q, {call.batch, call.queries, call.heads, call.rank});
+  Tensor lse = empty_of(q, {call.batch, call.heads, call.queries}, ScalarType::Float);
   call.out = out.mutable_data_ptr();
   call.lse = static_cast<float*>(lse.mutable_data_ptr());
   const int64_t sequences = call.sparse ? call.batch * call.queries : call.batch;
@@ -285,8 +285,8 @@ std::tuple<Tensor, Tensor> run(MlaDecodeCall& call, const Tensor& q, const Tenso
   call.splits = splits_for(call.sparse ? call.columns : call.columns * call.page_size, num_splits);
   OptionalTensor partial, partial_lse;
   if (call.splits > 1) {
-    partial = torch::stable::new_empty(q, {total_rows, call.splits, call.rank}, ScalarType::Float);
-    partial_lse = torch::stable::new_empty(q, {total_rows, call.splits}, ScalarType::Float);
+    partial = empty_of(q, {total_rows, call.splits, call.rank}, ScalarType::Float);
+    partial_lse = empty_of(q, {total_rows, call.splits}, ScalarType::Float);
     call.partial = static_cast<float*>(partial->mutable_data_ptr());
     call.partial_lse = static_cast<float*>(partial_lse->mutable_data_ptr());
   }

@@ -235,8 +235,8 @@ std::tuple<Tensor, Tensor> mla_expand_kv_fwd(Tensor latent, Tensor w_ukv, int64_
                                              int64_t v_dim) {
   MlaExpandKvCall call{};
   set_inputs(call, latent, w_ukv, kv_lora_rank, nope_dim, v_dim);
-  Tensor k = torch::stable::new_empty(latent, {call.tokens, call.heads, nope_dim + call.rope});
-  Tensor v = torch::stable::new_empty(latent, {call.tokens, call.heads, v_dim});
+  Tensor k = empty_of(latent, {call.tokens, call.heads, nope_dim + call.rope});
+  Tensor v = empty_of(latent, {call.tokens, call.heads, v_dim});
   if (call.tokens == 0 || call.heads == 0) return {k, v};
   call.k = k.mutable_data_ptr();
   call.v = v.mutable_data_ptr();

@@ -95,7 +95,7 @@ Tensor mla_gather_kv_fwd(Tensor cache, Tensor block_table, Tensor cu_seqlens, in
   const int64_t columns = cache.size(2);
   call.rope = call.fp8 ? latent_rope_dim(kv_lora_rank, columns) : columns - kv_lora_rank;
   const int64_t width = call.rank + call.rope;
-  Tensor out = torch::stable::new_empty(cache, {total_tokens, width}, out_dtype);
+  Tensor out = empty_of(cache, {total_tokens, width}, out_dtype);
   if (out.numel() == 0) return out;
   const int64_t itemsize = static_cast<int64_t>(cache.element_size());
   call.cache = static_cast<const uint8_t*>(cache.const_data_ptr());

@@ -91,8 +91,8 @@ inline void matmul_tiles(const Tensor& a, const SourceRows& rows, const Tensor& 
   constexpr int64_t kFixedRows = 32;
   const int64_t n = b.size(1), k = b.size(2);
   const bool widen = result != a.scalar_type();
-  Tensor tile = torch::stable::new_empty(a, {kFixedRows, k});
-  Tensor product = torch::stable::new_empty(a, {kFixedRows, n}, result);
+  Tensor tile = empty_of(a, {kFixedRows, k});
+  Tensor product = empty_of(a, {kFixedRows, n}, result);
   const size_t row_bytes = static_cast<size_t>(k) * static_cast<size_t>(a.element_size());
   const size_t stride_bytes = static_cast<size_t>(rows.stride) * static_cast<size_t>(a.element_size());
   char* to = static_cast<char*>(tile.data_ptr());

@@ -10,7 +10,7 @@ namespace {
 Tensor matmul_fwd(Tensor a, Tensor b, Tensor offsets, OptionalTensor a_index, OptionalTensor bias, int64_t index_div,
                   ScalarType out_dtype, OptionalTensor b_scale) {
   const int64_t rows = a_index ? a_index->numel() : a.size(0), n = b.size(1);
-  Tensor out = torch::stable::new_empty(a, {rows, n}, out_dtype);
+  Tensor out = empty_of(a, {rows, n}, out_dtype);
   prefer_huge_pages(out);
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   zero_outside(out, bounds);
@@ -47,14 +47,14 @@ Tensor matmul_wgrad(Tensor a, Tensor dout, Tensor offsets, OptionalTensor a_inde
                     int64_t index_div, ScalarType out_dtype) {
   const int64_t rows = a_index ? a_index->numel() : a.size(0), experts = offsets.numel() - 1;
   const int64_t n = dout.size(1), k = a.size(1);
-  Tensor out = torch::stable::new_empty(a, {experts, n, k}, out_dtype);
+  Tensor out = empty_of(a, {experts, n, k}, out_dtype);
   if (n * k == 0) return out;
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   int64_t largest = 0;
   for (int64_t e = 0; e < experts; ++e) largest = std::max(largest, bounds[e + 1] - bounds[e]);
   const SourceRows a_rows = rows_of(a, a_index, index_div), dout_rows = rows_of(dout, dout_index, index_div);
-  const Tensor a_buffer = torch::stable::new_empty(a, {a_index ? largest : 0, k});
-  const Tensor dout_buffer = torch::stable::new_empty(dout, {dout_index ? largest : 0, n});
+  const Tensor a_buffer = empty_of(a, {a_index ? largest : 0, k});
+  const Tensor dout_buffer = empty_of(dout, {dout_index ? largest : 0, n});
   const size_t matrix_bytes = static_cast<size_t>(n * k) * static_cast<size_t>(out.element_size());
   for (int64_t e = 0; e < experts; ++e) {
     char* data = static_cast<char*>(out.data_ptr()) + static_cast<size_t>(e) * matrix_bytes;

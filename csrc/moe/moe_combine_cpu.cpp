@@ -117,7 +117,7 @@ int64_t combine_grain(const MoeCombineCall& call) { return 1 + 32768 / (call.hid
 
 Tensor fwd(Tensor y, Tensor inverse, OptionalTensor weights, int64_t top_k) {
   const int64_t tokens = inverse.numel() / top_k;
-  Tensor out = torch::stable::new_empty(y, {tokens, y.size(1)});
+  Tensor out = empty_of(y, {tokens, y.size(1)});
   const MoeCombineCall call = combine_call(y, inverse, weights, top_k);
   run_parallel(combine_fwd, tokens, combine_grain(call), call, out.mutable_data_ptr());
   return out;
@@ -125,7 +125,7 @@ Tensor fwd(Tensor y, Tensor inverse, OptionalTensor weights, int64_t top_k) {
 
 std::tuple<Tensor, Tensor> bwd(Tensor dout, Tensor y, Tensor inverse, Tensor weights, int64_t top_k) {
   Tensor dy = torch::stable::new_zeros(y, {y.size(0), y.size(1)});
-  Tensor dweights = torch::stable::new_empty(weights, {weights.size(0), weights.size(1)});
+  Tensor dweights = empty_of(weights, {weights.size(0), weights.size(1)});
   const MoeCombineCall call = combine_call(y, inverse, weights, top_k);
   run_parallel(combine_bwd, weights.size(0), combine_grain(call), call, dout.const_data_ptr(), dy.mutable_data_ptr(),
                dweights.mutable_data_ptr());

@@ -182,8 +182,8 @@ std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets, Tensor
                                       OptionalTensor w_scale) {
   const int64_t rows = order.numel(), inner = w.size(1) / 2;
   const ActivationOptions options = activation_of(activation, alpha, limit);
-  Tensor h = torch::stable::new_empty(x, {rows, inner});
-  Tensor z = torch::stable::new_empty(x, {save ? rows : 0, 2 * inner});
+  Tensor h = empty_of(x, {rows, inner});
+  Tensor z = empty_of(x, {save ? rows : 0, 2 * inner});
   prefer_huge_pages(h);
   prefer_huge_pages(z);
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
@@ -218,9 +218,9 @@ std::tuple<Tensor, Tensor> experts_up(Tensor x, Tensor w, Tensor offsets, Tensor
 std::tuple<Tensor, Tensor, Tensor> act_bwd(Tensor z, Tensor dh, Tensor offsets, Tensor order, Tensor weights,
                                            std::string activation, double alpha, double limit) {
   const int64_t rows = z.size(0), inner = z.size(1) / 2;
-  Tensor dz = torch::stable::new_empty(z, {rows, 2 * inner});
-  Tensor weighted = torch::stable::new_empty(z, {rows, inner});
-  Tensor dweights = torch::stable::new_empty(weights, {weights.size(0), weights.size(1)});
+  Tensor dz = empty_of(z, {rows, 2 * inner});
+  Tensor weighted = empty_of(z, {rows, inner});
+  Tensor dweights = empty_of(weights, {weights.size(0), weights.size(1)});
   const std::vector<int64_t> bounds = bounds_of(offsets, rows);
   const MoeExpertsActBwdCall call{dtype_of(z),
                                   z.data_ptr(),

@@ -9,9 +9,9 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> moe_plan_fwd(Tensor ids, int64_t num_experts) {
   const int64_t slots = ids.numel();
-  Tensor order = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
-  Tensor inverse = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
-  Tensor offsets = torch::stable::new_empty(ids, {num_experts + 1}, ScalarType::Int);
+  Tensor order = empty_of(ids, {slots}, ScalarType::Int);
+  Tensor inverse = empty_of(ids, {slots}, ScalarType::Int);
+  Tensor offsets = empty_of(ids, {num_experts + 1}, ScalarType::Int);
   const int experts = static_cast<int>(num_experts);
   const CudaCall call(ids);
   const auto launch = [&](auto kernel, auto* data) {

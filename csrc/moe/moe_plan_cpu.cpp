@@ -45,9 +45,9 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor> plan_fwd(Tensor ids, int64_t experts) {
   const int64_t slots = ids.numel();
-  Tensor order = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
-  Tensor inverse = torch::stable::new_empty(ids, {slots}, ScalarType::Int);
-  Tensor offsets = torch::stable::new_empty(ids, {experts + 1}, ScalarType::Int);
+  Tensor order = empty_of(ids, {slots}, ScalarType::Int);
+  Tensor inverse = empty_of(ids, {slots}, ScalarType::Int);
+  Tensor offsets = empty_of(ids, {experts + 1}, ScalarType::Int);
   const Index index = index_of(ids);
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   // the counters must stay small beside the slots

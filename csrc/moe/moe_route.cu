@@ -10,8 +10,8 @@ namespace {
 std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, OptionalTensor bias, int64_t top_k, std::string score,
                                          bool renormalize, int64_t n_group, int64_t topk_group, std::string group_score,
                                          double scale, std::string nan_policy) {
-  Tensor weights = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Float);
-  Tensor ids = torch::stable::new_empty(logits, {logits.size(0), top_k}, ScalarType::Int);
+  Tensor weights = empty_of(logits, {logits.size(0), top_k}, ScalarType::Float);
+  Tensor ids = empty_of(logits, {logits.size(0), top_k}, ScalarType::Int);
   if (logits.size(0) == 0) return {weights, ids};
   MoeRouteCall p{};
   p.logits = logits.const_data_ptr();
@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor> moe_route_fwd(Tensor logits, OptionalTensor bias, int
 
 Tensor moe_route_bwd(Tensor dweights, Tensor logits, Tensor ids, std::string score, bool renormalize, double scale,
                      std::string nan_policy) {
-  Tensor out = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor out = empty_of(logits, {logits.size(0), logits.size(1)});
   if (logits.size(0) == 0) return out;
   MoeRouteBwdCall p{};
   p.dweights = pointer<const float>(dweights);

@@ -35,6 +35,7 @@ namespace TILEFUSE_ISA {
 namespace {
 
 constexpr int64_t kLanes = 16;
+constexpr int64_t kSmall = 2048;
 constexpr float kNegInf = -__builtin_inff();
 // keys: float32 bits in integer order, NaN below -inf, an expert of a masked group below that
 constexpr int32_t kNanKey = -2147483647;
@@ -251,8 +252,10 @@ inline void select_many(const int32_t* keys, int64_t n, int64_t k, int32_t* best
 
 void moe_route_fwd(const MoeRouteCall& call, int64_t row_begin, int64_t row_end) {
   const int64_t n = call.experts, k = call.top_k, per = n / call.groups;
-  // x, s, biased, keys, best keys, group scores
-  float* x = static_cast<float*>(std::malloc(sizeof(float) * (4 * n + k + 2 * call.groups)));
+  // x, s, biased, keys, best keys, group scores; those of a few hundred experts stay on the stack
+  const int64_t room = 4 * n + k + 2 * call.groups;
+  float small[kSmall];
+  float* x = room <= kSmall ? small : static_cast<float*>(std::malloc(sizeof(float) * room));
   float* s = x + n;
   float* biased = s + n;
   int32_t* keys = reinterpret_cast<int32_t*>(biased + n);
@@ -313,7 +316,7 @@ void moe_route_fwd(const MoeRouteCall& call, int64_t row_begin, int64_t row_end)
       for (int64_t j = 0; j < k; ++j) w[j] = 0.0f;
     }
   }
-  std::free(x);
+  if (x != small) std::free(x);
 }
 
 void moe_route_bwd(const MoeRouteBwdCall& call, int64_t row_begin, int64_t row_end) {
@@ -380,8 +383,8 @@ std::tuple<Tensor, Tensor> route_fwd(Tensor logits, OptionalTensor bias, int64_t
                                      bool renormalize, int64_t n_group, int64_t topk_group, std::string group_score,
                                      double scale, std::string nan_policy) {
   const int64_t tokens = logits.size(0);
-  Tensor weights = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Float);
-  Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, ScalarType::Int);
+  Tensor weights = empty_of(logits, {tokens, top_k}, ScalarType::Float);
+  Tensor ids = empty_of(logits, {tokens, top_k}, ScalarType::Int);
   MoeRouteCall call{};
   call.experts = logits.size(1);
   call.top_k = top_k;
@@ -405,7 +408,7 @@ std::tuple<Tensor, Tensor> route_fwd(Tensor logits, OptionalTensor bias, int64_t
 Tensor route_bwd(Tensor dweights, Tensor logits, Tensor ids, std::string score, bool renormalize, double scale,
                  std::string nan_policy) {
   const int64_t tokens = logits.size(0);
-  Tensor dlogits = torch::stable::new_empty(logits, {tokens, logits.size(1)});
+  Tensor dlogits = empty_of(logits, {tokens, logits.size(1)});
   MoeRouteBwdCall call{};
   call.experts = logits.size(1);
   call.top_k = ids.size(1);

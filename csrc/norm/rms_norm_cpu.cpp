@@ -158,7 +158,7 @@ struct RmsNormOut {
 RmsNormOut forward(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight, double eps,
                    double weight_offset, bool llama) {
   const int64_t rows = x.size(0), dim = x.size(1);
-  RmsNormOut out{empty_contiguous(x), {}, torch::stable::new_empty(x, {rows}, ScalarType::Float)};
+  RmsNormOut out{empty_contiguous(x), {}, empty_of(x, {rows}, ScalarType::Float)};
   if (residual) out.h = empty_contiguous(x);
   const auto scale = norm_weight(weight, weight_offset, dim);
   RmsNormCall call{};

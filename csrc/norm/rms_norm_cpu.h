@@ -113,7 +113,7 @@ struct NormWeightGradient {
 
   // an empty tensor like `x` where none was wanted
   Tensor sum(const OptionalTensor& weight, const Tensor& x) const {
-    if (partial == nullptr) return torch::stable::new_empty(weight ? *weight : x, {0});
+    if (partial == nullptr) return empty_of(weight ? *weight : x, {0});
     Tensor out = empty_contiguous(*weight);
     run_parallel(sum_spans, (dim + kNormColumns - 1) / kNormColumns, 1 + 65536 / (kNormColumns * (spans + 1)),
                  partial.get(), spans, dim, dtype_of(*weight), out.mutable_data_ptr());

@@ -48,13 +48,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rope_bwd(Tensor dq_out, Tenso
                                                             int64_t rotary_offset) {
   const int64_t dim = q.size(q.dim() - 1);
   Tensor dq = empty_contiguous(q), dk = empty_contiguous(k);
-  Tensor dq_weight = torch::stable::new_empty(q_weight, {dim}), dk_weight = torch::stable::new_empty(k_weight, {dim});
+  Tensor dq_weight = empty_of(q_weight, {dim}), dk_weight = empty_of(k_weight, {dim});
   QkNormRopeCall p = norm_rope_call(q, k, dq, dk, q_weight, k_weight, cos, sin, positions, cu_seqlens, eps,
                                     weight_offset, interleaved, rotary_offset, true);
   const int64_t rows = p.rope.tokens * heads_of(p.rope);
   p.rows_per_block = norm_rows_per_block(rows);
   const int64_t blocks = rows > 0 ? ceil_div(rows, p.rows_per_block) : 0;
-  Tensor partial = torch::stable::new_empty(q, {blocks, 2, dim}, ScalarType::Float);
+  Tensor partial = empty_of(q, {blocks, 2, dim}, ScalarType::Float);
   p.partial = pointer<float>(partial);
   p.dout[0] = dq_out.const_data_ptr();
   p.dout[1] = dk_out.const_data_ptr();

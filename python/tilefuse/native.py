@@ -50,6 +50,18 @@ def load(name: str) -> Library:
         return Library(name, path, f"{path.name} cannot be loaded: {error}")
 
 
+def fill_memory(on: bool) -> bool:
+    """Whether the CPU library fills what its kernels allocate (see ``testing.poisoned``); returns how it was."""
+    library = load("cpu")
+    if library.missing:
+        return False
+    set_fill = getattr(ctypes.CDLL(str(library.path)), "tilefuse_cpu_fill_memory", None)
+    if set_fill is None:  # a library of an older source
+        return False
+    set_fill.argtypes, set_fill.restype = [ctypes.c_bool], ctypes.c_bool
+    return set_fill(on)
+
+
 def find(name: str, schema: str) -> tuple[Any, str | None]:
     """The native op of a kernel with this schema, or the reason why there is none."""
     library = load(name)

@@ -11,6 +11,8 @@ import torch
 import torch.utils.deterministic
 from torch import Tensor
 
+from .. import native
+
 GUARD_BYTES = 256
 GUARD_VALUE = 0xA5
 
@@ -20,11 +22,12 @@ def poisoned() -> Iterator[None]:
     """Fills every uninitialised allocation with NaN (floats, FP8 too) or the largest value (integers).
 
     Covers ``torch.empty``, ``empty_like``, ``empty_strided``, ``new_empty`` and ``resize_`` from Python and from
-    C++ (the stable ABI's ``new_empty`` too), on every device: an output element that a kernel leaves unwritten
-    shows up as NaN. uint8 is filled with 0xFF, which is NaN in e4m3 bytes.
+    C++, on every device: an output element that a kernel leaves unwritten shows up as NaN. uint8 is filled with 0xFF,
+    which is NaN in e4m3 bytes. The kernels of the CPU library fill integers with -1.
 
     The mechanism is torch's own ``fill_uninitialized_memory``, which works only under deterministic algorithms:
-    these are switched on for the duration (warnings only, for operations that have none).
+    these are switched on for the duration (warnings only, for operations that have none). It does not reach what the
+    CPU library allocates past the dispatcher: that does the same for itself.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -32,9 +35,11 @@ def poisoned() -> Iterator[None]:
     fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=warn_only if enabled else True)
     deterministic.fill_uninitialized_memory = True
+    filled = native.fill_memory(True)
     try:
         yield
     finally:
+        native.fill_memory(filled)
         deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
