@@ -1,11 +1,12 @@
 """Build script: packages, and the native libraries where a compiler is at hand.
 
-Nothing here imports torch for metadata or looks for a GPU. The native libraries are two plain
-shared objects without a Python init function, loaded by ``torch.ops.load_library``:
+Nothing here imports torch for metadata or looks for a GPU. The native libraries are plain shared objects. Two have no
+Python init function and are loaded by ``torch.ops.load_library``; the third is an extension module:
 
 * ``_cpu.abi3.so`` from every ``csrc/<family>/*_cpu.cpp`` (g++), each compiled once per instruction set;
 * ``_cuda.abi3.so`` from every ``csrc/<family>/*.cu`` (nvcc), for the architectures of
-  ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0a;10.0a``, plus PTX of the first).
+  ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0a;10.0a``, plus PTX of the first);
+* ``_direct.abi3.so`` from ``csrc/python/*.cpp`` (g++ and Python's headers), in Python's limited API.
 
 ``TILEFUSE_BUILD_NATIVE`` is ``auto`` (build what the tools allow, say what is skipped), ``0`` (never)
 or ``1`` (fail when the CPU library cannot be built). ``CXX`` is the C++ compiler as a command, such as ``ccache g++``.
@@ -187,6 +188,13 @@ def _ninja_file(build_dir, out, include, cxx, nvcc):
         *_cpu_builds(build_dir, out, cxx),
     ]
     libraries = [out / "_cpu.abi3.so"]
+    python, why = _python_include()
+    if python:
+        lines += _direct_builds(out, python)
+        libraries.append(out / "_direct.abi3.so")
+    else:
+        (out / "_direct.abi3.so").unlink(missing_ok=True)
+        print(f"tilefuse: eager calls keep their Python, no _direct ({why})", file=sys.stderr)
     cudart = _cudart(nvcc) if nvcc else None
     sources = _cuda_sources(_arch_list(nvcc)) if cudart else {}
     if sources:
@@ -224,6 +232,24 @@ def _cpu_builds(build_dir, out, cxx):
     builds.append("build cpu_info.o: cxx cpu_info.cpp")
     builds.append(f"build {_path(out / '_cpu.abi3.so')}: link cpu_info.o {' '.join(objects)}")
     return builds
+
+
+def _python_include():
+    """The folder of Python.h, or None and the reason why there is no extension module."""
+    if not LIMITED_API:
+        return None, "a free-threaded Python has no limited API"
+    include = Path(sysconfig.get_paths()["include"])
+    return (include, "") if (include / "Python.h").exists() else (None, f"no Python.h in {include}")
+
+
+def _direct_builds(out, python):
+    """Build lines of the extension module."""
+    sources = sorted((ROOT / "csrc/python").glob("*.cpp"))
+    objects = " ".join(f"python/{source.stem}.o" for source in sources)
+    return [
+        *(f"build python/{s.stem}.o: cxx {_path(s)}\n  flags = {_words('-isystem', python)}" for s in sources),
+        f"build {_path(out / '_direct.abi3.so')}: link {objects}\n  libs = -ltorch_python",
+    ]
 
 
 def _cuda_sources(archs):
@@ -278,7 +304,8 @@ def _write_info(path, name, info):
         path.write_text(text)
 
 
-# a free-threaded Python has no stable ABI, and its wheels say so; the libraries are the same, as they use no Python
+# a free-threaded Python has no stable ABI, and its wheels say so; the libraries are the same, but for the extension
+# module, which it goes without
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 # the folder triton_kernels/ lives beside python/ and installs below the package, never at top level
@@ -293,7 +320,7 @@ setup(
     package_dir=PACKAGE_DIR,
     packages=PACKAGES,
     package_data={
-        "tilefuse": ["py.typed", "*.json", "_cpu.abi3.so", "_cuda.abi3.so"],
+        "tilefuse": ["py.typed", "*.json", "_cpu.abi3.so", "_cuda.abi3.so", "_direct.abi3.so"],
         "tilefuse.integrations.transformers": ["verified.json"],
         "tilefuse.triton_kernels": ["tuned/*.json"],
     },

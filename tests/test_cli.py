@@ -86,7 +86,7 @@ def test_doctor_json(capsys):
     assert code == (cli.FAILED if any(f["broken"] for f in found["findings"]) else cli.OK)
     assert found["versions"]["torch"] == torch.__version__
     assert found["ops"] == len(tilefuse.ops())
-    assert set(found["native"]) == {"cpu", "cuda"}
+    assert set(found["native"]) == {"cpu", "cuda", "direct"}
     assert all(f["fix"] for f in found["findings"])
 
 

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -104,16 +105,19 @@ def test_wheel_with_the_native_libraries(tree, tmp_path):
     assert f"-{tilefuse.__version__}-cp310-abi3-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     built = {n for n in names if n.endswith(".so")}
-    expected = {"tilefuse/_cpu.abi3.so"}
+    expected = {"tilefuse/_cpu.abi3.so", "tilefuse/_direct.abi3.so"}
     if shutil.which("nvcc") and list((ROOT / "csrc").glob("*/*.cu")):
         expected.add("tilefuse/_cuda.abi3.so")
     assert built == expected
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     for name in built:
         check_library(tmp_path / "site" / name)
-    program = "from tilefuse import native\nprint(native.load('cpu').missing, native.load('cuda').missing)"
+    program = (
+        "from tilefuse import direct, native\n"
+        "print(native.load('cpu').missing, direct.load().missing, native.load('cuda').missing)"
+    )
     said = run(sys.executable, "-c", program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")})
-    assert said.split()[0] == "None" and (said.split()[1] == "None") == (len(built) == 2)
+    assert said.split()[:2] == ["None", "None"] and (said.split()[2] == "None") == (len(built) == 3)
 
 
 def check_library(path):
@@ -122,13 +126,14 @@ def check_library(path):
         return
     symbols = run("readelf", "-W", "--dyn-syms", str(path))
     undefined = {line.split()[-1] for line in symbols.splitlines() if " UND " in line}
-    assert not [s for s in undefined if s.startswith(("Py", "_Py"))]
+    if path.name != "_direct.abi3.so":
+        assert not [s for s in undefined if s.startswith(("Py", "_Py"))]
     assert not [s for s in undefined if s.startswith(("_ZN3c10", "_ZN2at"))], "not the stable ABI"
     needed = run("readelf", "-d", str(path))
     assert "libcudart" not in needed and "libcuda.so" not in needed and "libpython" not in needed
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "cuda", "direct"])
 def test_libraries_in_the_tree(name):
     path = Path(tilefuse.__file__).with_name(f"_{name}.abi3.so")
     if not path.exists():
@@ -277,6 +282,8 @@ def toy_tree(tmp_path):
     (tree / "csrc/toy/toy_cpu.cpp").write_text('#include "toy/toy.h"\nint TILEFUSE_ISA = TOY;\n')
     (tree / "csrc/toy/toy.cu").write_text('#include "toy/toy.h"\n__global__ void toy(int* x) { *x = TOY; }\n')
     (tree / "csrc/toy/toy.h").write_text("#define TOY 1\n")
+    (tree / "csrc/python").mkdir()
+    (tree / "csrc/python/toy.cpp").write_text('#include <Python.h>\n#include "toy/toy.h"\nint python = TOY;\n')
     return tree
 
 
@@ -298,8 +305,10 @@ def test_path_with_spaces_and_a_compiler_of_two_words(toy_tree, tmp_path):
     first = build()
     names = {p.name for p in toy_tree.glob("python/tilefuse/*.so")}
     cuda = shutil.which("nvcc") is not None
-    assert names == ({"_cpu.abi3.so", "_cuda.abi3.so"} if cuda else {"_cpu.abi3.so"})
-    assert len(first) == (5 if cuda else 4)
+    python = (Path(sysconfig.get_paths()["include"]) / "Python.h").exists()
+    optional = {"_cuda.abi3.so": cuda, "_direct.abi3.so": python}
+    assert names == {"_cpu.abi3.so", *(name for name, there in optional.items() if there)}
+    assert len(first) == 4 + cuda + python
     # nvcc's host compiler is the launched one too
     launched = (tmp_path / "launched").read_text().splitlines()
     assert all(line.startswith("g++ ") for line in launched)
@@ -364,6 +373,15 @@ def test_wheel_of_a_free_threaded_python(tree, tmp_path):
     run(sys.executable, "-c", program + SETUP, "bdist_wheel", "-d", str(tmp_path), cwd=tree, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     assert "abi3" not in wheel.name and wheel.name.startswith(f"tilefuse-{tilefuse.__version__}-cp3")
+
+
+def test_a_python_without_a_limited_api_or_headers_goes_without_the_extension_module(script, monkeypatch, tmp_path):
+    include, why = script["_python_include"]()
+    assert (include / "Python.h").exists() if include else why
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert script["_python_include"]() == (None, f"no Python.h in {tmp_path}")
+    monkeypatch.setitem(script["_python_include"].__globals__, "LIMITED_API", False)
+    assert script["_python_include"]() == (None, "a free-threaded Python has no limited API")
 
 
 def test_old_setuptools_is_named(script):

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import tilefuse
-from tilefuse import library, native
+from tilefuse import direct, library, native
 from tilefuse.testing import assert_bit_equal, poisoned, samples
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,6 +173,31 @@ def test_two_runs_are_bit_equal_and_every_element_is_written(name):
         assert len(first) == len(second)
         for a, b in zip(first, second):
             assert_bit_equal(a, b, name=f"{sample!r}")
+
+
+@each_op
+@torch.no_grad()
+def test_repeated_calls_have_the_functions_bits(name):
+    op = OPS[name]
+    if op.not_repeated is not None:
+        assert op.not_repeated.strip() and not hasattr(op.function, "replay")
+        return
+    if direct.load().missing or native.load("cpu").missing:
+        pytest.skip(direct.load().missing or native.load("cpu").missing)
+    assert op.function is getattr(tilefuse, name)
+    tilefuse.backends.forget()
+    for sample in samples_of(name):
+        args, kwargs = copied((sample.args, sample.kwargs))
+        expected = op.function.__wrapped__(*args, **kwargs), args
+        for _ in range(4):
+            args, kwargs = copied((sample.args, sample.kwargs))
+            out = op.function(*args, **kwargs), args
+            for a, b in zip(tensors(out), tensors(expected), strict=True):
+                assert a.stride() == b.stride()
+                assert_bit_equal(a, b, name=f"{sample!r}")
+    _, planned, repeated = op.function.replay.counts()
+    # the decorator's `not_repeated` says what an op does beyond the checks and one kernel
+    assert planned > 0 and repeated > 0, f"{name}: no call is repeated"
 
 
 @each_op

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from . import arch, backends, native
+from . import arch, backends, direct, native
 from .backends import Candidate
 from .packing import Weight
 
@@ -51,6 +51,7 @@ _trace = threading.local()
 _C: Any = torch._C
 _autocast_on = _C._is_any_autocast_enabled
 _compiling = torch.compiler.is_compiling
+_compiled = torch.compiler.is_dynamo_compiling
 _dispatch_modes = _C._len_torch_dispatch_stack
 _function_modes = _C._len_torch_function_stack
 _transforms = _C._functorch.peek_interpreter_stack
@@ -69,6 +70,7 @@ class Op:
     differentiable: tuple[str, ...]  # arguments that receive gradients
     dtypes: tuple[torch.dtype, ...]
     function: Callable[..., Any] = field(repr=False, compare=False)
+    not_repeated: str | None = None  # why eager calls on the CPU are not repeated without Python
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -503,8 +505,11 @@ def op(
     mutates: Sequence[str] = (),
     differentiable: Sequence[str] = (),
     dtypes: tuple[torch.dtype, ...] = (*STANDARD_DTYPES, torch.float64),
+    not_repeated: str | None = None,
 ) -> Callable[[Function], Function]:
     """Registers the decorated Python function as ``torch.ops.tilefuse.<name>`` and lists it in ``ops()``.
+
+    Eager calls on the CPU that repeat an earlier one go to its kernel without the function (see ``direct``).
 
     Args:
         module: path of the op below each layer, ``<family>/<op>``.
@@ -512,6 +517,8 @@ def op(
         mutates: arguments that it writes to.
         differentiable: arguments that receive gradients.
         dtypes: those it takes on some backend.
+        not_repeated: why each call is the function's (see ``direct``), such as several kernels in one; an op without
+            kernels needs no reason.
     """
 
     def register(function: Function) -> Function:
@@ -523,12 +530,37 @@ def op(
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         name = function.__name__
         LIBRARY.impl(name, composite if schema.endswith("-> ()") else function, "CompositeImplicitAutograd")
+        reason = not_repeated if kernels else "made of PyTorch calls"
+        called = function if reason else _repeating(function, bool(mutates))
         _ops[name] = Op(
-            name, module.split("/")[0], module, schema, tuple(kernels), tuple(differentiable), dtypes, function
+            name,
+            module.split("/")[0],
+            module,
+            schema,
+            tuple(kernels),
+            tuple(differentiable),
+            dtypes,
+            called,
+            reason,
         )
-        return function
+        return called
 
     return register
+
+
+def _repeating(function: Function, writes: bool) -> Function:
+    """The function behind a ``direct.Replay``."""
+    if direct.load().missing:
+        return function
+    replay = direct.replayed(function, _kernels, writes)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # torch.compile looks into the function. Where other tracers are at work, `replay` sees their modes
+        return function(*args, **kwargs) if _compiled() else replay(*args, **kwargs)
+
+    vars(call)["replay"] = replay
+    return call  # pyright: ignore[reportReturnType]
 
 
 def ops() -> Mapping[str, Op]:

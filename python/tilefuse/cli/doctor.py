@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import tilefuse
-from tilefuse import arch, backends, library, native
+from tilefuse import arch, backends, direct, library, native
 
 from . import FAILED, OK
 from ._console import Console
@@ -320,7 +320,7 @@ def run(args: argparse.Namespace) -> int:
             console.say(f"- {finding.what}: {finding.costs}. {finding.fix}")
     console.say("\nDetails")
     _details(console)
-    libraries = {name: native.load(name) for name in ("cpu", "cuda")}
+    libraries = {**{name: native.load(name) for name in ("cpu", "cuda")}, "direct": direct.load()}
     console.result(
         {
             "verdict": sentence,
@@ -353,6 +353,8 @@ def _details(console: Console) -> None:
         entry = native.load(name)
         built = ", ".join(f"{k}: {_words(v)}" for k, v in entry.info.items())
         rows.append((f"compiled {name} library", "missing" if entry.missing else "ok", entry.missing or built))
+    repeats = direct.load().missing
+    rows.append(("repeated eager calls", "missing" if repeats else "ok", repeats or "go to the CPU's kernels directly"))
     cxx, version = compiler()
     used = f"a build uses {cxx}" if version is None else f"a build uses {cxx}: {version}"
     rows.append(("C++ compiler", "ok" if version else "missing", f"{used}; CXX sets it"))

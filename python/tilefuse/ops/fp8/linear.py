@@ -73,6 +73,7 @@ class _Linear(torch.autograd.Function):
     module=_MODULE,
     kernels=("fp8_quantize_rows", "fp8_quantize_tiles", "fp8_quantize_dual_fwd", "fp8_matmul_fwd"),
     differentiable=("x", "weight", "bias"),
+    not_repeated="calls several kernels",
 )
 def fp8_linear(
     x: Tensor,

@@ -135,6 +135,7 @@ fp8_dequantize_fwd = kernel(
 @op(
     module=_MODULE,
     kernels=("fp8_quantize_rows", "fp8_quantize_tiles"),
+    not_repeated="views of its arguments and results",
 )
 def fp8_quantize(
     x: Tensor, *, block: Sequence[int] = (1, 128), scale_format: str = "fp32", eps: float = 1e-12
@@ -188,6 +189,7 @@ def fp8_quantize(
 @op(
     module=_MODULE,
     kernels=("fp8_quantize_dual_fwd",),
+    not_repeated="views of its arguments and results",
 )
 def fp8_quantize_dual(
     x: Tensor, *, scale_format: str = "fp32", eps: float = 1e-12
@@ -220,6 +222,7 @@ def fp8_quantize_dual(
     module=_MODULE,
     kernels=("fp8_dequantize_fwd",),
     dtypes=(CODES,),
+    not_repeated="views of its arguments and results",
 )
 def fp8_dequantize(
     q: Tensor, scale: Tensor, *, block: Sequence[int] = (1, 128), out_dtype: torch.dtype = torch.bfloat16

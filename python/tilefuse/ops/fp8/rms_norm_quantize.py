@@ -47,6 +47,7 @@ rms_norm_quantize_fwd = kernel(
 @op(
     module=_MODULE,
     kernels=("rms_norm_quantize_fwd",),
+    not_repeated="views of its arguments and results",
 )
 def rms_norm_quantize(
     x: Tensor,

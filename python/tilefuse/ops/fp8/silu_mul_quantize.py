@@ -29,6 +29,7 @@ silu_mul_quantize_fwd = kernel(
 @op(
     module=_MODULE,
     kernels=("silu_mul_quantize_fwd",),
+    not_repeated="views of its arguments and results",
 )
 def silu_mul_quantize(gate_up: Tensor, *, scale_format: str = "fp32", eps: float = 1e-12) -> tuple[Tensor, Tensor]:
     """``fp8_quantize(silu(gate) * up)`` with the product kept in float32: one read, one write, one rounding.

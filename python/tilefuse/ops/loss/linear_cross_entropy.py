@@ -65,6 +65,7 @@ class _WithGradients(torch.autograd.Function):
     module=_MODULE,
     kernels=("linear_logprobs_fwd", "linear_logprobs_bwd", "linear_cross_entropy_fwd"),
     differentiable=("x", "weight", "bias"),
+    not_repeated="PyTorch works on what the kernel made",
 )
 def linear_cross_entropy(
     x: Tensor,

@@ -179,6 +179,7 @@ def named(name: str, function: Callable[..., Any], *args: Any) -> Any:
     module=_MODULE,
     kernels=("linear_logprobs_fwd", "linear_logprobs_bwd", "linear_logprob_stats_fwd", "merge_logprobs_fwd"),
     differentiable=("x", "weight", "bias"),
+    not_repeated="views of its arguments and results",
 )
 def linear_logprobs(
     x: Tensor,

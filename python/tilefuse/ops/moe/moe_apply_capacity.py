@@ -37,6 +37,7 @@ def _check(ids: Tensor, weights: Tensor, num_experts: int, capacity: int, policy
     module=_MODULE,
     kernels=("moe_plan_fwd",),
     differentiable=("weights",),
+    not_repeated="PyTorch works on what the kernel made",
 )
 def moe_apply_capacity(
     ids: Tensor, weights: Tensor, num_experts: int, capacity: int, *, policy: str = "position"

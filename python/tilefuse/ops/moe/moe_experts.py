@@ -205,6 +205,7 @@ def _weighted_bias_grad(dout, weights, offsets, order, top_k, dtype):
         "grouped_matmul_wgrad",
     ),
     differentiable=("x", "w_gate_up", "w_down", "weights", "bias_gate_up", "bias_down"),
+    not_repeated="calls several kernels",
 )  # fmt: skip
 def moe_experts(
     x: Tensor,

@@ -46,6 +46,7 @@ def _check(x, w_gate_up, w_gate_up_scale, w_down, w_down_scale, weights, ids, ac
         "grouped_matmul_fwd",
     ),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    not_repeated="calls several kernels",
 )
 def moe_experts_fp8(
     x: Tensor,

@@ -80,6 +80,7 @@ class _GatedActivation(torch.autograd.Function):
     module=_MODULE,
     kernels=("gated_activation_fwd", "gated_activation_bwd"),
     differentiable=("gate", "up"),
+    not_repeated="views of its arguments and results",
 )
 def gated_activation(
     gate: Tensor,

@@ -156,6 +156,7 @@ def _options(name: str, eps: float, weight_offset: float, rounding: str) -> tupl
     module=_MODULE,
     kernels=("rms_norm_fwd", "rms_norm_bwd"),
     differentiable=("x", "weight"),
+    not_repeated="views of its arguments and results",
 )
 def rms_norm(
     x: Tensor,
@@ -212,6 +213,7 @@ def rms_norm(
     module=_MODULE,
     kernels=("add_rms_norm_fwd", "rms_norm_bwd"),
     differentiable=("x", "residual", "weight"),
+    not_repeated="views of its arguments and results",
 )
 def add_rms_norm(
     x: Tensor,

@@ -68,6 +68,7 @@ class _RMSNormGated(torch.autograd.Function):
     module=_MODULE,
     kernels=("rms_norm_gated_fwd", "rms_norm_gated_bwd"),
     differentiable=("x", "gate", "weight"),
+    not_repeated="views of its arguments and results",
 )
 def rms_norm_gated(
     x: Tensor, gate: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, norm_first: bool = True
