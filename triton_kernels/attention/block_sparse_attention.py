@@ -262,10 +262,12 @@ def _within(block_size: int, m: int, n: int, num_warps: int, num_stages: int) ->
 def fwd_config(head_dim: int, element_size: int, block_size: int, target: str) -> Config:
     if element_size > 2:
         return _within(block_size, 32 if head_dim <= 64 else 16, 16, 4, 1)
+    small = arch.capability(target) in (89, 120)
     if head_dim > 128:
-        return _within(block_size, 64, 32, 4, 2)
+        return _within(block_size, 64, 32, 8 if small else 4, 2)
     stages = 3 if head_dim <= 64 else 2
     if block_size < 128:
+        stages = 1 if head_dim > 64 and target.startswith("gfx") else stages
         return _within(block_size, 64, 64, 4 if head_dim <= 64 else 8, stages)
     return _within(block_size, 128, 64, 8, stages)
 
@@ -283,7 +285,9 @@ def dkdv_config(head_dim: int, element_size: int, block_size: int, target: str) 
         return _within(block_size, 32 if head_dim <= 64 else 16, 16, 4, 1)
     if head_dim > 128:
         return _within(block_size, 16 if target.startswith("gfx") else 32, 32, 8, 1)
-    return _within(block_size, 32, 64, 4, 2) if head_dim <= 64 else _within(block_size, 32, 64, 8, 1)
+    if head_dim > 64:
+        return _within(block_size, 32, 64, 8, 1)
+    return _within(block_size, 32, 64, 8 if arch.capability(target) in (89, 120) else 4, 2)
 
 
 @dataclass(frozen=True)

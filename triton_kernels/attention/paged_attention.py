@@ -235,11 +235,12 @@ def paged_attention_fwd_merge_kernel(
 
 
 def config(head_dim: int, element_size: int, rows: int, target: str) -> Config:
-    """``rows`` = Sq * group; a matrix tile has at least 16. Where 64 keys at a time spill, 32 are read."""
+    """``rows`` = Sq * group; a matrix tile has at least 16. Where so many keys at a time spill, half are read."""
     block_m = min(max(16, triton.next_power_of_2(rows)), 64 if head_dim <= 128 else 32)
-    if element_size > 2:
-        return Config(min(block_m, 32), 32 if head_dim <= 128 else 16, 4, 1)
     capability = arch.capability(target)
+    if element_size > 2:
+        narrow = head_dim > 128 or (head_dim > 64 and capability == 120)
+        return Config(min(block_m, 32), 16 if narrow else 32, 4, 1)
     short = head_dim > 64 and (capability == 120 or (block_m == 64 and (capability == 100 or target.startswith("gfx"))))
     return Config(block_m, 32 if short or head_dim > 128 else 64, 8 if block_m == 64 else 4, 2)
 

@@ -38,7 +38,8 @@ def fwd_config(head_dim: int, element_size: int, span: int, extras: int, target:
     if element_size > 2:
         return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
     if head_dim > 128:
-        return Config(64, 32, 8, 2)
+        # a second stage beside a prefix is more shared memory than there is
+        return Config(64, 32, 8, 1 if extras and arch.capability(target) in (89, 120) else 2)
     if extras or span <= 256:
         return Config(64, 64 if head_dim <= 64 else 32, 4, 2)
     return Config(128, 64, 8, 3 if head_dim <= 64 else 2)
@@ -49,7 +50,7 @@ def dq_config(head_dim: int, element_size: int, span: int, extras: int, target: 
     if element_size > 2:
         return Config(32, 16, 4, 1) if head_dim <= 64 else Config(16, 16, 8, 1)
     if head_dim > 128:
-        return Config(32, 32, 4, 1)
+        return Config(32, 16 if capability == 100 else 32, 8 if capability in (90, 120) else 4, 1)
     narrow = amd if head_dim > 64 else extras and (amd or capability == 120)
     return Config(64, 32 if narrow else 64, 8, 2)
 
@@ -77,7 +78,7 @@ def prefix_config(head_dim: int, element_size: int, span: int, extras: int, targ
     if element_size > 2:
         return Config(32, 16, 8, 1) if head_dim <= 64 else Config(16, 16, 4, 1)
     if head_dim > 128:
-        return Config(16 if target.startswith("gfx") else 32, 32, 8, 1)
+        return Config(16 if target.startswith("gfx") or arch.capability(target) == 100 else 32, 32, 8, 1)
     # two tiles of a head leave 8 warps too little to share
     return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
