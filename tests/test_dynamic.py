@@ -147,6 +147,10 @@ CASES = {
         lambda b, s: (draw(b, 1, HEADS, DIM), *(draw(pages(b, s)[0], 16, 2, DIM),) * 2, *pages(b, s)[1:]),
         {},
     ),
+    "policy_loss": (
+        lambda b, s: (draw(b, s), draw(b), draw(b, s), draw(b, s), integers(2, b, s).bool()),
+        {"kl_beta": 0.1, "reduction": "sequence"},
+    ),
     "preference_loss": (lambda b, s: (draw(b * s), draw(b * s), draw(b * s), draw(b * s)), {}),
     "qk_norm_rope": (lambda b, s: (*qkv(b, s)[:2], draw(DIM), draw(DIM), *tables()), {}),
     "rms_norm": (lambda b, s: (draw(b, s, 48), draw(48)), {}),

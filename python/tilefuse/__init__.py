@@ -23,6 +23,7 @@ from .ops.fp8.silu_mul_quantize import silu_mul_quantize
 from .ops.loss.linear_cross_entropy import linear_cross_entropy
 from .ops.loss.linear_logprobs import linear_logprob_stats, linear_logprobs, merge_logprobs
 from .ops.loss.mtp_targets import mtp_targets
+from .ops.loss.policy_loss import policy_loss
 from .ops.loss.preference_loss import preference_loss, sequence_logp
 from .ops.mla.merge_attention import merge_attention
 from .ops.mla.mla_absorb_query import mla_absorb_query
@@ -96,6 +97,7 @@ __all__ = [
     "ops",
     "pack_weight",
     "paged_attention",
+    "policy_loss",
     "preference_loss",
     "qk_norm_rope",
     "rms_norm",

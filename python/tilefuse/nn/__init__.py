@@ -12,6 +12,7 @@ from .linear_cross_entropy import LinearCrossEntropy
 from .moe import MoE, Routing
 from .multihead_latent_attention import MultiheadLatentAttention
 from .paged_cache import PagedKVCache, PagedLatentCache
+from .policy_loss import PolicyLoss
 from .rms_norm import RMSNorm
 from .rotary_embedding import RotaryEmbedding
 from .window_attention import WindowAttention
@@ -25,6 +26,7 @@ __all__ = [
     "MultiheadLatentAttention",
     "PagedKVCache",
     "PagedLatentCache",
+    "PolicyLoss",
     "RMSNorm",
     "RotaryEmbedding",
     "Routing",
