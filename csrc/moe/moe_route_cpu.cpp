@@ -1,7 +1,5 @@
 // moe_route on the CPU: scores of a row in vector lanes, then a threshold scan for the best k.
-#include "common/cpu.h"
-#include "common/cpu_math.h"
-#include "moe/moe_route.h"
+#include "moe/scores_cpu.h"
 
 namespace tilefuse {
 
@@ -34,9 +32,7 @@ namespace TILEFUSE_ISA {
 
 namespace {
 
-constexpr int64_t kLanes = 16;
 constexpr int64_t kSmall = 2048;
-constexpr float kNegInf = -__builtin_inff();
 // keys: float32 bits in integer order, NaN below -inf, an expert of a masked group below that
 constexpr int32_t kNanKey = -2147483647;
 constexpr int32_t kMaskedKey = -2147483647 - 1;
@@ -45,68 +41,6 @@ inline int32_t ordered(float x) {
   // adding 0 turns -0 into 0
   const int32_t bits = static_cast<int32_t>(float_to_bits(x + 0.0f));
   return x != x ? kNanKey : bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-// lanes as values: comparisons and selections of whole vectors
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-
-// by reference: passing such a vector by value would depend on the instruction set
-template <typename V, typename T>
-inline void load(V& v, const T* p) {
-  std::memcpy(&v, p, sizeof(V));
-}
-
-inline float max_no_nan(const float* x, int64_t n) {
-  Floats top = Floats{} + kNegInf;
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Floats v;
-    load(v, x + i);
-    top = v > top ? v : top;
-  }
-  float best = kNegInf;
-  for (int64_t l = 0; l < kLanes; ++l) best = top[l] > best ? top[l] : best;
-  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-// a sum in a fixed order that vectorises
-inline float sum_lanes(const float* x, int64_t n) {
-  float part[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) part[l] += x[i + l];
-  }
-  for (int64_t l = 0; i + l < n; ++l) part[l] += x[i + l];
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t l = 0; l < width; ++l) part[l] += part[l + width];
-  }
-  return part[0];
-}
-
-// scores in plain arithmetic: NaN wherever that gives NaN; returns softmax's largest logit
-inline float scores_of_row(const float* x, float* s, int64_t n, RouteScore score) {
-  float top = 0.0f;
-  switch (score) {
-    case RouteScore::softmax: {
-      top = max_no_nan(x, n);
-      for (int64_t i = 0; i < n; ++i) s[i] = exp_f32(x[i] - top);
-      const float norm = sum_lanes(s, n);
-      for (int64_t i = 0; i < n; ++i) s[i] = s[i] / norm;
-      break;
-    }
-    case RouteScore::sigmoid:
-      for (int64_t i = 0; i < n; ++i) s[i] = sigmoid_f32(x[i]);
-      break;
-    case RouteScore::sqrtsoftplus:
-      for (int64_t i = 0; i < n; ++i) s[i] = std::sqrt(softplus_f32(x[i]));
-      break;
-    case RouteScore::none:
-      for (int64_t i = 0; i < n; ++i) s[i] = x[i];
-      break;
-  }
-  return top;
 }
 
 // softmax with NaN set aside; the largest logit counts 1 even when it is infinite
