@@ -450,6 +450,16 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     )
 
 
+def takes_operations(x: Tensor) -> bool:
+    """Whether a call had better be PyTorch operations than a kernel: transforms derive them, Inductor fuses them.
+
+    For public ops that are a few operations anyway and whose only compiled kernel is the CPU's.
+    """
+    if _compiling():
+        return x.device.type != "cpu"
+    return _transforms() is not None or forward_ad._current_level >= 0
+
+
 # annotation of a public op's argument -> its type in a schema. Sizes stay symbolic, so every int may be a symbol
 _SCHEMA_TYPES = {
     Tensor: "Tensor",

@@ -108,6 +108,136 @@ def test_18_gradcheck(kind, score):
     assert torch.autograd.gradcheck(lambda x: tilefuse.moe_z_loss(x, valid), (logits,))
 
 
+@pytest.fixture(params=["reference", pytest.param("cpu", marks=pytest.mark.cpu_library)])
+def backend(request):
+    tilefuse.backend(request.param)
+    return request.param
+
+
+SCORES = ("softmax", "sigmoid", "sqrtsoftplus", "none")
+
+
+def formula(logits, ids, valid, kind, score, n_devices, sequence_length):
+    """The losses of the docstring with autograd, in the logits' precision: the kernels do not run in a transform."""
+    return torch.func.vjp(
+        lambda x: tilefuse.moe_balance_loss(
+            x, ids, valid, kind=kind, score=score, n_devices=n_devices, sequence_length=sequence_length
+        ),
+        logits,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_balance_loss_and_gradient_on_every_backend(backend, kind, score, dtype):
+    """Against float64: three blocks of rows, the last short, experts that fill no vector, a strided row, padding."""
+    tokens, experts = 300, 20
+    logits = torch.rand(tokens, 2 * experts).to(dtype)[:, :experts] + 0.1
+    ids, valid = ids_of(tokens, 3, experts, dropped=0.2), torch.arange(tokens) % 7 != 3
+    valid[150:] = False
+    logits[~valid] = math.nan
+    options = dict(kind=kind, score=score, n_devices=4, sequence_length=150)
+    exact, pull = formula(logits.double(), ids, valid, **options)
+    (slope,) = pull(torch.tensor(3.0, dtype=torch.float64))
+    x = logits.requires_grad_()
+    for i in (ids, ids.long()):
+        loss = tilefuse.moe_balance_loss(x, i, valid, **options)
+        (grad,) = torch.autograd.grad(loss, x, torch.tensor(3.0))
+        torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+        assert grad.dtype == dtype and not grad[~valid].any()
+        rounding = 2**-8 if dtype == torch.bfloat16 else 2e-6
+        # slopes are differences of terms of about this size
+        term = 3 / (valid.sum().item() * experts)
+        torch.testing.assert_close(grad.double(), slope, rtol=rounding, atol=1e-6 * term)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_z_loss_and_gradient_on_every_backend(backend, dtype):
+    logits = 8 * torch.randn(150, 40).to(dtype)[:, :20]
+    valid = torch.arange(150) % 7 != 3
+    dirty = torch.where(valid[:, None], logits, math.nan).requires_grad_()
+    loss = tilefuse.moe_z_loss(dirty, valid)
+    (grad,) = torch.autograd.grad(loss, dirty, torch.tensor(3.0))
+    x = logits[valid].double().requires_grad_()
+    exact = x.logsumexp(-1).square().mean()
+    (slope,) = torch.autograd.grad(exact, x, torch.tensor(3.0, dtype=torch.float64))
+    torch.testing.assert_close(loss.double(), exact, rtol=2e-6, atol=0)
+    assert not grad[~valid].any()
+    rounding = 2**-8 if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(grad[valid].double(), slope, rtol=rounding, atol=2e-6 * slope.abs().max().item())
+
+
+def test_z_loss_of_special_logits(backend):
+    rows = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [-math.inf, -math.inf], [-math.inf, 2.0], [1e30, 0.0]])
+    found = [tilefuse.moe_z_loss(row[None]).item() for row in rows]
+    assert math.isnan(found[0]) and found[1:3] == [math.inf, math.inf] and found[3] == 4.0 and found[4] == math.inf
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_tokens_whose_scores_sum_to_nothing_count_nothing(backend, score):
+    """Padding, logits of 0 where they are the scores, and logits so low that their scores underflow."""
+    logits, ids = torch.rand(12, 8) + 0.5, ids_of(12, 2, 8)
+    logits[5] = -math.inf if score == "sigmoid" else 0.0 if score in ("none", "softmax") else -200.0
+    valid = torch.arange(12) % 4 != 3
+    x = logits.clone().requires_grad_()
+    loss = tilefuse.moe_balance_loss(x, ids, valid, kind="sequence", score=score, sequence_length=6)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert loss.isfinite() and grad.isfinite().all() and not grad[~valid].any()
+    if score != "softmax":
+        assert not grad[5].any()
+    switch = tilefuse.moe_balance_loss(x, ids, valid, score=score)
+    assert switch.isfinite() and torch.autograd.grad(switch, x)[0].isfinite().all()
+
+
+def test_gradient_of_sqrtsoftplus_at_zero(backend):
+    """The slope there is 1/2 / (2 sqrt(log 2)), of both sides alike."""
+    logits, ids = torch.zeros(4, 4, requires_grad=True), torch.arange(4)[:, None]
+    expected = torch.full((4, 4), 1 / 4 / (4 * math.sqrt(math.log(2))))
+
+    def loss(x):
+        return tilefuse.moe_balance_loss(x, ids, score="sqrtsoftplus")
+
+    torch.testing.assert_close(torch.autograd.grad(loss(logits), logits)[0], expected)
+    torch.testing.assert_close(torch.func.grad(loss)(logits.detach()), expected)
+
+
+@pytest.mark.cpu_library
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_do_not_depend_on_the_number_of_threads(kind):
+    tokens, experts = 3000, 64
+    logits, ids = torch.randn(tokens, experts), ids_of(tokens, 4, experts)
+    options = dict(kind=kind, n_devices=8, sequence_length=1000)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            x = logits.clone().requires_grad_()
+            loss = tilefuse.moe_balance_loss(x, ids, **options) + tilefuse.moe_z_loss(x)
+            found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            assert_bit_equal(a, b)
+
+
+@pytest.mark.parametrize("loss", ["moe_balance_loss", "moe_z_loss"])
+def test_transforms_take_pytorch_operations(loss):
+    logits, ids = torch.randn(12, 8, dtype=torch.float64), ids_of(12, 2, 8)
+    call = {"moe_balance_loss": lambda x: tilefuse.moe_balance_loss(x, ids), "moe_z_loss": tilefuse.moe_z_loss}[loss]
+    expected = call(logits)
+    torch.testing.assert_close(torch.func.vmap(call)(torch.stack((logits, logits))), expected.expand(2))
+    hessian = torch.func.hessian(call)(logits).view(96, 96)
+    torch.testing.assert_close(hessian, hessian.T)
+    assert hessian.any()
+    # of the kernel a second one would be wrong, and is refused
+    x = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(call(x), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once"):
+        grad.sum().backward()
+
+
 def test_equals_hugging_face():
     transformers = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
     logits = torch.randn(40, 8)

@@ -1,13 +1,13 @@
-"""Auxiliary losses of the router and the bias update that replaces them: a few PyTorch operations each."""
+"""Auxiliary losses of the router, and the bias update that replaces them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import errors
-from ...library import op
-from ...reference.moe.moe_route import route_scores
+from ... import errors, library
+from ...library import gradient_of, kernel, once_differentiable, op
+from ...reference.moe import moe_losses as reference
 from .moe_route import SCORES
 
 __all__ = ["moe_balance_loss", "moe_update_bias", "moe_z_loss"]
@@ -58,17 +58,94 @@ def _check_balance(
         errors.value_error(name, "sequence_length", f"0 or a divisor of T = {tokens}", sequence_length)
 
 
-def _rows(logits: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits in float32 with excluded rows set to 0, so that nothing in them matters, and 1 or 0 per row."""
-    x = logits if logits.dtype == torch.float64 else logits.float()
-    if valid is None:
-        return x, x.new_ones(x.shape[0])
-    return torch.where(valid[:, None], x, torch.zeros_like(x)), valid.to(x.dtype)
+def _contiguous(valid: Tensor | None) -> Tensor | None:
+    return None if valid is None else valid.contiguous()
+
+
+def _loss_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _balance_fake(logits, ids, valid, kind, score, n_devices, sequences, scale):
+    dtype = _loss_dtype(logits)
+    return logits.new_empty((), dtype=dtype), logits.new_empty((sequences, logits.shape[1]), dtype=dtype)
+
+
+def _z_fake(logits, valid):
+    dtype = _loss_dtype(logits)
+    return logits.new_empty((), dtype=dtype), logits.new_empty((logits.shape[0],), dtype=dtype)
+
+
+def _like_logits(dout, logits, *_):
+    return logits.new_empty(logits.shape)
+
+
+moe_balance_loss_fwd = kernel(
+    "moe_balance_loss_fwd(Tensor logits, Tensor ids, Tensor? valid, str kind, str score, int n_devices, int sequences,"
+    " float scale) -> (Tensor, Tensor)",
+    module=_MODULE,
+    fake=_balance_fake,
+    backends=("reference", "cpu"),
+)
+moe_balance_loss_bwd = kernel(
+    "moe_balance_loss_bwd(Tensor dout, Tensor logits, Tensor shares, Tensor? valid, str score, bool normalized)"
+    " -> Tensor",
+    module=_MODULE,
+    fake=_like_logits,
+    backends=("reference", "cpu"),
+    dtype_arg=1,
+)
+moe_z_loss_fwd = kernel(
+    "moe_z_loss_fwd(Tensor logits, Tensor? valid) -> (Tensor, Tensor)",
+    module=_MODULE,
+    fake=_z_fake,
+    backends=("reference", "cpu"),
+)
+moe_z_loss_bwd = kernel(
+    "moe_z_loss_bwd(Tensor dout, Tensor logits, Tensor lse, Tensor? valid) -> Tensor",
+    module=_MODULE,
+    fake=_like_logits,
+    backends=("reference", "cpu"),
+    dtype_arg=1,
+)
+
+
+@gradient_of(moe_balance_loss_fwd)
+class _BalanceLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, ids, valid, kind, score, n_devices, sequences, scale):
+        loss, shares = moe_balance_loss_fwd(logits, ids, valid, kind, score, n_devices, sequences, scale)
+        ctx.save_for_backward(logits, shares, valid)
+        ctx.score, ctx.normalized = score, kind == "sequence"
+        ctx.mark_non_differentiable(shares)
+        return loss, shares
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        logits, shares, valid = ctx.saved_tensors
+        return moe_balance_loss_bwd(dout, logits, shares, valid, ctx.score, ctx.normalized), *[None] * 7
+
+
+@gradient_of(moe_z_loss_fwd)
+class _ZLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, valid):
+        loss, lse = moe_z_loss_fwd(logits, valid)
+        ctx.save_for_backward(logits, lse, valid)
+        ctx.mark_non_differentiable(lse)
+        return loss, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, _):
+        logits, lse, valid = ctx.saved_tensors
+        return moe_z_loss_bwd(dout, logits, lse, valid), None
 
 
 @op(
     module=_MODULE,
-    kernels=(),
+    kernels=("moe_balance_loss_fwd", "moe_balance_loss_bwd"),
     differentiable=("logits",),
 )
 def moe_balance_loss(
@@ -89,7 +166,8 @@ def moe_balance_loss(
     * ``"switch"``: ``sum_i f_i P_i``, 1 at perfect balance with softmax scores.
     * ``"gshard"``: the same with first choices only, ``f_i = E / T * (tokens whose first choice is i)``.
     * ``"sequence"``: the switch loss of each run of ``sequence_length`` tokens (0: all of them are one), with scores
-      divided by their sum per token, averaged over the sequences that have a valid token (DeepSeek-V3).
+      divided by their sum per token, averaged over the sequences that have a valid token (DeepSeek-V3). A token whose
+      scores sum to 0 counts as a token, with scores and gradients of 0.
     * ``"device"``: experts form ``n_devices`` equal, consecutive groups;
       ``sum_d mean_{i in d}(f_i) sum_{i in d} P_i``.
     * ``"communication"``: ``sum_d f''_d sum_{i in d} P_i`` with
@@ -106,7 +184,9 @@ def moe_balance_loss(
     Returns:
         A float32 scalar (float64 for float64 logits); 0 without valid tokens.
 
-    Gradients: for ``logits``, through P. Deterministic. PyTorch operations on every backend.
+    Gradients: for ``logits``, through P; 0 where a score of sqrtsoftplus underflows to 0. Deterministic, whatever the
+    number of threads. Under ``torch.func`` and forward mode the loss is PyTorch operations and has every derivative;
+    otherwise it is differentiable once.
 
     Raises:
         ValueError: a wrong shape, an unknown option, a number that does not divide. TypeError: a wrong dtype.
@@ -115,43 +195,21 @@ def moe_balance_loss(
     (2412.19437) eq. 17-20.
     """
     _check_balance(logits, ids, valid, kind, score, normalization, n_devices, sequence_length)
-    x, use = _rows(logits, valid)
-    tokens, experts = x.shape
-    top_k = ids.shape[1]
-    length = sequence_length if kind == "sequence" and sequence_length else max(1, tokens)
-    sequences = tokens // length if tokens else 0
-    if not sequences:
-        return x.sum()
-    scores = route_scores(x, score)
-    if kind == "sequence":
-        scores = scores / scores.sum(-1, keepdim=True)
-    choices = ids[:, :1] if kind == "gshard" else ids
-    known = (choices >= 0) & (choices < experts)
-    # one spare column takes the dropped ids
-    chosen = torch.where(known, choices, experts).long()
-    hits = x.new_zeros((tokens, experts + 1)).scatter_add(1, chosen, x.new_ones(chosen.shape))[:, :experts]
-
-    def per_sequence(rows: Tensor) -> Tensor:
-        return (rows * use[:, None]).view(sequences, length, -1).sum(1)
-
-    count = use.view(sequences, length).sum(1)  # [sequences]
-    size = count.clamp(min=1)[:, None]
-    p = per_sequence(scores) / size  # [sequences, E]
-    if kind == "communication":
-        on_device = hits.view(tokens, n_devices, -1).amax(-1).clamp(max=1)
-        f = per_sequence(on_device) * n_devices / (min(top_k, n_devices) * size)
-    else:
-        f = per_sequence(hits) * experts / (choices.shape[1] * size)
-    if kind in ("device", "communication"):
-        p = p.view(sequences, n_devices, -1).sum(-1)
-        f = f.view(sequences, n_devices, -1).mean(-1)
-    loss = (f.detach() * p).sum() / (count > 0).sum().clamp(min=1)
-    return loss * top_k if normalization == "topk" else loss
+    tokens = logits.shape[0]
+    if not tokens:
+        return logits.to(_loss_dtype(logits)).sum()
+    sequences = tokens // sequence_length if kind == "sequence" and sequence_length else 1
+    scale = float(ids.shape[1]) if normalization == "topk" else 1.0
+    options = (kind, score, n_devices, sequences, scale)
+    if library.takes_operations(logits):
+        return reference.moe_balance_loss_fwd(logits, ids, valid, *options)[0]
+    args = (errors.check_last_dim_contiguous(logits), ids.contiguous(), _contiguous(valid), *options)
+    return (_BalanceLoss.apply(*args) if errors.needs_grad(logits) else moe_balance_loss_fwd(*args))[0]
 
 
 @op(
     module=_MODULE,
-    kernels=(),
+    kernels=("moe_z_loss_fwd", "moe_z_loss_bwd"),
     differentiable=("logits",),
 )
 def moe_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -164,7 +222,7 @@ def moe_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     Returns:
         A float32 scalar (float64 for float64 logits); 0 without valid tokens.
 
-    Gradients: for ``logits``. Deterministic. PyTorch operations on every backend.
+    Gradients: for ``logits``, of the orders that ``moe_balance_loss`` has. Deterministic, for any number of threads.
 
     Raises:
         ValueError: a wrong shape. TypeError: a wrong dtype.
@@ -172,11 +230,10 @@ def moe_z_loss(logits: Tensor, valid: Tensor | None = None) -> Tensor:
     Source: ST-MoE (2202.08906) eq. 5.
     """
     _check_logits("moe_z_loss", logits, valid)
-    if valid is None and logits.shape[0]:
-        x = logits if logits.dtype == torch.float64 else logits.float()
-        return x.logsumexp(-1).square().mean()
-    x, use = _rows(logits, valid)
-    return (x.logsumexp(-1).square() * use).sum() / use.sum().clamp(min=1)
+    if library.takes_operations(logits):
+        return reference.moe_z_loss_fwd(logits, valid)[0]
+    args = (errors.check_last_dim_contiguous(logits), _contiguous(valid))
+    return (_ZLoss.apply(*args) if errors.needs_grad(logits) else moe_z_loss_fwd(*args))[0]
 
 
 @op(module=_MODULE, kernels=())

@@ -7,7 +7,7 @@ EPS = 1e-20
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return x.clamp(min=0) + torch.log1p(torch.exp(-x.abs()))
+    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def route_scores(x: Tensor, score: str) -> Tensor:
@@ -17,7 +17,9 @@ def route_scores(x: Tensor, score: str) -> Tensor:
     if score == "sigmoid":
         return torch.sigmoid(x)
     if score == "sqrtsoftplus":
-        return _softplus(x).sqrt()
+        y = _softplus(x)
+        # where it underflows, the root's slope 1 / 0 would meet a slope of 0
+        return torch.where(y == 0, y, torch.where(y == 0, 1, y).sqrt())
     return x
 
 
