@@ -110,3 +110,34 @@ def test_strides_change_nothing(name, argument, backend):
             results.append([x for x in tree_leaves((out, fresh)) if isinstance(x, Tensor)])
         for a, b in zip(*results):
             assert_bit_equal(a, b)
+
+
+def is_written(name, argument):
+    schema = getattr(torch.ops.tilefuse, name).default._schema
+    return any(a.name == argument and a.alias_info is not None for a in schema.arguments)
+
+
+FLOATS = [
+    (name, argument)
+    for name, argument, _ in CASES
+    if bound(name, argument).arguments[argument].dtype in (torch.float32, torch.bfloat16)
+    and not is_written(name, argument)
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), FLOATS, ids=[f"{n}-{a}" for n, a in FLOATS])
+def test_zeros_without_memory_are_zeros(name, argument):
+    """As forward mode makes them: the dispatcher would hand kernels one zero with strides of 0."""
+    call = bound(name, argument)
+    value = call.arguments[argument]
+    results = []
+    for zeros in (
+        torch.zeros(value.shape, dtype=value.dtype),
+        torch._efficientzerotensor(value.shape, dtype=value.dtype),
+    ):
+        fresh = tree_map_only(Tensor, torch.clone, {a: v for a, v in call.arguments.items() if a != argument})
+        with torch.no_grad():
+            out = OPS[name].function(**fresh, **{argument: zeros})
+        results.append([x for x in tree_leaves((out, fresh)) if isinstance(x, Tensor)])
+    for a, b in zip(*results):
+        assert_bit_equal(a, b)

@@ -60,6 +60,8 @@ _KEY = frozenset(
                 "is_floating_point",
                 "get_device",
                 "__len__",
+                # tensors without memory have no key
+                "_is_zerotensor",
             )
         ),
     ]

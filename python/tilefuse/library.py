@@ -260,11 +260,13 @@ def kernel(
             return overload(*args)
 
     def call(*args: Any) -> Any:
+        if _compiling():
+            return overload(*args)
+        args = _with_memory(args)
         first = args[dtype_arg]
         # fake and meta tensors, subclasses, modes, transforms, tracing, profiling and forward mode need the dispatcher
         if (
-            not _compiling()
-            and type(first) is Tensor
+            type(first) is Tensor
             and not first.is_meta
             and not _dispatch_modes()
             and not _function_modes()
@@ -278,6 +280,18 @@ def kernel(
     LIBRARY.impl(name, partial(_differentiated, entry, overload, below_autograd), "Autograd")
     call.__name__ = call.__qualname__ = name
     return call
+
+
+def _with_memory(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with ordinary zeros in place of tensors of zeros that have no memory, as tangents can be.
+
+    The dispatcher would hand kernels one zero with strides of 0, past the check that rows are contiguous.
+    """
+    # a loop: any() over a generator costs three times as much
+    for a in args:
+        if type(a) is Tensor and a._is_zerotensor():
+            return tuple(a.clone() if isinstance(a, Tensor) and a._is_zerotensor() else a for a in args)
+    return args
 
 
 def mutated_arguments(schema: str) -> tuple[int, ...]:
@@ -384,6 +398,7 @@ def _refuse(message: str, inputs: Sequence[Any], outputs: Any) -> Any:
 
 def _differentiated(entry: Kernel, overload: Any, below_autograd: Callable[..., Any], *args: Any) -> Any:
     """What a kernel op does at the Autograd key: every derivative is right or refused."""
+    args = _with_memory(args)
     if forward_ad._current_level >= 0:
         duals = [torch._VF._unpack_dual(a, level=0) if isinstance(a, Tensor) else (a, None) for a in args]
         if any(tangent is not None for _, tangent in duals):
