@@ -253,8 +253,9 @@ def policy_loss(
             num_items = num_items.to(logp.device, dtype)
         else:
             num_items = torch.full((), float(num_items), dtype=dtype, device=logp.device)
-    logp, advantages, old_logp, ref_logp, token_weight = (
-        x if x is None else x.to(dtype).contiguous() for x in (logp, advantages, old_logp, ref_logp, token_weight)
+    logp, advantages = (x.to(dtype).contiguous() for x in (logp, advantages))
+    old_logp, ref_logp, token_weight = (
+        x if x is None else x.to(dtype).contiguous() for x in (old_logp, ref_logp, token_weight)
     )
     if mask is not None:
         mask = mask.to(torch.bool).contiguous()
