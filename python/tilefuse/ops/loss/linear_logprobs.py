@@ -217,7 +217,8 @@ def linear_logprobs(
     dtype for the two products where the hardware multiplies that. Once differentiable.
 
     Memory beside inputs, outputs and gradients: O(T V / 4096) forward; a block of logits' gradients and T x H float32
-    backward, at most 64 MiB a block on a CPU and 256 MiB on a GPU. Never T x V, never float32 V x H.
+    backward, at most 64 MiB a block on a CPU, where it has 64 ids or more (up to 131,072 tokens), and 256 MiB on a
+    GPU. Never T x V, never float32 V x H.
 
     Deterministic. The vocabulary is summed in blocks of 4,096 in ascending order, so logp, lse, entropy and argmax are
     batch-invariant, with the same bits when shards that are cut at multiples of 4,096 are merged (``merge_logprobs``).
