@@ -214,16 +214,16 @@ static inline void transpose(__m512i (&r)[16]) {
 }
 #endif
 
-// L vectors x [d] -> [d words][L]; a null pointer is a row of zeros
+// the first `lanes` (whole registers) of L vectors x [d] -> [d words][L]; a null pointer is a row of zeros
 template <int L, typename T>
-static void pack_lanes(const T* const* x, int64_t dim, float* out) {
-  for (int lane = 0; lane < L; ++lane)
+static void pack_lanes(const T* const* x, int64_t dim, float* out, int lanes = L) {
+  for (int lane = 0; lane < lanes; ++lane)
     for (int64_t d = 0; d < dim; ++d) out[d * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][d]);
 }
 #if defined(__AVX512BF16__)
 template <int L>
-static void pack_lanes(const bf16* const* x, int64_t dim, uint32_t* out) {
-  for (int lane = 0; lane < L; lane += 16) {
+static void pack_lanes(const bf16* const* x, int64_t dim, uint32_t* out, int lanes = L) {
+  for (int lane = 0; lane < lanes; lane += 16) {
     for (int64_t d = 0; d < dim; d += 32) {
       const int64_t left = dim - d < 32 ? dim - d : 32;
       const __mmask32 there = static_cast<__mmask32>((uint64_t{1} << left) - 1);
@@ -294,18 +294,18 @@ static inline void pack_values(const bf16* const* x, int64_t count, int64_t dim,
 
 // p [count][L] float32 -> the operand of sum_over_rows; the float32 one is used as it is
 template <int L>
-static inline const float* pack_weights(const float* p, int64_t, float*) {
+static inline const float* pack_weights(const float* p, int64_t, float*, int = L) {
   return p;
 }
 #if defined(__AVX512BF16__)
 template <int L>
-static inline const uint32_t* pack_weights(float* p, int64_t count, uint32_t* out) {
+static inline const uint32_t* pack_weights(float* p, int64_t count, uint32_t* out, int lanes = L) {
   // element i of the lower row, then of the upper one
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   if (count % 2) std::memset(p + count * L, 0, L * sizeof(float));
   for (int64_t r = 0; r < count; r += 2) {
-    for (int lane = 0; lane < L; lane += 16) {
+    for (int lane = 0; lane < lanes; lane += 16) {
       const float* low = p + r * L + lane;
       const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(low + L), _mm512_loadu_ps(low));
       _mm512_storeu_si512(out + r / 2 * L + lane, _mm512_permutexvar_epi16(order, both));
@@ -317,8 +317,8 @@ static inline const uint32_t* pack_weights(float* p, int64_t count, uint32_t* ou
 
 // total [L] += p [words][L]
 template <int L>
-static inline void add_weights(const float* p, int64_t count, float* total) {
-  for (int lane = 0; lane < L; lane += kWidth) {
+static inline void add_weights(const float* p, int64_t count, float* total, int lanes) {
+  for (int lane = 0; lane < lanes; lane += kWidth) {
     vec sum = {};
     for (int64_t r = 0; r < count; ++r) sum += load(p + r * L + lane);
     store(total + lane, load(total + lane) + sum);
@@ -326,9 +326,9 @@ static inline void add_weights(const float* p, int64_t count, float* total) {
 }
 #if defined(__AVX512BF16__)
 template <int L>
-static inline void add_weights(const uint32_t* p, int64_t count, float* total) {
+static inline void add_weights(const uint32_t* p, int64_t count, float* total, int lanes) {
   constexpr uint32_t kOnes = 0x3f803f80;
-  for (int lane = 0; lane < L; lane += kWidth) {
+  for (int lane = 0; lane < lanes; lane += kWidth) {
     vec sum = {};
     for (int64_t r = 0; r < count; ++r) sum = multiply_add(kOnes, p + r * L + lane, sum);
     store(total + lane, load(total + lane) + sum);
@@ -352,11 +352,11 @@ static inline void store_as(bf16* to, vec x) {
 
 // x [dim][L] -> L vectors [dim]; a null one is not written
 template <int L, typename T>
-static void store_lanes(const float* x, int64_t dim, T* const* out) {
+static void store_lanes(const float* x, int64_t dim, T* const* out, int lanes = L) {
   int64_t d = 0;
 #if defined(__AVX512F__)
   for (; d + 16 <= dim; d += 16) {
-    for (int lane = 0; lane < L; lane += 16) {
+    for (int lane = 0; lane < lanes; lane += 16) {
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(x + (d + i) * L + lane);
@@ -367,7 +367,7 @@ static void store_lanes(const float* x, int64_t dim, T* const* out) {
     }
   }
 #endif
-  for (int lane = 0; lane < L; ++lane) {
+  for (int lane = 0; lane < lanes; ++lane) {
     if (out[lane] == nullptr) continue;
     for (int64_t i = d; i < dim; ++i) out[lane][i] = from_float<T>(x[i * L + lane]);
   }
@@ -417,9 +417,9 @@ struct Queries {
 // Scores [count][L] in place -> logits, -inf where masked. `tanh_out` keeps the soft cap's tanh for the backward.
 template <int L>
 static void finish_scores(float* s, const int32_t* position, int64_t count, const Queries<L>& q, const Score& score,
-                          bool mask, float* tanh_out) {
+                          bool mask, float* tanh_out, int lanes = L) {
   for (int64_t r = 0; r < count; ++r) {
-    for (int lane = 0; lane < L; lane += kWidth) {
+    for (int lane = 0; lane < lanes; lane += kWidth) {
       vec x = load(s + r * L + lane) * score.scale;
       if (score.softcap > 0) {
         const vec t = tanh(x / score.softcap);
@@ -441,17 +441,18 @@ static void finish_scores(float* s, const int32_t* position, int64_t count, cons
   }
 }
 
-// the rows of a tile that any lane of each register sees, [first, last)
+// the rows of a tile that any of the first `lanes` of each register sees, [first, last)
 template <int L>
 struct Seen {
   static constexpr int kGroups = L / kWidth;
   int first[kGroups], last[kGroups];
 
-  Seen(const Queries<L>& q, const int32_t* position, int64_t count, bool mask) {
+  Seen(const Queries<L>& q, const int32_t* position, int64_t count, bool mask, int lanes) {
     for (int g = 0; g < kGroups; ++g) {
-      first[g] = mask ? static_cast<int>(count) : 0;
-      last[g] = mask ? 0 : static_cast<int>(count);
-      if (!mask) continue;
+      const bool there = g * kWidth < lanes, all = there && !mask;
+      first[g] = all ? 0 : static_cast<int>(count);
+      last[g] = all ? static_cast<int>(count) : 0;
+      if (all || !there) continue;
       int32_t low = INT32_MAX, high = INT32_MIN;
       for (int lane = g * kWidth; lane < (g + 1) * kWidth; ++lane) {
         const bool any = q.low[lane] <= q.high[lane];
@@ -512,8 +513,11 @@ class Forward {
 
   // rows of lanes past the tile are null; sinks [L] or null
   void begin(const T* const* q, const float* sinks) {
-    pack_lanes<L>(q, dim_, q_);
-    std::memset(acc_, 0, dim_v_ * L * sizeof(float));
+    lanes_ = L;
+    while (lanes_ > 0 && q[lanes_ - 1] == nullptr) --lanes_;
+    lanes_ = (lanes_ + kWidth - 1) / kWidth * kWidth;
+    pack_lanes<L>(q, dim_, q_, lanes_);
+    for (int64_t d = 0; d < dim_v_; ++d) std::memset(acc_ + d * L, 0, lanes_ * sizeof(float));
     for (int lane = 0; lane < L; ++lane) {
       top_[lane] = sinks == nullptr ? -kInfinity : sinks[lane];
       total_[lane] = weight_[lane] = sinks == nullptr || sinks[lane] == -kInfinity ? 0.0f : 1.0f;
@@ -524,10 +528,10 @@ class Forward {
             bool mask) {
     const W* rows[kRows];
     word_rows(k, count, dim_, zeros_, k_, rows);
-    const Seen<L> seen(queries, position, count, mask);
+    const Seen<L> seen(queries, position, count, mask, lanes_);
     scores(seen, rows, v, count);
-    finish_scores<L>(s_, position, count, queries, score, mask, nullptr);
-    for (int lane = 0; lane < L; lane += kWidth) {
+    finish_scores<L>(s_, position, count, queries, score, mask, nullptr, lanes_);
+    for (int lane = 0; lane < lanes_; lane += kWidth) {
       const vec old = load(top_ + lane);
       vec top = old;
       for (int64_t r = 0; r < count; ++r) {
@@ -551,8 +555,8 @@ class Forward {
       for (int64_t d = 0; d < dim_v_; ++d) store(acc_ + d * L + lane, load(acc_ + d * L + lane) * alpha);
     }
     pack_values(v, count, dim_v_, v_);
-    const W* p = pack_weights<L>(s_, count, p_);
-    add_weights<L>(p, words(count, kPer), weight_);
+    const W* p = pack_weights<L>(s_, count, p_, lanes_);
+    add_weights<L>(p, words(count, kPer), weight_, lanes_);
     for (int r = 0; r < count;) {
       // whole words of rows that the same lanes see
       const int next = seen.next(r, static_cast<int>(count));
@@ -575,9 +579,9 @@ class Forward {
       *lse[lane] = total == 0.0f ? -kInfinity : top_[lane] + std::log(total);
     }
     for (int64_t d = 0; d < dim_v_; ++d)
-      for (int lane = 0; lane < L; lane += kWidth)
+      for (int lane = 0; lane < lanes_; lane += kWidth)
         store(acc_ + d * L + lane, load(acc_ + d * L + lane) * load(inverse_ + lane));
-    store_lanes<L>(acc_, dim_v_, out);
+    store_lanes<L>(acc_, dim_v_, out, lanes_);
   }
 
  private:
@@ -612,6 +616,8 @@ class Forward {
   float* s_;
   W* p_;
   float* acc_;
+  // of the tile, in whole registers: a short one has less work
+  int lanes_ = L;
   // weight: the sum of the weights as they are multiplied with values, which may be rounded
   float top_[L], total_[L], weight_[L], inverse_[L];
 };
