@@ -719,7 +719,8 @@ def test_op_table_says_where_some_kernels_of_an_op_are_missing():
     assert exceptions["rope_qk"] == "CUDA too"
     assert exceptions["window_attention"] == ""
     assert exceptions["fp8_quantize"] == "no backward, CUDA in part"
-    assert exceptions["moe_z_loss"] == "PyTorch only"
+    assert exceptions["moe_z_loss"] == "no Triton"
+    assert exceptions["sequence_logp"] == "PyTorch only"
 
 
 def test_headline_is_one_line_of_each_of_its_ops():
