@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .linear_logprobs import linear_logprobs_bwd, linear_logprobs_fwd
+
+Kernel = Callable[..., tuple[Tensor, ...]]
 
 
 def losses_and_coefficients(
@@ -34,7 +38,9 @@ def losses_and_coefficients(
     return torch.where(kept, losses, 0.0), torch.where(kept, coefficients, 0.0)
 
 
-def linear_cross_entropy_fwd(
+def with_gradients(
+    forward: Kernel,
+    backward: Kernel,
     x,
     weight,
     target,
@@ -48,12 +54,17 @@ def linear_cross_entropy_fwd(
     label_smoothing,
     z_loss,
     *needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """``linear_cross_entropy_fwd`` of a backend's two kernels of linear_logprobs, one after the other."""
     head = (x, weight, target, bias, class_weight)
     transform = (scale, softcap, 1.0, ignore_index)
-    statistics = linear_logprobs_fwd(*head, *transform, label_smoothing > 0)
+    statistics = forward(*head, *transform, label_smoothing > 0)
     losses, coefficients = losses_and_coefficients(
         statistics, target, class_weight, weight.shape[0], token_factor, ignore_index, label_smoothing, z_loss
     )
     entropy, norm = statistics[2], statistics[5]
-    return losses, *linear_logprobs_bwd(*head, norm, entropy, coefficients, factor * scale, 0, *transform, *needs)
+    return losses, *backward(*head, norm, entropy, coefficients, factor * scale, 0, *transform, *needs)
+
+
+def linear_cross_entropy_fwd(*args) -> tuple[Tensor, ...]:
+    return with_gradients(linear_logprobs_fwd, linear_logprobs_bwd, *args)
