@@ -11,7 +11,7 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs import by_name
 from tilefuse.testing.inputs.norm.gated_activation import cases
-from tilefuse.testing.inputs.norm.rms_norm import normal
+from tilefuse.testing.inputs.norm.rms_norm import normal, run
 
 case = by_name(cases)
 KERNEL = "gated_activation_fwd"
@@ -42,14 +42,6 @@ def eager(gate, up=None, activation="silu", alpha=1.702, limit=0.0, layout="spli
         "relu2": lambda x: F.relu(x).square(),
     }
     return act[activation](gate) * up
-
-
-def run(function, tensors, options, dtype=None):
-    """The output and the gradients of the tensors that are there, for a fixed upstream gradient."""
-    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    out = function(*leaves, **options)
-    upstream = normal(*out.shape, seed=7).to(tensors[0].device, tensors[0].dtype).to(out.dtype)
-    return out, *torch.autograd.grad(out, [t for t in leaves if t is not None], upstream)
 
 
 @pytest.mark.parametrize("name", CASES)

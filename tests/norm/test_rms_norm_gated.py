@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs import by_name
-from tilefuse.testing.inputs.norm.rms_norm import normal
+from tilefuse.testing.inputs.norm.rms_norm import normal, run
 from tilefuse.testing.inputs.norm.rms_norm_gated import cases
 
 case = by_name(cases)
@@ -34,14 +34,6 @@ def eager(x, gate, weight=None, eps=1e-6, norm_first=True):
     if weight is not None:
         y = y * weight.to(wide)
     return (y * activated if norm_first else y).to(x.dtype)
-
-
-def run(function, tensors, options, dtype=None):
-    """The output and the gradients of the tensors that are there, for a fixed upstream gradient."""
-    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    out = function(*leaves, **options)
-    upstream = normal(*out.shape, seed=7).to(tensors[0].device, tensors[0].dtype).to(out.dtype)
-    return out, *torch.autograd.grad(out, [t for t in leaves if t is not None], upstream)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,6 +16,14 @@ def normal(*shape: int, device: torch.device | str = "cpu", dtype: torch.dtype =
     return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
+def run(function, tensors, options, dtype=None):
+    """The output and the gradients of the tensors that are there, for a fixed upstream gradient."""
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    out = function(*leaves, **options)
+    upstream = normal(*out.shape, seed=7).to(tensors[0].device, tensors[0].dtype).to(out.dtype)
+    return out, *torch.autograd.grad(out, [t for t in leaves if t is not None], upstream)
+
+
 def cases(
     device: torch.device | str, dtype: torch.dtype
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor | None], dict[str, Any]]]:
