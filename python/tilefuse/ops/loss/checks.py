@@ -35,19 +35,28 @@ def check_target(name: str, target: Tensor, shape: torch.Size, like: Tensor, lik
     errors.check_device(name, "target", target, like, like_arg)
 
 
-def check_linear(name: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
-    """Hidden states, the head's weight, one target per state and the head's bias."""
+def check_head(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor | None = None, prefix: str = ""
+) -> None:
+    """Hidden states, the weight of a head and its bias; ``prefix`` of their names for a second one, beside ``like``."""
     if x.dim() < 1:
-        errors.value_error(name, "x", "[..., H]", x)
-    errors.check_dtype(name, "x", x, errors.FLOATS)
+        errors.value_error(name, f"{prefix}x", "[..., H]", x)
+    errors.check_dtype(name, f"{prefix}x", x, errors.FLOATS)
+    if like is not None:
+        errors.check_device(name, f"{prefix}x", x, like, "x")
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != x.shape[-1]:
-        errors.value_error(name, "weight", f"[V, {x.shape[-1]}] with V >= 1", weight)
+        errors.value_error(name, f"{prefix}weight", f"[V, {x.shape[-1]}] with V >= 1", weight)
     if weight.dtype != x.dtype:
-        errors.type_error(name, "weight", f"of x's dtype {errors.dtype_name(x.dtype)}", weight)
-    errors.check_device(name, "weight", weight, x, "x")
-    check_target(name, target, x.shape[:-1], x, "x")
+        errors.type_error(name, f"{prefix}weight", f"of {prefix}x's dtype {errors.dtype_name(x.dtype)}", weight)
+    errors.check_device(name, f"{prefix}weight", weight, x, f"{prefix}x")
     if bias is not None:
-        check_vocabulary(name, "bias", bias, weight.shape[0], x, "x")
+        check_vocabulary(name, f"{prefix}bias", bias, weight.shape[0], x, f"{prefix}x")
+
+
+def check_linear(name: str, x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+    """A head, and one target per hidden state."""
+    check_head(name, x, weight, bias)
+    check_target(name, target, x.shape[:-1], x, "x")
 
 
 def check_vocabulary(name: str, arg: str, values: Tensor, vocabulary: int, like: Tensor, like_arg: str) -> None:
@@ -63,6 +72,11 @@ def check_transform(name: str, softcap: float, temperature: float = 1.0) -> None
         errors.value_error(name, "softcap", "at least 0 (0: none)", softcap)
     if not temperature > 0:
         errors.value_error(name, "temperature", "above 0", temperature)
+
+
+def check_beta(name: str, beta: float) -> None:
+    if not 0 <= beta <= 1:
+        errors.value_error(name, "beta", "in [0, 1]", beta)
 
 
 def places(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

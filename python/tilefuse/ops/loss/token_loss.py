@@ -29,6 +29,12 @@ def check_num_items(name: str, num_items: Tensor | float | None, like: Tensor, l
         errors.check_not_differentiated(name, "it has no gradient", num_items=num_items)
 
 
+def check_reduction(name: str, num_items: Tensor | float | None, like: Tensor, like_arg: str, reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        errors.value_error(name, "reduction", f"one of {', '.join(REDUCTIONS)}", reduction)
+    check_num_items(name, num_items, like, like_arg, reduction)
+
+
 def check_token_loss(
     name: str,
     target: Tensor,
@@ -45,12 +51,41 @@ def check_token_loss(
         check_like(name, "token_weight", token_weight, target, "target")
     if class_weight is not None:
         check_vocabulary(name, "class_weight", class_weight, vocabulary, like, like_arg)
-    if reduction not in REDUCTIONS:
-        errors.value_error(name, "reduction", f"one of {', '.join(REDUCTIONS)}", reduction)
+    check_reduction(name, num_items, like, like_arg, reduction)
     if not 0 <= label_smoothing <= 1:
         errors.value_error(name, "label_smoothing", "in [0, 1]", label_smoothing)
-    check_num_items(name, num_items, like, like_arg, reduction)
     errors.check_not_differentiated(name, "it has no gradient", token_weight=token_weight, class_weight=class_weight)
+
+
+def check_kept_loss(
+    name: str,
+    tokens: torch.Size,
+    token_weight: Tensor | None,
+    num_items: Tensor | float | None,
+    like: Tensor,
+    like_arg: str,
+    reduction: str,
+) -> None:
+    """Of a loss whose targets only select, or are not there: ``tokens`` is their shape."""
+    if token_weight is not None:
+        if token_weight.shape != tokens:
+            errors.value_error(name, "token_weight", f"{[*tokens]}", token_weight)
+        errors.check_dtype(name, "token_weight", token_weight, errors.FLOATS)
+        errors.check_device(name, "token_weight", token_weight, like, like_arg)
+    check_reduction(name, num_items, like, like_arg, reduction)
+    errors.check_not_differentiated(name, "it has no gradient", token_weight=token_weight)
+
+
+def kept_tokens(target: Tensor | None, rows: Tensor, ignore_index: int) -> Tensor:
+    """Which of the rows count, bool ``[T]``."""
+    if target is None:
+        return torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
+    return target.reshape(-1) != ignore_index
+
+
+def kept_factors(keep: Tensor, token_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each token counts ``[T]``: its weight, 0 where it is not kept."""
+    return keep.to(dtype) if token_weight is None else torch.where(keep, token_weight.reshape(-1).to(dtype), 0.0)
 
 
 def target_weights(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
@@ -92,9 +127,7 @@ def divided(values: Tensor, weights: Tensor, num_items: Tensor | float | None) -
 
 
 def token_factors(target: Tensor, token_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    """What each token counts ``[T]``: its weight, 0 where it is ignored."""
-    kept = target != ignore_index
-    return kept.to(dtype) if token_weight is None else torch.where(kept, token_weight.to(dtype), 0.0)
+    return kept_factors(target != ignore_index, token_weight, dtype)
 
 
 def reduced(
