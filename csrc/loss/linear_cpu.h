@@ -4,6 +4,10 @@
 
 #include "common/cpu.h"
 
+#ifdef TILEFUSE_REGISTER
+#include <functional>
+#endif
+
 namespace tilefuse {
 
 // one float per id of the vocabulary; without data: none
@@ -55,7 +59,9 @@ struct LinearGradient {
   LinearHead head;
   const float *norm, *entropy, *coefficients;  // [2, T], [T], [4, T]
   int64_t tokens;
-  float* logits;  // as LinearStats has them, overwritten; or nullptr: made again
+  float* logits;         // as LinearStats has them, overwritten; or nullptr: made again
+  int64_t logits_first;  // the id that they begin with
+  bool made;             // they are gradients already
   int64_t first, ids, width;
   void* by_token;    // [count][width words]
   void* by_id;       // [ids / 64][words of count][64]
@@ -84,8 +90,20 @@ Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, flo
 
 Result merge_stats(const Tensor& stats);
 
-// Gradients that are not wanted are of one dim and empty. The call's own memory is filled in.
-void linear_backward(LinearGradient call, Tensor& dx, Tensor& dweight, Tensor& dbias);
+// puts gradients of the logits of ids [first, first + ids) where make_logits puts those
+using MakeGradients = std::function<void(int64_t first, int64_t ids, float* gradients)>;
+
+// Gradients that are not wanted are of one dim and empty. The call's own memory is filled in. Without `make` those of
+// the logits are of linear_logprobs.
+void linear_backward(LinearGradient call, Tensor& dx, Tensor& dweight, Tensor& dbias,
+                     const MakeGradients& make = nullptr);
+
+// the kept tokens of a head, as make_logits reads them
+std::unique_ptr<float[]> packed_rows(const LinearHead& head);
+
+// logits before the temperature, of the kept tokens and ids [first, first + ids): [panels of 64 ids][even_count][64],
+// -inf past the ids
+void make_logits(const LinearHead& head, const float* rows, int64_t first, int64_t ids, float* logits);
 
 // raises on a target that is neither in the vocabulary nor `ignore_index`
 void check_targets(const LinearHead& head, int64_t ignore_index);

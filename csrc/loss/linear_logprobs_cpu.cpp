@@ -241,6 +241,25 @@ void stats_of(const LinearStats& call, int64_t begin, int64_t end) {
   }
 }
 
+// panels [begin, end) from the id `first` on, of tokens that are packed already
+template <typename T>
+void logits_of(const LinearHead& head, const void* rows, int64_t first, int64_t ids, float* logits, int64_t begin,
+               int64_t end) {
+  using W = typename Operand<T>::type;
+  const int64_t depth = words(head.hidden, Operand<T>::per_word);
+  Scratch scratch(HeadPanel<T>::bytes(head));
+  HeadPanel<T> panel(scratch, head);
+  for (int64_t task = begin; task < end; ++task) {
+    panel.pack(first + task * kPanelIds);
+    for (int64_t t0 = 0; t0 < head.count; t0 += kResultRows) {
+      const int64_t count = at_most(head.count - t0, kResultRows);
+      float* c = logits + (task * even_count(head) + t0) * kPanelIds;
+      panel.multiply_rows(static_cast<const W*>(rows) + t0 * depth, count, c);
+      hide_tail(c, count, at_most(ids - task * kPanelIds, kPanelIds), -kInfinity);
+    }
+  }
+}
+
 // the operands of count rows of gradients of logits: rounded once
 template <typename W>
 inline void store_gradients(float* c, int64_t count, W* by_token, int64_t width, W* by_id);
@@ -316,9 +335,9 @@ void gradients_of(const LinearGradient& call, int64_t begin, int64_t end) {
       if (call.logits == nullptr) {
         panel.multiply_rows(static_cast<const W*>(call.rows) + t0 * depth, count, c);
       } else {
-        c = call.logits + (first / kPanelIds * even_count(head) + t0) * kPanelIds;
+        c = call.logits + ((first - call.logits_first) / kPanelIds * even_count(head) + t0) * kPanelIds;
       }
-      for (int64_t t = 0; t < count; ++t) {
+      for (int64_t t = 0; t < count && !call.made; ++t) {
         const int64_t token = head.kept[t0 + t];
         const bool smooth = call.coefficients[3 * call.tokens + token] != 0.0f;
         gradient_row(call, token, head.target[token] - head.vocab_start - first, smooth ? classes : nullptr,
@@ -478,6 +497,11 @@ void linear_stats(const LinearStats& call, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(call.head.dtype, T, { stats_of<T>(call, begin, end); })
 }
 
+void linear_logits(const LinearHead& head, const void* rows, int64_t first, int64_t ids, float* logits, int64_t begin,
+                   int64_t end) {
+  TILEFUSE_BY_DTYPE(head.dtype, T, { logits_of<T>(head, rows, first, ids, logits, begin, end); })
+}
+
 void linear_pack(const LinearHead& head, void* rows, void* columns, int64_t begin, int64_t end) {
   TILEFUSE_BY_DTYPE(head.dtype, T, { pack_all_of<T>(head, rows, columns, begin, end); })
 }
@@ -508,6 +532,7 @@ namespace tilefuse {
 TILEFUSE_DISPATCH(linear_per_word)
 TILEFUSE_DISPATCH(linear_stats)
 TILEFUSE_DISPATCH(linear_merge)
+TILEFUSE_DISPATCH(linear_logits)
 TILEFUSE_DISPATCH(linear_pack)
 TILEFUSE_DISPATCH(linear_gradients)
 TILEFUSE_DISPATCH(linear_weight_gradient)
@@ -591,7 +616,30 @@ Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, flo
   return stats;
 }
 
-void linear_backward(LinearGradient call, Tensor& dx_out, Tensor& dweight, Tensor& dbias) {
+namespace {
+
+std::unique_ptr<float[]> room(int64_t count) { return std::unique_ptr<float[]>(new float[static_cast<size_t>(count)]); }
+
+int64_t pack_grain(const LinearHead& head) { return 1 + 32768 / (head.hidden + 1); }
+
+}  // namespace
+
+std::unique_ptr<float[]> packed_rows(const LinearHead& head) {
+  int64_t per = 1;
+  linear_per_word(head.dtype, &per);
+  const int64_t pairs = (head.count + per - 1) / per;
+  std::unique_ptr<float[]> rows = room(pairs * per * ((head.hidden + per - 1) / per));
+  void *to_rows = rows.get(), *to_columns = nullptr;
+  run_parallel(linear_pack, pairs, pack_grain(head), head, to_rows, to_columns);
+  return rows;
+}
+
+void make_logits(const LinearHead& head, const float* rows, int64_t first, int64_t ids, float* logits) {
+  const int64_t panels = (ids + kPanelIds - 1) / kPanelIds;
+  run_parallel(linear_logits, panels, 1, head, rows, first, ids, logits);
+}
+
+void linear_backward(LinearGradient call, Tensor& dx_out, Tensor& dweight, Tensor& dbias, const MakeGradients& make) {
   const LinearHead& head = call.head;
   const bool need_x = dx_out.dim() == 2;
   void* dx = need_x ? dx_out.mutable_data_ptr() : nullptr;
@@ -608,7 +656,9 @@ void linear_backward(LinearGradient call, Tensor& dx_out, Tensor& dweight, Tenso
   const int64_t most = fit < kPanelIds ? kPanelIds : fit > kBlockIds ? kBlockIds : fit;
   const int64_t rounded = (head.vocabulary + kPanelIds - 1) / kPanelIds * kPanelIds;
   const int64_t block = most < rounded ? most : rounded;
-  const auto room = [](int64_t count) { return std::unique_ptr<float[]>(new float[static_cast<size_t>(count)]); };
+  call.made = static_cast<bool>(make);
+  const auto made = room(call.made ? block * even_count(head) : 0);
+  if (call.made) call.logits = made.get();
   // one word more each, as the last of an odd number holds two
   const auto by_token = room((head.count + 1) * block / per), by_id = room(pairs * block);
   const auto rows = room(call.logits == nullptr ? pairs * per * words_of(head.hidden) : 0);
@@ -621,11 +671,15 @@ void linear_backward(LinearGradient call, Tensor& dx_out, Tensor& dweight, Tenso
   call.dx = sums.get();
   void *to_rows = call.logits == nullptr ? rows.get() : nullptr,
        *to_columns = call.dweight == nullptr ? nullptr : columns.get();
-  run_parallel(linear_pack, pairs, 1 + 32768 / (head.hidden + 1), head, to_rows, to_columns);
+  run_parallel(linear_pack, pairs, pack_grain(head), head, to_rows, to_columns);
   for (call.first = 0; call.first < head.vocabulary; call.first += block) {
     call.ids = head.vocabulary - call.first < block ? head.vocabulary - call.first : block;
     const int64_t id_panels = (call.ids + kPanelIds - 1) / kPanelIds;
     call.width = id_panels * kPanelIds / per;
+    if (call.made) {
+      call.logits_first = call.first;
+      make(call.first, call.ids, made.get());
+    }
     run_parallel(linear_gradients, id_panels, 1, call);
     if (call.dweight != nullptr) run_parallel(linear_weight_gradient, panels * id_panels, 1, call);
     const int64_t parts = (head.count + kPartTokens - 1) / kPartTokens;
