@@ -10,6 +10,7 @@ from .fp8_linear import FP8Linear
 from .gated_mlp import GatedMLP
 from .linear_cross_entropy import LinearCrossEntropy
 from .moe import MoE, Routing
+from .mtp_loss import MTPLoss
 from .multihead_latent_attention import MultiheadLatentAttention
 from .paged_cache import PagedKVCache, PagedLatentCache
 from .policy_loss import PolicyLoss
@@ -22,6 +23,7 @@ __all__ = [
     "FP8Linear",
     "GatedMLP",
     "LinearCrossEntropy",
+    "MTPLoss",
     "MoE",
     "MultiheadLatentAttention",
     "PagedKVCache",
