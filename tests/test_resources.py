@@ -1,4 +1,4 @@
-"""The resource gate: kernels compiled for every architecture, no spills, no regressions; and the gate's own tests.
+"""The resource gate: kernels compiled for every architecture, no spill in a loop, no regression; its own tests.
 
 ``make test`` compiles the first configuration of each kernel for three architectures, ``make test-full`` every
 configuration for all.
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -300,11 +301,68 @@ def test_instructions_are_counted_with_predicates_and_without_data():
     .section  .text.other,"ax",@progbits
         /*0000*/                   EXIT ;
     """
-    mixes = binaries.instructions(text)
-    assert set(mixes) == {"kernel", "other"} and mixes["other"] == {"EXIT": 1}
-    figures = binaries.summary(mixes["kernel"])
+    functions = binaries.read_sass(text)
+    assert set(functions) == {"kernel", "other"} and functions["other"].mnemonics == ["EXIT"]
+    figures = binaries.summary(Counter(functions["kernel"].mnemonics))
     expected = {"loads_128": 2, "loads_16": 1, "bulk_copies": 1, "spills": 1, "stores_128": 0, "matrix": {}}
     assert figures == expected
+
+
+# a loop over tiles around a loop over keys, a wait, and a block past the exit that comes back
+LOOPS = """
+    .section  .text.kernel,"ax",@progbits
+        /*0000*/                   STL [R1], R2 ;
+    .L_x_0:
+        /*0010*/                   {outer} ;
+    .L_x_1:
+        /*0020*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0030*/                   {inner} ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+    .L_x_2:
+        /*0050*/                   {wait} ;
+        /*0060*/              @!P1 BRA `(.L_x_2) ;
+    .L_x_3:
+        /*0070*/                   LDS R4, [R2] ;
+        /*0080*/               @P2 BRA `(.L_x_0) ;
+        /*0090*/                   LDL R2, [R1] ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   {rare} ;
+        /*00c0*/                   BRA `(.L_x_3) ;
+"""
+
+
+@pytest.mark.parametrize("place, counted", [("outer", 0), ("inner", 1), ("wait", 0), ("rare", 0)])
+def test_spills_count_where_they_cost(place, counted):
+    places = dict.fromkeys(("outer", "inner", "wait", "rare"), "IADD3 R2, R2, R3, RZ") | {place: "LDL R5, [R1+0x8]"}
+    (code,) = binaries.read_sass(LOOPS.format(**places)).values()
+    assert len(code.spills) == 3 and code.loop_spills() == counted
+
+
+@pytest.mark.parametrize("spilled", ["v_mov_b32_e32 v2, v3", "scratch_load_dword v2, off, off ; 4-byte Folded Reload"])
+def test_spills_in_loops_of_amd(spilled):
+    text = f"""
+\tscratch_store_dword off, v2, off ; 4-byte Folded Spill
+.LBB0_1:
+\tglobal_load_dwordx4 v[4:7], v[8:9], off
+\t{spilled}
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+    .vgpr_spill_count: 1
+"""
+    figures = binaries._read_amdgcn(text)
+    assert (figures["spills"], figures["loop_spills"]) == (1, int("scratch" in spilled))
+
+
+def test_few_spills_outside_of_loops_are_no_problem(examples):
+    def found(**changes):
+        record = {**find(examples, "wide", "sm_80"), "family": "good", **changes}
+        return aot.problems({**as_family(examples), "records": [record]}, Path("/nonexistent"))
+
+    clean = found()
+    assert found(spills=32, stack=64, loop_spills=0) == clean
+    for bad in ({"spills": 33, "loop_spills": 0}, {"spills": 2, "loop_spills": 1}, {"stack": 8, "spills": 0}):
+        assert len(found(**bad)) == len(clean) + 1
+        assert found(**bad, allow_spill="a test") == clean
 
 
 @pytest.mark.parametrize(

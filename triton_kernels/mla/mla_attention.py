@@ -371,4 +371,7 @@ def aot_cases():
                 f"{'packed' if packed else 'padded'}_{dtype}",
                 train("mla_attention", q, k, v, *bounds, softmax_scale=192**-0.5),
                 expect=products,
+                allow_spill="dq of float32: sm_120 keeps three values of a loop outside of its 255 registers"
+                if dtype == "fp32"
+                else None,
             )

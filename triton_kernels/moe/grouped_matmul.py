@@ -397,7 +397,7 @@ def aot_cases():
     from ...testing.aot import AotCase, launch, tensor, train
 
     offsets, groups, n, k = tensor("i32", 129), 128, 2048, 768
-    spill = "sm_80 keeps a few addresses outside of registers beside 128 x 256 sums, with b transposed most"
+    spill = "addresses, of a transposed b most, make room for 128 x 256 sums once per tile, outside of the inner loop"
     for dtype in ("bf16", "fp16", "fp32"):
         products = ("MMA",) if dtype != "fp32" else ()
         b = tensor(dtype, groups, n, k)

@@ -277,5 +277,4 @@ def aot_cases():
                 f"{dtype}_m{rows}",
                 train("moe_experts", tensor(dtype, tokens, hidden), up, down, *routing),
                 expect={"moe_experts_up_kernel": ("MMA",)} if dtype != "fp32" else (),
-                allow_spill="sm_90 keeps one value outside of 255 registers" if rows == 8 else None,
             )

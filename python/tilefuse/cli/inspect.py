@@ -1,8 +1,9 @@
 """Compile every kernel for every GPU architecture and show what the compiler made of it. Needs no GPU.
 
 Registers, stack, shared memory, spills, 128-bit accesses and matrix instructions of each Triton kernel that the calls
-of a module's aot_cases() launch, and of each kernel of the CUDA library. Exits with 1 when a kernel spills, lacks an
-instruction that it should have, or got worse than the baseline in tests/resources (in a source checkout).
+of a module's aot_cases() launch, and of each kernel of the CUDA library. Exits with 1 when a kernel spills in an inner
+loop, lacks an instruction that it should have, or got worse than the baseline in tests/resources (in a source
+checkout).
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def _row(record: dict[str, Any], bad: bool) -> list[Any]:
     shared = f"{record['shared'] / 1024:.4g} KiB" if record["shared"] else ""
     state = "failed" if bad else "ok (may spill)" if record["allow_spill"] and record["stack"] else "ok"
     wide = [record[k] or "" for k in ("loads_128", "stores_128")]
-    return [*head, record["registers"], record["stack"] or "", record["spills"] or "", shared, *wide, matrix, state]
+    spills = record["spills"] or ""
+    if record["loop_spills"]:
+        spills = f"{spills} ({record['loop_spills']} in loops)"
+    return [*head, record["registers"], record["stack"] or "", spills, shared, *wide, matrix, state]
 
 
 def _progress(console: Console) -> Callable[[int, int, str], None]:

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _ROOT = Path(__file__).resolve().parents[4]
 CUDA_LIBRARY = Path(__file__).parents[2] / "_cuda.abi3.so"
 _MATRIX = re.compile(r"(H|I|Q|O|D|B)MMA|(H|I|Q|B)GMMA|UTC\w*MMA")
 _TMA = re.compile(r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP")
+# what a loop that works reads or multiplies, in SASS and in AMD's assembly
+_WORK = re.compile(r"LDG|LDS|UTMALDG|UBLKCP|UTC\w*MMA|[A-Z]G?MMA|(global|buffer)_load|ds_(read|load)|v_mfma")
 
 
 @functools.cache
@@ -67,32 +70,67 @@ def summary(mix: Counter[str]) -> dict[str, Any]:
     return figures
 
 
-def instructions(disassembly: str) -> dict[str, Counter[str]]:
-    """Function name -> count of each mnemonic, from ``nvdisasm -c``."""
-    mixes: dict[str, Counter[str]] = {}
-    mix: Counter[str] = Counter()
+@dataclass
+class Code:
+    """The instructions of one function in order; all positions count them."""
+
+    mnemonics: list[str] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    branches: list[tuple[int, str]] = field(default_factory=list)
+    exits: list[int] = field(default_factory=list)
+    spills: list[int] = field(default_factory=list)
+
+    def loop_spills(self) -> int:
+        """How many of the spills lie in an innermost loop that loads or multiplies; one that only waits is none."""
+        loops = []
+        for end, label in self.branches:
+            start = self.labels.get(label, end + 1)
+            # rare blocks are set aside past the exit and come back: no loop
+            exits = any(start <= at <= end for at in self.exits)
+            if not exits and any(_WORK.match(m) for m in self.mnemonics[start : end + 1]):
+                loops.append((start, end))
+        inner = [(s, e) for s, e in loops if not any((a, b) != (s, e) and s <= a and b <= e for a, b in loops)]
+        return sum(any(s <= at <= e for s, e in inner) for at in self.spills)
+
+
+def read_sass(disassembly: str) -> dict[str, Code]:
+    """Function name -> its code, from ``nvdisasm -c``."""
+    functions: dict[str, Code] = {}
+    code = Code()
     for line in disassembly.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.([^,\s]+)", line):
-            mix = mixes.setdefault(section.group(1), Counter())
+            code = functions.setdefault(section.group(1), Code())
+        elif label := re.match(r"\s*(\.L\w+):", line):
+            code.labels[label.group(1)] = len(code.mnemonics)
         # predicates (@P0, @!UP1) and {dual issue} braces come before the mnemonic
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line):
-            mix[found.group(1)] += 1
-    return mixes
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            predicate, mnemonic, operands = found.groups()
+            at, base = len(code.mnemonics), mnemonic.split(".")[0]
+            if base in ("LDL", "STL"):
+                code.spills.append(at)
+            elif base == "EXIT" and predicate is None:
+                code.exits.append(at)
+            elif base == "BRA" and (target := re.search(r"`\((\.L\w+)\)", operands)):
+                code.branches.append((at, target.group(1)))
+            code.mnemonics.append(mnemonic)
+    return functions
 
 
 def read_cubin(path: Path) -> dict[str, dict[str, Any]]:
     """Function name -> registers, stack, static shared memory and instruction figures of a cubin."""
     usage = _run(_tool("cuobjdump"), "--dump-resource-usage", str(path))
-    mixes = instructions(_run(_tool("nvdisasm"), "-c", str(path)))
+    functions = read_sass(_run(_tool("nvdisasm"), "-c", str(path)))
     found = {}
     for name, figures in re.findall(r"Function (\S+):\s*\n\s*(REG:.*)", usage):
         values = dict(re.findall(r"(\w+(?:\[\d+\])?):(\d+)", figures))
-        mix = mixes.get(name, Counter())
+        code = functions.get(name, Code())
+        mix = Counter(code.mnemonics)
         found[name] = {
             "registers": int(values["REG"]),
             "stack": int(values["STACK"]),
             "shared": int(values["SHARED"]),
             **summary(mix),
+            "loop_spills": code.loop_spills(),
             "mix": _by_base(mix),
         }
     return found
@@ -105,19 +143,39 @@ def _by_base(mix: Counter[str]) -> dict[str, int]:
     return dict(bases.most_common())
 
 
+def _amdgcn_code(text: str) -> Code:
+    code = Code()
+    for line in text.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            code.labels[label.group(1)] = len(code.mnemonics)
+        elif found := re.match(r"\s+([a-z]+_[a-z0-9_]+)\s*(.*)", line):
+            mnemonic, operands = found.groups()
+            at = len(code.mnemonics)
+            if mnemonic.startswith(("scratch_", "buffer_")) and "Folded" in operands:
+                code.spills.append(at)
+            elif mnemonic == "s_endpgm":
+                code.exits.append(at)
+            elif mnemonic.startswith(("s_branch", "s_cbranch")):
+                code.branches.append((at, operands.split()[0]))
+            code.mnemonics.append(mnemonic)
+    return code
+
+
 def _read_amdgcn(text: str) -> dict[str, Any]:
     """The same figures from AMD's assembly text; wide accesses are the dwordx4 ones, the matrix unit is MFMA."""
+    code = _amdgcn_code(text)
 
     def number(key: str) -> int:
         match = re.search(rf"\.{key}:\s*(\d+)", text)
         return int(match.group(1)) if match else 0
 
-    mix = Counter(re.findall(r"^\s+([a-z]+_[a-z0-9_]+)", text, re.MULTILINE))
+    mix = Counter(code.mnemonics)
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
         # scalar registers spill into lanes of vector registers; where those run out, `stack` shows it
         "spills": number("vgpr_spill_count"),
+        "loop_spills": code.loop_spills(),
         "loads_128": sum(n for m, n in mix.items() if re.fullmatch(r"(global|buffer)_load_(lds_)?dwordx4", m)),
         "stores_128": sum(n for m, n in mix.items() if re.fullmatch(r"(global|buffer)_store_dwordx4", m)),
         "loads_16": sum(n for m, n in mix.items() if re.fullmatch(r"(global|buffer)_load_(u|s)?(short|byte)\w*", m)),
@@ -151,8 +209,9 @@ def _cache_dir() -> Path:
 @functools.cache
 def _reader_version() -> str:
     """Changes with the code that makes the figures: cached ones are then made anew."""
-    makers = (summary, instructions, read_cubin, _by_base, _read_amdgcn, _compile, _read_library, short_name)
-    code = "".join(inspect.getsource(f) for f in makers) + _MATRIX.pattern + _TMA.pattern
+    makers = (summary, Code, read_sass, read_cubin, _by_base, _amdgcn_code, _read_amdgcn, _compile, _read_library)
+    code = "".join(inspect.getsource(f) for f in (*makers, short_name))
+    code += _MATRIX.pattern + _TMA.pattern + _WORK.pattern
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
