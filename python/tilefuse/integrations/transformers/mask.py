@@ -8,7 +8,6 @@ Face would have made the mask: tilefuse's attention reads the numbers, and any o
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections.abc import Callable
@@ -16,156 +15,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from transformers import masking_utils as stock
 from transformers.utils.import_utils import is_tracing
 
 from . import rules
 from .compact import Compact, describe
+from .lazy import LazyTensor
 
 _aten = torch.ops.aten
-# these give the same mask again, unless their arguments after the first say otherwise
-_SAME = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default}
 
 
-class _Entries:
-    """What a mask and its aliases have in common: what they say, how the entries are made, and those once made."""
+class LazyMask(LazyTensor):
+    """A mask without entries until someone asks for them; it says its ``Compact``."""
 
-    def __init__(self, compact: Compact | None, make: Callable[[], Any]):
-        self.compact = compact
-        self.make = make
-        self.made: Tensor | None = None
-        # in a graph, whose writes would reach the entries past the mask
-        self.traced = False
+    _what = "a mask"
 
-
-class LazyMask(Tensor):
-    """A mask without entries until someone asks for them: ``dense()``.
-
-    What it says, ``compact_of``, holds until someone could have written an entry: from the first write to the mask or
-    to an alias, and from the first view or pointer into its memory on, the entries count and nothing else.
-    """
-
-    _entries: _Entries
-
-    # nothing is left to do when an op is called from Python: they are caught below
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def of(
-        compact: Compact | None,
-        make: Callable[[], Any],
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> LazyMask:
-        mask: LazyMask = Tensor._make_wrapper_subclass(LazyMask, shape, dtype=dtype, device=device)
-        mask._entries = _Entries(compact, make)
-        return mask
-
-    @property
-    def _made(self) -> Tensor:
-        entries = self._entries
-        made = entries.made = entries.make() if entries.made is None else entries.made
-        return made
-
-    def dense(self) -> Tensor:
-        """The entries, to be read."""
-        return self._made
-
-    def _may_be_written(self, now: bool) -> None:
-        if now and self._entries.traced:
-            raise RuntimeError(
-                "tilefuse: a compiled function cannot write to a mask of a patched model, only to a clone"
-            )
-        self._entries.compact = None
-
-    def _exposed(self) -> Tensor:
-        """The entries, for someone who may write to them."""
-        self._may_be_written(True)
-        return self._made
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # in inference mode ops arrive whole that are made of others
-        done = func.decompose(*args, **kwargs) if torch.is_inference_mode_enabled() else NotImplemented
-        if done is not NotImplemented:
-            return done
-        mask = args[0] if args else None
-        if isinstance(mask, LazyMask):
-            entries, shape = mask._entries, tuple(mask.shape)
-            if func in _SAME:
-                same = LazyMask.of(None, entries.make, shape, mask.dtype, mask.device)
-                same._entries = entries
-                return same
-            compact = entries.compact
-            same_dtype = kwargs.get("dtype") in (None, mask.dtype)
-            if func is _aten._to_copy.default and same_dtype and kwargs.get("device") and compact is not None:
-                device = torch.device(kwargs["device"])
-                # made anew: what is written to a copy stays there
-                return LazyMask.of(compact.to(device), lambda: entries.make().to(device), shape, mask.dtype, device)
-        given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None:
-                # it is written to, or a result shares its memory
-                for each in pytree.tree_leaves(given.get(argument.name)):
-                    if isinstance(each, LazyMask):
-                        each._may_be_written(argument.alias_info.is_write)
-        args, kwargs = pytree.tree_map_only(LazyMask, LazyMask.dense, (args, kwargs))
-        return func(*args, **kwargs)
-
-    # dynamo takes a mask that comes into a compiled region as the wrapper of its entries
-    def __tensor_flatten__(self) -> tuple[list[str], None]:
-        return ["_made"], None
-
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> LazyMask:
-        made = inner["_made"]
-        mask = Tensor._make_wrapper_subclass(LazyMask, size, stride, dtype=made.dtype, device=made.device)
-        mask._entries = _Entries(None, lambda: made)
-        mask._entries.traced = True
-        return mask
-
-    # what does not pass through the dispatcher, or not as a mask
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self._exposed()[index] = value
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
-
-    def __copy__(self) -> Tensor:
-        return copy.copy(self._exposed())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.dense().clone()
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"LazyMask({list(self.shape)}, dtype={self.dtype}, {compact_of(self)})"
-
-    def numpy(self, *, force: bool = False) -> Any:
-        return self._exposed().numpy(force=force)
-
-    def tolist(self) -> Any:
-        return self.dense().tolist()
-
-    @property
-    def data(self) -> Any:
-        return self.detach()
-
-    @data.setter
-    def data(self, entries: Tensor) -> None:
-        self._may_be_written(True)
-        self._entries.made = entries
-
-    def storage(self) -> Any:
-        return self._exposed().storage()
-
-    def data_ptr(self) -> int:
-        return self._exposed().data_ptr()
-
-    def __dlpack__(self, **options: Any) -> Any:
-        return self._exposed().__dlpack__(**options)
+    def derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        compact, make = self.says, self._entries.make
+        same_dtype = kwargs.get("dtype") in (None, self.dtype)
+        if func is _aten._to_copy.default and same_dtype and kwargs.get("device") and compact is not None:
+            device = torch.device(kwargs["device"])
+            # made anew: what is written to a copy stays there
+            return LazyMask.of(compact.to(device), lambda: make().to(device), tuple(self.shape), self.dtype, device)
+        return None
 
 
 class TracedMask(Tensor):
@@ -178,7 +50,7 @@ class TracedMask(Tensor):
 
 def compact_of(mask: Any) -> Compact | None:
     """What a mask says, or None if it has to be looked at."""
-    return mask._entries.compact if type(mask) is LazyMask else getattr(mask, "compact", None)
+    return mask.says if type(mask) is LazyMask else getattr(mask, "compact", None)
 
 
 def dense(mask: Any) -> Any:
