@@ -14,6 +14,10 @@ experts              ``moe_experts``, ``grouped_matmul``        all that use Hug
 FP8 linears          ``fp8_matmul``                             checkpoints with ``weight_scale_inv``
 sparse attention     ``global_attention``,                      Longformer, BigBird
                      ``block_sparse_attention``
+norms, gated MLPs    ``rms_norm``, ``gated_activation``         with ``norm=True``: Llama, Gemma, gpt-oss, OLMo-2,
+                                                                Phi-3, and all with the same code
+head and loss        ``linear_cross_entropy``                   with ``loss=True``: Llama, Mixtral, Gemma-2, Granite,
+                                                                Cohere, Qwen3-VL, and all with the same code
 ===================  =========================================  ==================================================
 
 Results differ from Hugging Face's by rounding only. Two things follow from that and are not errors: where bfloat16
@@ -23,11 +27,15 @@ what Hugging Face's hold up to rounding, so that a model may be patched or unpat
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ... import errors
 from . import attention, bigbird, check, experts, fp8_linear, longformer, router
-from .swap import STATE, Change, Left, Report, Swap, apply, undo
+from . import loss as losses
+from . import norm as norms
+from .swap import STATE, Change, Left, Options, Report, Swap, apply, undo
 
 __all__ = ["Change", "Left", "Report", "Swap", "patch", "register", "unpatch"]
 
@@ -66,7 +74,14 @@ def register() -> None:
     experts.register()
 
 
-def patch(model: nn.Module, *, unverified: bool = False, pack: bool | str = False) -> Report:
+def patch(
+    model: nn.Module,
+    *,
+    unverified: bool = False,
+    pack: bool | str = False,
+    norm: bool = False,
+    loss: bool = False,
+) -> Report:
     """Runs what it can of one live model on tilefuse, and says what that is.
 
     Each module that a part of tilefuse knows gets a new forward on the *instance*. Configs, parameters,
@@ -83,7 +98,7 @@ def patch(model: nn.Module, *, unverified: bool = False, pack: bool | str = Fals
     What tilefuse does not compute exactly stays with Hugging Face, at the module or for the call: attention dropout in
     training, position biases, masks of the user, masks with holes, padding under ``torch.compile``, attention weights
     of an eager model, ``generate_batch``, and every call with an argument that tilefuse does not know. The report
-    names modules; ``report.calls()`` counts what their attention calls ran on. A second derivative raises.
+    names modules; ``report.calls()`` counts what their attention and loss calls ran on. A second derivative raises.
 
     Args:
         model: any module. Usually a ``transformers.PreTrainedModel``; wrapped ones (DDP, PEFT, ``torch.compile``)
@@ -104,6 +119,7 @@ def patch(model: nn.Module, *, unverified: bool = False, pack: bool | str = Fals
     Raises:
         ValueError: pack is none of False, True and "only".
         RuntimeError: with ``unverified``, if the outputs differ or could not be compared. The model is then as before.
+            With ``loss``, when logits are looked at whose head has changed since, as by an optimizer's step.
 
     Example::
 
@@ -123,8 +139,11 @@ def patch(model: nn.Module, *, unverified: bool = False, pack: bool | str = Fals
     """
     if pack not in (False, True, "only"):
         errors.value_error("integrations.transformers.patch", "pack", 'one of False, True, "only"', pack)
+    options = Options(pack, norm, loss)
     state = model.__dict__.get(STATE)
-    if state is None or (pack and pack != state.pack):
+    if state is None or options.and_before(state.options) != state.options:
+        if state is not None:
+            options = options.and_before(state.options)
         # a part of it may be patched on its own
         undo(model)
         parts = [
@@ -134,11 +153,15 @@ def patch(model: nn.Module, *, unverified: bool = False, pack: bool | str = Fals
             attention.part(model, unverified),
             router.swap,
             experts.swap,
+            *([norms.swap] if options.norm else []),
         ]
+        also = [losses.part(model)] if options.loss else []
+
+        def swap_all() -> Any:
+            return apply(model, parts, options, also)
+
         unknown = check.not_verified(model) if unverified else []
-        state = (
-            check.compared(model, unknown, lambda: apply(model, parts, pack)) if unknown else apply(model, parts, pack)
-        )
+        state = check.compared(model, unknown, swap_all) if unknown else swap_all()
     state.report.belongs_to(model)
     return state.report
 

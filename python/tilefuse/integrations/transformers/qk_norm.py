@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...ops.rope.qk_norm_rope import qk_norm_rope
-from . import rope
+from . import norm, rope
 from .swap import hooked, same_code
 
 # model, class of the norm -> what its weight misses
@@ -63,8 +63,8 @@ def fuse(otherwise: types.FunctionType, offset: float) -> types.FunctionType:
         q_norm, k_norm = self.q_norm, self.k_norm
         if (
             # a hook must run, and one that moves a weight must have moved it
-            hooked(q_norm)
-            or hooked(k_norm)
+            hooked(q_norm, norm.norm_forward)
+            or hooked(k_norm, norm.norm_forward)
             # another module may have taken its place, around it or instead of it
             or not _offset(q_norm) == _offset(k_norm) == offset
             or _eps(q_norm) != _eps(k_norm)

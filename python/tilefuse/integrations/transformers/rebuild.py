@@ -106,11 +106,12 @@ def uses(function: Function, wanted: Callable[[Any], bool]) -> bool:
 
 
 def method(cls: Any, name: str, parts: tuple[str, ...]) -> Function:
-    """The copy of a class's method that runs these parts on tilefuse: ``"attention"``, ``"rope"``, ``"norm=0.0"``."""
+    """The copy of a class's method that runs these parts on tilefuse: ``"attention"``, ``"rope"``, ``"norm=0.0"``,
+    ``"loss"``."""
     key = (cls, name, parts)
     stock = inspect.getattr_static(cls, name)
     if key not in _built or not _still(stock, *_built[key][:2]):
-        from . import attention, qk_norm, rope
+        from . import attention, loss, qk_norm, rope
 
         replaces = {"attention": attention.replace, "rope": rope.replace}
         wanted = [replaces[part] for part in parts if part in replaces]
@@ -122,11 +123,16 @@ def method(cls: Any, name: str, parts: tuple[str, ...]) -> Function:
         used: Used = []
         made = copy(stock, replace, used=used)
         if made is None:
-            raise LookupError(f"{cls.__qualname__}.{name} has nothing of {', '.join(parts)}")
+            if "loss" not in parts:
+                raise LookupError(f"{cls.__qualname__}.{name} has nothing of {', '.join(parts)}")
+            made = stock
         for part in parts:
             if part.startswith("norm="):
                 made = qk_norm.fuse(made, float(part[5:]))
                 functools.update_wrapper(made, stock, updated=())
+        if "loss" in parts:
+            made = loss.fuse(made)
+            functools.update_wrapper(made, stock, updated=())
         made.__module__, made.__qualname__ = __name__, _encode(cls, name, parts)
         _built[key] = stock, used, made
     return _built[key][2]

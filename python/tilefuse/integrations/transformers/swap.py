@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from torch import nn
 
 from ... import packs
 from . import calls
+
+Part = Callable[[nn.Module, Any], "Swap | Left | None"]
 
 # where the state of a patched model lives: an attribute goes along with copy.deepcopy
 STATE = "_tilefuse_patch"
@@ -60,6 +63,23 @@ class Left:
     """A module that a part knows and leaves alone, with a reason that a user understands."""
 
     why: str
+
+
+def _joined(first: Swap | Left | None, second: Swap | Left | None) -> Swap | Left | None:
+    """What two parts say of one module, which change different methods of it."""
+    if first is None or second is None:
+        return first or second
+    if isinstance(first, Left) and isinstance(second, Left):
+        return Left(f"{first.why}; {second.why}")
+    a, b = (Swap(None, "", each.why) if isinstance(each, Left) else each for each in (first, second))
+    return Swap(
+        a.forward or b.forward,
+        ", ".join(filter(None, (a.what, b.what))),
+        "; ".join(filter(None, (a.left, b.left))),
+        {**a.methods, **b.methods},
+        {**a.options, **b.options},
+        a.sources + b.sources,
+    )
 
 
 @dataclass(frozen=True)
@@ -109,8 +129,8 @@ class Report(Mapping[str, Change]):
         return {path: change.left for path, change in self._changes.items() if change.left}
 
     def calls(self) -> dict[str, dict[str, int]]:
-        """What the attention calls of each module ran on since it was patched: an op of tilefuse, or Hugging Face's
-        function with the reason. Calls inside of compiled graphs are not counted."""
+        """What the attention and loss calls of each module ran on since it was patched: an op of tilefuse, or Hugging
+        Face's function with the reason. Calls inside of compiled graphs are not counted."""
         model = None if self._model is None else self._model()
         modules = {} if model is None else dict(model.named_modules())
         found = {path: calls.of(modules[path]) for path in self if path in modules}
@@ -122,7 +142,7 @@ class Report(Mapping[str, Change]):
         groups: dict[tuple[str, Change], list[int]] = {}
         for path, change in self._changes.items():
             numbers = [part for part in path.split(".") if part.isdigit()]
-            shown = ".".join("*" if part.isdigit() else part for part in path.split("."))
+            shown = ".".join("*" if part.isdigit() else part for part in path.split(".")) or "(model)"
             groups.setdefault((shown, change), []).append(int(numbers[0]) if numbers else -1)
         lines = [f"tilefuse: {len(self.changed)} of {len(self)} known modules run on tilefuse"]
         width = max(len(path) for path, _ in groups)
@@ -135,12 +155,27 @@ class Report(Mapping[str, Change]):
         return "\n".join(lines)
 
 
+class Options(NamedTuple):
+    """What a user asks ``patch`` for beyond the default."""
+
+    pack: bool | str = False
+    norm: bool = False
+    loss: bool = False
+
+    def and_before(self, before: Options) -> Options:
+        """These, and what was asked for before."""
+        return Options(self.pack or before.pack, self.norm or before.norm, self.loss or before.loss)
+
+
+NOTHING = Options()
+
+
 @dataclass
 class _State:
     """What ``undo`` needs."""
 
     report: Report
-    pack: bool | str = False
+    options: Options = NOTHING
     # module, name of the method, ours, what was in the instance's __dict__ (None: nothing)
     methods: list[tuple[nn.Module, str, Any, Any]] = field(default_factory=list)
 
@@ -150,7 +185,7 @@ def _slot(module: nn.Module, name: str) -> str:
     return "_old_forward" if name == "forward" and "_old_forward" in module.__dict__ else name
 
 
-def _replaced(module: nn.Module, name: str) -> bool:
+def replaced(module: nn.Module, name: str) -> bool:
     """Whether someone gave this instance a method of its own, which a swap would drop; accelerate's hooks do not."""
     found = module.__dict__.get(_slot(module, name))
     return found is not None and getattr(found, "__func__", None) is not getattr(type(module), name, None)
@@ -174,10 +209,16 @@ def _replicate(module: nn.Module) -> nn.Module:
     return replica
 
 
-def _code_key(function: Any) -> tuple[Any, ...] | None:
-    code = getattr(function, "__code__", None)
+def _code_key(function: Any, bare: bool) -> tuple[Any, ...] | None:
+    code = getattr(inspect.unwrap(function) if bare and function is not None else function, "__code__", None)
+    if code is None:
+        return None
+    constants = code.co_consts
+    if bare and isinstance(constants[0], str | None):
+        # the docstring
+        constants = constants[1:]
     # where in its file a function stands does not matter
-    return code and (code.co_code, code.co_names, code.co_varnames, code.co_consts)
+    return code.co_code, code.co_names, code.co_varnames, constants
 
 
 _LIBRARY = os.path.dirname(transformers.__file__)
@@ -197,32 +238,36 @@ def original(cls: type, method: str = "forward") -> bool:
 
 
 @functools.cache
-def _known(classes: tuple[tuple[str, str, Any], ...], method: str) -> dict[tuple[Any, ...], Any]:
+def _known(classes: tuple[tuple[str, str, Any], ...], method: str, bare: bool) -> dict[tuple[Any, ...], Any]:
     found = {}
     for model, name, value in classes:
         file = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
         cls = getattr(file, name, None)
-        key = _code_key(getattr(cls, method, None))
+        key = _code_key(getattr(cls, method, None), bare)
         if isinstance(cls, type) and key is not None and original(cls, method):
             found[key] = value
     return found
 
 
-def same_code(module: Any, classes: tuple[tuple[str, str, Any], ...], method: str = "forward") -> Any:
+def same_code(
+    module: Any, classes: tuple[tuple[str, str, Any], ...], method: str = "forward", bare: bool = False
+) -> Any:
     """The value of the first of ``(model, class, value)`` whose method is, instruction by instruction, the module's
-    or the class's.
+    or the class's. ``bare``: whatever decorates it and its docstring says.
 
     Hugging Face writes the same code out for each model that uses it, so this finds what a name would not.
     """
     cls = module if isinstance(module, type) else type(module)
-    key = _code_key(getattr(cls, method, None))
-    return None if key is None else _known(classes, method).get(key)
+    key = _code_key(getattr(cls, method, None), bare)
+    return None if key is None else _known(classes, method, bare).get(key)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module is more than its class's forward: a fused op that does not call it would drop that."""
+def hooked(module: nn.Module, ours: Callable[..., Any] | None = None) -> bool:
+    """Whether calling a module is more than its class's forward, or than ``ours`` in its place: a fused op that does
+    not call it would drop that."""
+    forward = module.__dict__.get("forward")
     return bool(
-        "forward" in module.__dict__
+        (forward is not None and (ours is None or getattr(forward, "func", None) is not ours))
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -253,7 +298,7 @@ def undo(model: nn.Module) -> None:
 
 def _pack(state: _State, module: nn.Module, answer: Swap) -> tuple[Change, packs.PackedMemory]:
     """Packs the weights of a module that has just got its forward."""
-    mode = "only" if state.pack == "only" else "keep"
+    mode = "only" if state.options.pack == "only" else "keep"
     why = packs.why_not(module, answer.sources, mode)
     if why is not None:
         left = "; ".join(part for part in (answer.left, f"not packed: {why}") if part)
@@ -265,10 +310,11 @@ def _pack(state: _State, module: nn.Module, answer: Swap) -> tuple[Change, packs
 
 
 def apply(
-    model: nn.Module, parts: list[Callable[[nn.Module, Any], Swap | Left | None]], pack: bool | str = False
+    model: nn.Module, parts: list[Part], options: Options = NOTHING, also: list[Part] | tuple[Part, ...] = ()
 ) -> _State:
-    """Walks the model and asks the parts, in order, about each module; the first that knows it decides."""
-    state = _State(Report({}), pack)
+    """Walks the model and asks the parts, in order, about each module; the first that knows it decides. Those in
+    ``also`` are asked besides: they change other methods."""
+    state = _State(Report({}), options)
     memory = packs.PackedMemory(0, 0)
     setattr(model, STATE, state)
     changes: dict[str, Change] = {}
@@ -279,9 +325,14 @@ def apply(
             parent = path.rpartition(".")[0]
             config = configs[path] = module.__dict__.get("config") or (configs.get(parent) if path else None)
             answer = next((answer for part in parts if (answer := part(module, config)) is not None), None)
+            for part in also:
+                other = part(module, config)
+                if isinstance(other, Swap) and isinstance(answer, Swap) and {*other.names} & {*answer.names}:
+                    other = Left(f"{other.what}: its forward runs otherwise on tilefuse")
+                answer = _joined(answer, other)
             if isinstance(answer, Left):
                 changes[path] = Change(left=answer.why)
-            elif answer is not None and any(_replaced(module, name) for name in answer.names):
+            elif answer is not None and any(replaced(module, name) for name in answer.names):
                 if answer.what:
                     changes[path] = Change(left="someone replaced its forward")
             elif answer is not None:
@@ -291,10 +342,10 @@ def apply(
                 if answer.forward is not None:
                     set_method(state, module, "forward", answer.forward, **answer.options)
                 set_method(state, module, "_replicate_for_data_parallel", _replicate)
-                if answer.sources and pack:
+                if answer.sources and options.pack:
                     changes[path], its = _pack(state, module, answer)
                     memory = packs.PackedMemory(memory.before + its.before, memory.after + its.after)
-                elif answer.what:
+                elif answer.what or answer.left:
                     changes[path] = Change(answer.what, answer.left)
     except BaseException:
         undo(model)
