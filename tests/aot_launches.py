@@ -125,6 +125,8 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     head = tokens(256), tensor("bf16", 32000, 256), tokens(dtype="i64"), tensor("bf16", 32000)
     yield "loss/linear_logprobs", train("linear_logprobs", *head, softcap=30.0)
     yield "loss/linear_logprobs", train("linear_cross_entropy", *head[:3], label_smoothing=0.1)
+    teacher = tokens(8, dtype="fp32"), tokens(8, dtype="i64")
+    yield "loss/linear_topk_distillation", train("linear_topk_distillation", *head[:2], *teacher, *head[2:])
 
     ids, weights = tokens(4, dtype="i32"), tokens(4, dtype="fp32")
     up, down, ends = tensor("bf16", 16, 512, 256), tensor("bf16", 16, 256, 256), tensor("i32", 17)

@@ -101,6 +101,10 @@ CASES = {
         {"label_smoothing": 0.1},
     ),
     "linear_logprobs": (lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s)), {}),
+    "linear_topk_distillation": (
+        lambda b, s: (draw(b, s, 16), draw(60, 16), draw(b, s, 4), draw(b, s, 60).topk(4).indices, integers(60, b, s)),
+        {},
+    ),
     "mla_absorb_query": (
         lambda b, s: (draw(b * s, HEADS, 24), draw(HEADS, 16, 32), *tables(8), integers(s, b * s)),
         {},

@@ -38,12 +38,38 @@ constexpr int64_t kBlockIds = 1024, kBlockBytes = 32 << 20;
 // tokens in pairs: an odd one has a row of zeros for its partner
 static inline int64_t even_count(const LinearHead& head) { return head.count + head.count % 2; }
 
+// ids [T, k] that are not for the statistics, each token's in ascending order with -1 ahead of them; k = 0: none
+struct ListedIds {
+  Index ids;
+  int64_t count;
+};
+
+namespace TILEFUSE_ISA {
+
+// the place of a token's first listed id that is `id` or above
+static inline int64_t first_listed(const ListedIds& listed, int64_t token, int64_t id) {
+  int64_t low = 0, high = listed.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (listed.ids[token * listed.count + middle] < id) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+}  // namespace TILEFUSE_ISA
+
 // statistics of parts of the tokens times blocks of the vocabulary
 struct LinearStats {
   LinearHead head;
   int64_t blocks, columns;
   float* stats;   // [T, blocks, columns]
   float* logits;  // [panels][even_count][64], or nullptr: forgotten
+  ListedIds listed;
+  float* listed_logits;  // [T, k]
 };
 
 // of T tokens, as the op returns them
@@ -71,6 +97,8 @@ struct LinearGradient {
   float* dbias;      // [V] or nullptr
   void* dweight;     // [V, H]
   float factor;
+  ListedIds listed;
+  const float* listed_gradients;  // [T, k + 1], those of the listed ids' logits
 };
 
 #ifdef TILEFUSE_REGISTER
@@ -85,8 +113,9 @@ std::vector<int64_t> kept_tokens(const Tensor& target, int64_t ignore_index);
 
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// [T, blocks, columns]; `logits` as in LinearStats
-Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits);
+// [T, blocks, columns]; the others as in LinearStats
+Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits,
+                  const ListedIds& listed = {}, float* listed_logits = nullptr);
 
 Result merge_stats(const Tensor& stats);
 

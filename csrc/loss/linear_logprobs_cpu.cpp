@@ -184,17 +184,28 @@ inline void hide_tail(float* c, int64_t count, int64_t ids, float value) {
     for (int64_t i = ids; i < kPanelIds; ++i) c[r * kPanelIds + i] = value;
 }
 
+// logits z [64] of ids from `first` on: what a token lists of them is written out and leaves
+inline void take_listed(const LinearStats& call, int64_t token, int64_t first, int64_t ids, int64_t& next, float* z) {
+  const int64_t count = call.listed.count, row = token * count;
+  for (; next < count && call.listed.ids[row + next] < first + ids; ++next) {
+    float& at = z[call.listed.ids[row + next] - first];
+    call.listed_logits[row + next] = at;
+    at = -kInfinity;
+  }
+}
+
 template <typename T>
 void stats_of(const LinearStats& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
   const LinearHead& head = call.head;
   const int64_t depth = words(head.hidden, Operand<T>::per_word);
   const int64_t most = at_most(head.count, kPartTokens);
-  Scratch scratch(HeadPanel<T>::bytes(head) + most * (4 * depth + sizeof(RunningStats)) +
-                  4 * (kResultRows + 1) * kPanelIds + 512);
+  Scratch scratch(HeadPanel<T>::bytes(head) + most * (4 * depth + sizeof(RunningStats) + 8) +
+                  4 * (kResultRows + 1) * kPanelIds + 576);
   HeadPanel<T> panel(scratch, head);
   W* rows = scratch.take<W>(most * depth);
   RunningStats* running = scratch.take<RunningStats>(most);
+  int64_t* next_listed = scratch.take<int64_t>(most);
   float* tile = scratch.take<float>(kResultRows * kPanelIds);
   float* classes = scratch.take<float>(kPanelIds);
   const bool smooth = call.columns == kSmoothedColumns;
@@ -204,7 +215,10 @@ void stats_of(const LinearStats& call, int64_t begin, int64_t end) {
     const int64_t tokens = at_most(head.count - t0, kPartTokens);
     if (part != packed) pack_tokens<T>(head, t0, tokens, rows);
     packed = part;
-    for (int64_t t = 0; t < tokens; ++t) start(running[t]);
+    for (int64_t t = 0; t < tokens; ++t) {
+      start(running[t]);
+      next_listed[t] = first_listed(call.listed, head.kept[t0 + t], block * kStatsBlock);
+    }
     const int64_t stop = at_most((block + 1) * kStatsBlock, head.vocabulary);
     for (int64_t first = block * kStatsBlock; first < stop; first += kPanelIds) {
       panel.pack(first);
@@ -224,7 +238,8 @@ void stats_of(const LinearStats& call, int64_t begin, int64_t end) {
         }
         hide_tail(c, count, panel.ids(), -kInfinity);
         for (int64_t t = 0; t < count; ++t) {
-          const float* z = c + t * kPanelIds;
+          float* z = c + t * kPanelIds;
+          take_listed(call, head.kept[t0 + r + t], first, panel.ids(), next_listed[r + t], z);
           const int64_t id = head.vocab_start + first, at = head.target[head.kept[t0 + r + t]] - id;
           add_panel(z, panel.ids(), id, smooth ? classes : nullptr, sum, running[r + t]);
           if (at >= 0 && at < panel.ids()) running[r + t].logit = z[at];
@@ -312,6 +327,14 @@ inline void gradient_row(const LinearGradient& call, int64_t token, int64_t at, 
   }
 }
 
+// c [64]: the gradients of logits of ids from `first` on that a token lists
+inline void put_listed(const LinearGradient& call, int64_t token, int64_t first, int64_t ids, float* c) {
+  const int64_t count = call.listed.count, row = token * count;
+  for (int64_t i = first_listed(call.listed, token, first); i < count && call.listed.ids[row + i] < first + ids; ++i) {
+    c[call.listed.ids[row + i] - first] = call.listed_gradients[row + token + i];
+  }
+}
+
 template <typename T>
 void gradients_of(const LinearGradient& call, int64_t begin, int64_t end) {
   using W = typename Operand<T>::type;
@@ -342,6 +365,7 @@ void gradients_of(const LinearGradient& call, int64_t begin, int64_t end) {
         const bool smooth = call.coefficients[3 * call.tokens + token] != 0.0f;
         gradient_row(call, token, head.target[token] - head.vocab_start - first, smooth ? classes : nullptr,
                      c + t * kPanelIds);
+        if (call.listed.count > 0) put_listed(call, token, first, ids, c + t * kPanelIds);
       }
       hide_tail(c, count, ids, 0.0f);
       if (call.dbias != nullptr) {
@@ -604,7 +628,8 @@ Result merge_stats(const Tensor& stats) {
   return out;
 }
 
-Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits) {
+Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits, const ListedIds& listed,
+                  float* listed_logits) {
   const int64_t tokens = target.size(0), blocks = (head.vocabulary + kStatsBlock - 1) / kStatsBlock;
   const int64_t columns = smooth ? kSmoothedColumns : kStatsColumns;
   Tensor stats = torch::stable::new_empty(target, {tokens, blocks, columns}, ScalarType::Float);
@@ -612,7 +637,7 @@ Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, flo
   constexpr float kIgnored[kSmoothedColumns] = {-__builtin_inff(), 0.0f, 0.0f, __builtin_nanf(""), -1.0f, 0.0f, 0.0f};
   for (int64_t i = 0; i < tokens * blocks * columns; ++i) to[i] = kIgnored[i % columns];
   const int64_t parts = (head.count + kPartTokens - 1) / kPartTokens;
-  run_parallel(linear_stats, parts * blocks, 1, LinearStats{head, blocks, columns, to, logits});
+  run_parallel(linear_stats, parts * blocks, 1, LinearStats{head, blocks, columns, to, logits, listed, listed_logits});
   return stats;
 }
 

@@ -22,6 +22,7 @@ from .ops.fp8.rms_norm_quantize import rms_norm_quantize
 from .ops.fp8.silu_mul_quantize import silu_mul_quantize
 from .ops.loss.linear_cross_entropy import linear_cross_entropy
 from .ops.loss.linear_logprobs import linear_logprob_stats, linear_logprobs, merge_logprobs
+from .ops.loss.linear_topk_distillation import linear_topk_distillation
 from .ops.loss.mtp_targets import mtp_targets
 from .ops.loss.policy_loss import policy_loss
 from .ops.loss.preference_loss import preference_loss, sequence_logp
@@ -73,6 +74,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprob_stats",
     "linear_logprobs",
+    "linear_topk_distillation",
     "merge_attention",
     "merge_logprobs",
     "mla_absorb_query",

@@ -11,6 +11,7 @@ none end at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _logits(
+def logits_of(
     head,
     token,
     token_mask,
@@ -128,7 +129,7 @@ def linear_logprob_stats_fwd_kernel(
     for start in range(first, last, BLOCK_N):
         id = start + tl.arange(0, BLOCK_N)
         inside = id < vocabulary
-        z = _logits(
+        z = logits_of(
             head, token, kept, id.to(tl.int64), inside, hidden, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, CAPPED
         )
         z = tl.where(inside[None, :], z / temperature, -INFINITY)
@@ -259,7 +260,7 @@ def linear_logprobs_bwd_kernel(
     kept = row < count
     token = tl.load(order_ptr + row, mask=kept, other=0).to(tl.int64)
     id = (first + column).to(tl.int64)
-    capped = _logits(head, token, kept, id, inside, hidden, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, CAPPED)
+    capped = logits_of(head, token, kept, id, inside, hidden, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, CAPPED)
     wide = tokens.to(tl.int64)
     peak = tl.load(norm_ptr + token, mask=kept, other=0.0)
     log_total = tl.load(norm_ptr + wide + token, mask=kept, other=0.0)
@@ -464,25 +465,34 @@ def linear_logprobs_fwd(x, weight, target, bias, class_weight, scale, softcap, t
     )
 
 
-def linear_logprobs_bwd(
-    x,
-    weight,
-    target,
-    bias,
-    class_weight,
-    norm,
-    entropy,
-    coefficients,
-    factor,
-    vocab_start,
-    scale,
-    softcap,
-    temperature,
-    ignore_index,
-    need_x,
-    need_weight,
-    need_bias,
-):
+class Block(NamedTuple):
+    """Ids whose logits' gradients are wanted at a time, and where they go: [kept tokens, ids] and sums of tiles."""
+
+    grid: tuple[int, int]
+    tile: Config
+    head: Head
+    order: Tensor
+    count: Tensor
+    dz: Tensor
+    bias_sums: Tensor | None
+    first: int
+    ids: int
+
+
+def head_gradients(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    factor: Tensor,
+    ignore_index: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    write: Callable[[Block], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, a block of the vocabulary at a time; ``write`` launches what makes its dz."""
     (tokens, hidden), vocabulary = x.shape, weight.shape[0]
     # rows of ignored tokens have no other writer
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need_x else x.new_empty(0)
@@ -501,31 +511,11 @@ def linear_logprobs_bwd(
     head = Head(Matrix.of(x), Matrix.of(weight), bias, class_weight)
     for first in range(0, vocabulary, block):
         ids = min(block, vocabulary - first)
+        grid = (triton.cdiv(tokens, logits.block_m), triton.cdiv(ids, logits.block_n))
+        write(Block(grid, logits, head, order, count, dz, bias_sums, first, ids))
+        if bias_sums is not None:
+            dbias[first : first + ids] = (bias_sums[:, :ids].sum(0) * factor).to(dbias.dtype)
         with on_device(x):
-            linear_logprobs_bwd_kernel[(triton.cdiv(tokens, logits.block_m), triton.cdiv(ids, logits.block_n))](
-                head,
-                target,
-                order,
-                count,
-                norm,
-                entropy,
-                coefficients,
-                dz,
-                dz.stride(0),
-                bias_sums,
-                tokens,
-                hidden,
-                vocab_start,
-                first,
-                ids,
-                float(scale),
-                float(softcap),
-                float(temperature),
-                CAPPED=softcap > 0,
-                **constants(logits),
-            )
-            if need_bias:
-                dbias[first : first + ids] = (bias_sums[:, :ids].sum(0) * factor).to(dbias.dtype)
             if need_weight:
                 grid = (triton.cdiv(ids, by_id.block_m), triton.cdiv(hidden, by_id.block_n))
                 linear_logprobs_bwd_weight_kernel[grid](
@@ -542,9 +532,8 @@ def linear_logprobs_bwd(
                     **constants(by_id),
                 )
             if need_x:
-                linear_logprobs_bwd_x_kernel[
-                    (triton.cdiv(tokens, by_token.block_m), triton.cdiv(hidden, by_token.block_n))
-                ](
+                grid = (triton.cdiv(tokens, by_token.block_m), triton.cdiv(hidden, by_token.block_n))
+                linear_logprobs_bwd_x_kernel[grid](
                     head.weight,
                     order,
                     count,
@@ -560,6 +549,51 @@ def linear_logprobs_bwd(
                     **constants(by_token),
                 )
     return dx, dweight, dbias
+
+
+def linear_logprobs_bwd(
+    x,
+    weight,
+    target,
+    bias,
+    class_weight,
+    norm,
+    entropy,
+    coefficients,
+    factor,
+    vocab_start,
+    scale,
+    softcap,
+    temperature,
+    ignore_index,
+    *needs,
+):
+    def write(block: Block) -> None:
+        with on_device(x):
+            linear_logprobs_bwd_kernel[block.grid](
+                block.head,
+                target,
+                block.order,
+                block.count,
+                norm,
+                entropy,
+                coefficients,
+                block.dz,
+                block.dz.stride(0),
+                block.bias_sums,
+                x.shape[0],
+                x.shape[1],
+                vocab_start,
+                block.first,
+                block.ids,
+                float(scale),
+                float(softcap),
+                float(temperature),
+                CAPPED=softcap > 0,
+                **constants(block.tile),
+            )
+
+    return head_gradients(x, weight, target, bias, class_weight, factor, ignore_index, *needs, write)
 
 
 def aot_cases():

@@ -6,6 +6,7 @@ same weights from the same seed, and nothing here imports ``transformers``.
 """
 
 from .block_sparse_attention import BlockSparseAttention
+from .distillation_loss import DistillationLoss
 from .fp8_linear import FP8Linear
 from .gated_mlp import GatedMLP
 from .linear_cross_entropy import LinearCrossEntropy
@@ -20,6 +21,7 @@ from .window_attention import WindowAttention
 
 __all__ = [
     "BlockSparseAttention",
+    "DistillationLoss",
     "FP8Linear",
     "GatedMLP",
     "LinearCrossEntropy",

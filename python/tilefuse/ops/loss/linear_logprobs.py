@@ -89,17 +89,21 @@ def power_below(values: Tensor) -> Tensor:
     return (bits & (0x7FF << 52 if wide else 0xFF << 23)).view(largest.dtype)
 
 
-def balanced(coefficients: Tensor, class_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Coefficients divided by a power of two, and that power.
+def balancing_power(bound: Tensor) -> Tensor:
+    """What gradients of logits, which these values bound, are divided by before their products.
 
-    A gradient of any size then fills the range of float16, to which it is rounded for the matrix products; scaling a
-    loss by a power of two scales its gradients exactly.
+    Gradients of any size then fill the range of float16, to which they are rounded for that; scaling a loss by a power
+    of two scales its gradients exactly.
     """
+    return power_below(bound) * 2.0**-12
+
+
+def balanced(coefficients: Tensor, class_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Coefficients divided by a power of two, and that power."""
     widest = 1.0 if class_weight is None else class_weight.abs().amax()
     bound = coefficients.abs()
     # |p (logp + entropy)| stays below 16
-    bound = torch.stack((bound[0], 16 * bound[1], bound[2], bound[3] * widest))
-    factor = power_below(bound) * 2.0**-12
+    factor = balancing_power(torch.stack((bound[0], 16 * bound[1], bound[2], bound[3] * widest)))
     return coefficients / factor, factor
 
 

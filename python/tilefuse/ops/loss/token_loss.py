@@ -29,9 +29,13 @@ def check_num_items(name: str, num_items: Tensor | float | None, like: Tensor, l
         errors.check_not_differentiated(name, "it has no gradient", num_items=num_items)
 
 
-def check_reduction(name: str, num_items: Tensor | float | None, like: Tensor, like_arg: str, reduction: str) -> None:
+def check_reduction_name(name: str, reduction: str) -> None:
     if reduction not in REDUCTIONS:
         errors.value_error(name, "reduction", f"one of {', '.join(REDUCTIONS)}", reduction)
+
+
+def check_reduction(name: str, num_items: Tensor | float | None, like: Tensor, like_arg: str, reduction: str) -> None:
+    check_reduction_name(name, reduction)
     check_num_items(name, num_items, like, like_arg, reduction)
 
 

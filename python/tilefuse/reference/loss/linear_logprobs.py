@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ def _compute(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _capped(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+def capped_logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
     """``scale * (x w^T + bias)``, capped; before the temperature."""
     z = x @ weight.to(x.dtype).t()
     if bias is not None:
@@ -23,20 +23,20 @@ def _capped(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softca
     return softcap * torch.tanh(z / softcap) if softcap > 0 else z
 
 
-def _rows(x: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def kept_rows(x: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Rows in the dtype of the computation, those of ignored tokens 0, and which are kept."""
     kept = target != ignore_index
     return torch.where(kept[:, None], x, 0).to(_compute(x)), kept
 
 
-def _blocks(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def blocks_of(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     for start in range(0, weight.shape[0], BLOCK):
         yield start, weight[start : start + BLOCK], None if bias is None else bias[start : start + BLOCK]
 
 
-def _at_target(target: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which targets lie among ``count`` ids from ``first`` on, and where (0 for others)."""
-    at = target.long() - first
+def at_ids(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which of these ids lie among ``count`` ids from ``first`` on, and where (0 for others)."""
+    at = ids.long() - first
     inside = (at >= 0) & (at < count)
     return inside, torch.where(inside, at, 0)
 
@@ -44,15 +44,15 @@ def _at_target(target: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
 def linear_logprob_stats_fwd(
     x, weight, target, bias, class_weight, vocab_start, scale, softcap, temperature, ignore_index, smooth
 ):
-    rows, kept = _rows(x, target, ignore_index)
+    rows, kept = kept_rows(x, target, ignore_index)
     parts = []
-    for start, w, b in _blocks(weight, bias):
-        z = _capped(rows, w, b, scale, softcap) / temperature
+    for start, w, b in blocks_of(weight, bias):
+        z = capped_logits(rows, w, b, scale, softcap) / temperature
         largest, argmax = z.max(1)
         # a row of -inf alone has a sum of 0
         d = z - torch.where(largest == -torch.inf, 0.0, largest)[:, None]
         e = d.exp()
-        inside, at = _at_target(target, vocab_start + start, z.shape[1])
+        inside, at = at_ids(target, vocab_start + start, z.shape[1])
         logit = torch.where(inside, z.gather(1, at[:, None])[:, 0], torch.nan)
         columns = [largest, e.sum(1), torch.where(e == 0, 0.0, e * d).sum(1), logit, argmax + (vocab_start + start)]
         if smooth:
@@ -110,6 +110,37 @@ def linear_logprobs_fwd(
     return merge_logprobs_fwd(stats)
 
 
+def head_gradients(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    kept: Tensor,
+    gradients: Iterable[tuple[Tensor, Tensor]],
+    factor: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from blocks of the weight and the gradients of their logits."""
+    dx = torch.zeros_like(rows)
+    dweight, dbias = [], []
+    for w, dz in gradients:
+        dz = torch.where(kept[:, None], dz, 0.0)
+        if need_x:
+            dx += dz @ w.to(rows.dtype)
+        if need_weight:
+            dweight.append((factor * (dz.t() @ rows)).to(weight.dtype))
+        if need_bias:
+            dbias.append(factor * dz.sum(0))
+    bias_dtype = x.dtype if bias is None else bias.dtype
+    return (
+        (factor * dx).to(x.dtype) if need_x else x.new_empty(0),
+        torch.cat(dweight) if need_weight else weight.new_empty(0),
+        torch.cat(dbias).to(bias_dtype) if need_bias else weight.new_empty(0, dtype=bias_dtype),
+    )
+
+
 def linear_logprobs_bwd(
     x,
     weight,
@@ -129,32 +160,19 @@ def linear_logprobs_bwd(
     need_weight,
     need_bias,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, kept = _rows(x, target, ignore_index)
-    dx = torch.zeros_like(rows)
-    dweight, dbias = [], []
-    for start, w, b in _blocks(weight, bias):
-        capped = _capped(rows, w, b, scale, softcap)
-        logp = capped / temperature - norm[0][:, None] - norm[1][:, None]
-        p = logp.exp()
-        centred = torch.where(p == 0, 0.0, p * (logp + entropy[:, None]))
-        dz = p * coefficients[0][:, None] - centred * coefficients[1][:, None]
-        inside, at = _at_target(target, vocab_start + start, w.shape[0])
-        dz = dz.scatter_add(1, at[:, None], torch.where(inside, coefficients[2], 0.0)[:, None])
-        c = 1.0 if class_weight is None else class_weight[start : start + BLOCK].to(rows.dtype)
-        dz = dz - coefficients[3][:, None] * c
-        if softcap > 0:
-            dz = dz * (1 - (capped / softcap).square())
-        dz = torch.where(kept[:, None], dz, 0.0)
-        if need_x:
-            dx += dz @ w.to(rows.dtype)
-        if need_weight:
-            dweight.append((factor * (dz.t() @ rows)).to(weight.dtype))
-        if need_bias:
-            dbias.append(factor * dz.sum(0))
-    return (
-        (factor * dx).to(x.dtype) if need_x else x.new_empty(0),
-        torch.cat(dweight) if need_weight else weight.new_empty(0),
-        torch.cat(dbias).to(bias.dtype)
-        if need_bias
-        else weight.new_empty(0, dtype=x.dtype if bias is None else bias.dtype),
-    )
+    rows, kept = kept_rows(x, target, ignore_index)
+
+    def gradients():
+        for start, w, b in blocks_of(weight, bias):
+            capped = capped_logits(rows, w, b, scale, softcap)
+            logp = capped / temperature - norm[0][:, None] - norm[1][:, None]
+            p = logp.exp()
+            centred = torch.where(p == 0, 0.0, p * (logp + entropy[:, None]))
+            dz = p * coefficients[0][:, None] - centred * coefficients[1][:, None]
+            inside, at = at_ids(target, vocab_start + start, w.shape[0])
+            dz = dz.scatter_add(1, at[:, None], torch.where(inside, coefficients[2], 0.0)[:, None])
+            c = 1.0 if class_weight is None else class_weight[start : start + BLOCK].to(rows.dtype)
+            dz = dz - coefficients[3][:, None] * c
+            yield w, dz * (1 - (capped / softcap).square()) if softcap > 0 else dz
+
+    return head_gradients(x, weight, bias, rows, kept, gradients(), factor, need_x, need_weight, need_bias)

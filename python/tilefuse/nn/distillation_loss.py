@@ -1,0 +1,89 @@
+"""The losses of distillation as a module that holds their options."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.loss.checks import check_beta, check_transform
+from ..ops.loss.linear_topk_distillation import check_tail, linear_topk_distillation
+from ..ops.loss.token_loss import check_reduction_name
+
+__all__ = ["DistillationLoss"]
+
+_NAME = "nn.DistillationLoss"
+
+
+class DistillationLoss(nn.Module):
+    """``tilefuse.linear_topk_distillation`` with options that are checked once, where the module is made.
+
+    The student's head is an argument, so that it may be tied, frozen or wrapped; the module has no parameters.
+
+    Args:
+        beta: the divergence, in ``[0, 1]``: 0 is the KL of the student from the teacher, 1 the reverse.
+        tail: ``"bucket"``, ``"renormalize"`` or ``"none"``: what becomes of the tokens that a teacher does not list.
+        temperature: divides the student's logits; the teacher's log-probabilities come at the same one.
+        ignore_index, reduction: as in ``tilefuse.linear_topk_distillation``.
+
+    Shapes: ``forward(x [..., H], weight [V, H], teacher_logp [..., k], teacher_ids [..., k], target, bias,
+    token_weight, num_items)``, the last four optional, gives the loss.
+
+    Raises:
+        ValueError, TypeError: as ``tilefuse.linear_topk_distillation``.
+
+    Example::
+
+        criterion = tilefuse.nn.DistillationLoss(temperature=2.0)
+        with torch.no_grad():
+            logp, ids = (teacher(tokens).float() / 2.0).log_softmax(-1).topk(64)
+        loss = criterion(student.model(tokens), student.lm_head.weight, logp, ids)
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.0,
+        tail: str = "bucket",
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ):
+        super().__init__()
+        check_beta(_NAME, beta)
+        check_tail(_NAME, tail)
+        check_transform(_NAME, 0.0, temperature)
+        check_reduction_name(_NAME, reduction)
+        self.beta, self.tail, self.temperature = beta, tail, temperature
+        self.ignore_index, self.reduction = ignore_index, reduction
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        teacher_logp: Tensor,
+        teacher_ids: Tensor,
+        target: Tensor | None = None,
+        bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+    ) -> Tensor:
+        return linear_topk_distillation(
+            x,
+            weight,
+            teacher_logp,
+            teacher_ids,
+            target,
+            bias,
+            token_weight,
+            num_items,
+            beta=self.beta,
+            tail=self.tail,
+            temperature=self.temperature,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"beta={self.beta}, tail={self.tail!r}, temperature={self.temperature}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )
