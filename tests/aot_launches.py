@@ -127,6 +127,11 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "loss/linear_logprobs", train("linear_cross_entropy", *head[:3], label_smoothing=0.1)
     teacher = tokens(8, dtype="fp32"), tokens(8, dtype="i64")
     yield "loss/linear_topk_distillation", train("linear_topk_distillation", *head[:2], *teacher, *head[2:])
+    answers, each = tensor("fp32", batch, length), tokens(dtype="fp32")
+    grpo = {"kl_beta": 0.04, "reduction": "sequence"}
+    yield "loss/policy_loss", train("policy_loss", answers, tensor("fp32", batch), answers, answers, mask, **grpo)
+    yield "loss/policy_loss", train("policy_loss", each, each, each, None, None, each, bounds, dual_clip=3.0)
+    yield "loss/policy_loss", train("policy_loss", each, each, kind="reinforce")
 
     ids, weights = tokens(4, dtype="i32"), tokens(4, dtype="fp32")
     up, down, ends = tensor("bf16", 16, 512, 256), tensor("bf16", 16, 256, 256), tensor("i32", 17)

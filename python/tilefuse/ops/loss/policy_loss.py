@@ -37,15 +37,13 @@ policy_loss_fwd = kernel(
     f"policy_loss_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fwd_fake,
-    backends=("reference", "cpu"),
-    dtypes={"cpu": (torch.float32,)},
+    dtypes={"cpu": (torch.float32,), "triton": (torch.float32,)},
 )
 policy_loss_bwd = kernel(
     f"policy_loss_bwd(Tensor dloss, Tensor stats, {_TENSORS}, {_OPTIONS}) -> Tensor",
     module=_MODULE,
     fake=lambda dloss, stats, logp, *args: logp.new_empty(logp.shape),
-    backends=("reference", "cpu"),
-    dtypes={"cpu": (torch.float32,)},
+    dtypes={"cpu": (torch.float32,), "triton": (torch.float32,)},
     dtype_arg=2,
 )
 
