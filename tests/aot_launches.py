@@ -132,6 +132,8 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "loss/policy_loss", train("policy_loss", answers, tensor("fp32", batch), answers, answers, mask, **grpo)
     yield "loss/policy_loss", train("policy_loss", each, each, each, None, None, each, bounds, dual_clip=3.0)
     yield "loss/policy_loss", train("policy_loss", each, each, kind="reinforce")
+    logits = tokens(32000)
+    yield "loss/distillation", train("distillation", logits, logits, tokens(dtype="i64"))
 
     ids, weights = tokens(4, dtype="i32"), tokens(4, dtype="fp32")
     up, down, ends = tensor("bf16", 16, 512, 256), tensor("bf16", 16, 256, 256), tensor("i32", 17)

@@ -86,6 +86,7 @@ def grouped_codes(b, s):
 CASES = {
     "add_rms_norm": (lambda b, s: (draw(b, s, 48), draw(b, s, 48), draw(48)), {}),
     "block_sparse_attention": (lambda b, s: (*qkv(b, s), *block_lists(b, s)), {"block_size": 16}),
+    "distillation": (lambda b, s: (draw(b, s, 50), draw(b, s, 60), integers(50, b, s)), {"temperature": 2.0}),
     "fp8_dequantize": (lambda b, s: codes(b * s, 256), {}),
     "fp8_grouped_matmul": (lambda b, s: (*codes(2 * b * s, 128), *grouped_codes(b, s)), {}),
     "fp8_linear": (lambda b, s: (draw(b, s, 128), draw(64, 128)), {}),

@@ -20,6 +20,7 @@ from .ops.fp8.matmul import fp8_matmul
 from .ops.fp8.quantize import fp8_dequantize, fp8_quantize, fp8_quantize_dual
 from .ops.fp8.rms_norm_quantize import rms_norm_quantize
 from .ops.fp8.silu_mul_quantize import silu_mul_quantize
+from .ops.loss.distillation import distillation
 from .ops.loss.linear_cross_entropy import linear_cross_entropy
 from .ops.loss.linear_logprobs import linear_logprob_stats, linear_logprobs, merge_logprobs
 from .ops.loss.linear_topk_distillation import linear_topk_distillation
@@ -61,6 +62,7 @@ __all__ = [
     "backend",
     "block_pattern",
     "block_sparse_attention",
+    "distillation",
     "explain",
     "fp8_dequantize",
     "fp8_grouped_matmul",
