@@ -15,22 +15,28 @@ OPTIONS = {"beta": 0.3, "tail": "renormalize", "temperature": 1.7, "ignore_index
 def test_every_option_reaches_the_op():
     x, weight, logp, ids, target, bias = case(9, 40, 8, 5)
     target[::3] = 3
-    args = (x, weight, logp, ids, target, bias, torch.rand(9))
+    args = (target, bias, torch.rand(9))
     for options in ({}, OPTIONS, *({name: value} for name, value in OPTIONS.items())):
-        ids = args[3] if options.get("ignore_index") != 3 else torch.where(target[:, None] == 3, -1, args[3])
-        call = (*args[:3], ids, *args[4:])
-        assert_bit_equal(
-            tilefuse.nn.DistillationLoss(**options)(*call), tilefuse.linear_topk_distillation(*call, **options)
-        )
+        found = tilefuse.nn.DistillationLoss(**options)(x, weight, (logp, ids), *args)
+        assert_bit_equal(found, tilefuse.linear_topk_distillation(x, weight, logp, ids, *args, **options))
     criterion = tilefuse.nn.DistillationLoss()
-    torch.testing.assert_close(criterion(*args, num_items=4) * 2, criterion(*args, num_items=2))
+    halved = criterion(x, weight, (logp, ids), *args, num_items=4)
+    torch.testing.assert_close(halved * 2, criterion(x, weight, (logp, ids), *args, num_items=2))
 
 
-def test_has_the_arguments_and_defaults_of_the_op():
-    op = inspect.signature(tilefuse.linear_topk_distillation).parameters
-    module = dict(inspect.signature(tilefuse.nn.DistillationLoss).parameters)
-    forward = dict([*inspect.signature(tilefuse.nn.DistillationLoss.forward).parameters.items()][1:])
-    assert {**forward, **module} == dict(op)
+def test_has_the_options_and_defaults_of_the_op():
+    op = inspect.signature(tilefuse.linear_topk_distillation).parameters.values()
+    options = {p.name: p.default for p in op if p.kind is p.KEYWORD_ONLY}
+    module = inspect.signature(tilefuse.nn.DistillationLoss).parameters.values()
+    assert {p.name: p.default for p in module} == options
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_teacher_is_a_pair(parts):
+    x, weight, logp, ids, *_ = case(9, 40, 8, 5)
+    for teacher in ((logp, ids, ids)[:parts], logp):
+        with pytest.raises(ValueError, match=r"tilefuse\.nn\.DistillationLoss: teacher must be \(teacher_logp"):
+            tilefuse.nn.DistillationLoss()(x, weight, teacher)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +62,8 @@ def test_a_student_learns_its_teacher():
     for _ in range(100):
         x = torch.randn(64, 6)
         with torch.no_grad():
-            logp, ids = teacher(x).log_softmax(-1).topk(8)
-        loss = criterion(x, student.weight, logp, ids, bias=student.bias)
+            listed = teacher(x).log_softmax(-1).topk(8)
+        loss = criterion(x, student.weight, listed, bias=student.bias)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

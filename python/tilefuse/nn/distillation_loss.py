@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from .. import errors
 from ..ops.loss.checks import check_beta, check_transform
 from ..ops.loss.linear_topk_distillation import check_tail, linear_topk_distillation
 from ..ops.loss.token_loss import check_reduction_name
@@ -16,26 +19,28 @@ _NAME = "nn.DistillationLoss"
 class DistillationLoss(nn.Module):
     """``tilefuse.linear_topk_distillation`` with options that are checked once, where the module is made.
 
-    The student's head is an argument, so that it may be tied, frozen or wrapped; the module has no parameters.
+    The student's head is an argument, so that it may be tied, frozen or wrapped; the module has no
+    parameters.
 
     Args:
         beta: the divergence, in ``[0, 1]``: 0 is the KL of the student from the teacher, 1 the reverse.
-        tail: ``"bucket"``, ``"renormalize"`` or ``"none"``: what becomes of the tokens that a teacher does not list.
-        temperature: divides the student's logits; the teacher's log-probabilities come at the same one.
+        tail: ``"bucket"``, ``"renormalize"`` or ``"none"``: what becomes of the tokens that a list does not have.
+        temperature: divides the logits; log-probabilities of a list come at the same one.
         ignore_index, reduction: as in ``tilefuse.linear_topk_distillation``.
 
-    Shapes: ``forward(x [..., H], weight [V, H], teacher_logp [..., k], teacher_ids [..., k], target, bias,
-    token_weight, num_items)``, the last four optional, gives the loss.
+    Shapes: ``forward(x [..., H], weight [V, H], teacher, target, bias, token_weight, num_items)``, the last four
+    optional, gives the loss. ``teacher`` is the pair ``(teacher_logp [..., k], teacher_ids [..., k])``, as ``topk``
+    returns it.
 
     Raises:
-        ValueError, TypeError: as ``tilefuse.linear_topk_distillation``.
+        ValueError, TypeError: as the op; ValueError for a teacher that is not a pair.
 
     Example::
 
         criterion = tilefuse.nn.DistillationLoss(temperature=2.0)
         with torch.no_grad():
-            logp, ids = (teacher(tokens).float() / 2.0).log_softmax(-1).topk(64)
-        loss = criterion(student.model(tokens), student.lm_head.weight, logp, ids)
+            listed = (teacher(tokens) / 2.0).log_softmax(-1).topk(64)
+        loss = criterion(student.model(tokens), student.lm_head.weight, listed)
     """
 
     def __init__(
@@ -59,18 +64,19 @@ class DistillationLoss(nn.Module):
         self,
         x: Tensor,
         weight: Tensor,
-        teacher_logp: Tensor,
-        teacher_ids: Tensor,
+        teacher: Sequence[Tensor],
         target: Tensor | None = None,
         bias: Tensor | None = None,
         token_weight: Tensor | None = None,
         num_items: Tensor | float | None = None,
     ) -> Tensor:
+        if isinstance(teacher, Tensor) or len(teacher) != 2:
+            got = teacher if isinstance(teacher, Tensor) else len(teacher)
+            errors.value_error(_NAME, "teacher", "(teacher_logp, teacher_ids)", got)
         return linear_topk_distillation(
             x,
             weight,
-            teacher_logp,
-            teacher_ids,
+            *teacher,
             target,
             bias,
             token_weight,
