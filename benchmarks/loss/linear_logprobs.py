@@ -15,9 +15,8 @@ from ..harness import Case, compiled, integers, normal
 EVERY = 7
 
 
-def eager(x, weight, target):
-    """As trainers write it: logits in float32, ignored tokens multiplied by 0."""
-    logits = (x @ weight.t()).float()
+def statistics(logits, target):
+    """As trainers write it: ignored tokens multiplied by 0."""
     logp = logits.log_softmax(-1)
     kept = target != -100
     at = target.clamp(min=0).long()
@@ -25,6 +24,10 @@ def eager(x, weight, target):
     argmax = torch.where(kept, logits.argmax(-1), -1).int()
     found = (logp.gather(-1, at[:, None])[:, 0], logits.logsumexp(-1), entropy)
     return *(value * kept for value in found), argmax
+
+
+def eager(x, weight, target):
+    return statistics((x @ weight.t()).float(), target)
 
 
 def head(tokens, vocabulary, hidden):

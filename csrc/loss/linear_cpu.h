@@ -1,5 +1,5 @@
-// Linear heads over a vocabulary on the CPU: what the ops of this family share. Rows of tokens that are ignored are
-// never read: `kept` lists the others, and everything here counts those.
+// Linear heads over a vocabulary, and statistics of logits, on the CPU: what the ops of this family share. Rows of
+// tokens that are ignored are never read: `kept` lists the others, and everything here counts those.
 #pragma once
 
 #include "common/cpu.h"
@@ -111,7 +111,14 @@ LinearHead linear_head(const Tensor& x, const Tensor& weight, const Tensor& targ
 // tokens whose target is not `ignore_index`
 std::vector<int64_t> kept_tokens(const Tensor& target, int64_t ignore_index);
 
+// raises in an op's name on a target of a kept token that is not in the vocabulary
+void check_targets(const char* op, const Tensor& target, const std::vector<int64_t>& kept, int64_t vocabulary,
+                   int64_t ignore_index);
+
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// [T, blocks, columns], every token marked as ignored
+Tensor ignored_stats(const Tensor& target, int64_t blocks, bool smooth);
 
 // [T, blocks, columns]; the others as in LinearStats
 Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits,
@@ -133,9 +140,6 @@ std::unique_ptr<float[]> packed_rows(const LinearHead& head);
 // logits before the temperature, of the kept tokens and ids [first, first + ids): [panels of 64 ids][even_count][64],
 // -inf past the ids
 void make_logits(const LinearHead& head, const float* rows, int64_t first, int64_t ids, float* logits);
-
-// raises on a target that is neither in the vocabulary nor `ignore_index`
-void check_targets(const LinearHead& head, int64_t ignore_index);
 
 #endif  // TILEFUSE_REGISTER
 

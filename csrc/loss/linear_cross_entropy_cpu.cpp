@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(Tensor x, Tensor weight, Tensor t
   const std::vector<int64_t> kept = kept_tokens(target, ignore_index);
   head.kept = kept.data();
   head.count = static_cast<int64_t>(kept.size());
-  check_targets(head, ignore_index);
+  check_targets("linear_cross_entropy", target, kept, vocabulary, ignore_index);
   const bool smooth = label_smoothing > 0.0;
   const int64_t panels = (vocabulary + kPanelIds - 1) / kPanelIds;
   const int64_t room = panels * even_count(head) * kPanelIds;

@@ -2,8 +2,7 @@
 // makes them again for a block of ids, whose gradients then meet x and the weight. The products are those of
 // attention/tiles_cpu.h: pairs of bfloat16 on AVX512-BF16, float32 elsewhere.
 // build-flags: -ffp-contract=fast
-#include "loss/linear_cpu.h"
-
+#include "loss/statistics_cpu.h"
 #include "mla/product_cpu.h"
 
 namespace tilefuse {
@@ -11,10 +10,6 @@ namespace tilefuse {
 namespace TILEFUSE_ISA {
 
 namespace {
-
-constexpr int64_t kVectorsOfPanel = kPanelIds / kWidth;
-// exp of anything below is 0
-constexpr float kNothing = -200.0f;
 
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
@@ -25,35 +20,6 @@ inline void load_values(const VocabularyValues& all, int64_t first, int64_t coun
     for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
   })
   for (int64_t i = count; i < kPanelIds; ++i) out[i] = rest;
-}
-
-// 1 - 2 / (e^2x + 1) loses the small ones, for which the series is exact to float32
-inline vec hyperbolic_tangent(vec x) {
-  const vec q = x * x;
-  vec p = splat(-1382.0f / 155925.0f);
-  p = p * q + 62.0f / 2835.0f;
-  p = p * q - 17.0f / 315.0f;
-  p = p * q + 2.0f / 15.0f;
-  p = p * q - 1.0f / 3.0f;
-  const vec near = x + x * (p * q), far = tanh(x);
-  return q < 0.1f ? near : far;
-}
-
-// NaN counts as nothing
-inline float largest_of(vec x) {
-  float best = -kInfinity;
-  float lanes[kWidth];
-  store(lanes, x);
-  for (int i = 0; i < kWidth; ++i) best = lanes[i] > best ? lanes[i] : best;
-  return best;
-}
-
-inline float sum_of(vec x) {
-  float lanes[kWidth];
-  store(lanes, x);
-  for (int width = kWidth / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
 }
 
 // tokens [first, first + count) of those that are kept, as rows of words
@@ -107,9 +73,7 @@ class HeadPanel {
         float* at = c + r * kPanelIds + v * kWidth;
         vec z = load(at);
         if (head_.bias.data != nullptr) z += load(bias_ + v * kWidth);
-        z *= head_.scale;
-        if (head_.softcap > 0.0f) z = hyperbolic_tangent(z * uncapped) * head_.softcap;
-        store(at, z);
+        store(at, capped_logits(z, head_.scale, head_.softcap, uncapped));
       }
     }
   }
@@ -120,62 +84,6 @@ class HeadPanel {
   W* columns_;
   float* bias_;
 };
-
-// statistics of one token's logits in one block of the vocabulary
-struct RunningStats {
-  float peak, classes;
-  float logit, argmax;
-  vec total, weighted, costs;
-};
-
-inline void start(RunningStats& s) {
-  s.peak = -kInfinity;
-  s.classes = 0.0f;
-  s.logit = __builtin_nanf("");
-  s.argmax = -1.0f;
-  s.total = s.weighted = s.costs = vec{};
-}
-
-// `costs`: also of the sum of c (z - peak), with class weights c [64] and their sum
-inline void add_panel(const float* z, int64_t ids, int64_t first, const float* c, float classes, RunningStats& s) {
-  vec x[kVectorsOfPanel], top = splat(-kInfinity);
-  for (int64_t v = 0; v < kVectorsOfPanel; ++v) {
-    x[v] = load(z + v * kWidth);
-    top = max(x[v], top);
-  }
-  const float largest = largest_of(top);
-  if (largest > s.peak || s.argmax < 0.0f) {
-    if (largest > s.peak) {
-      if (s.peak > -kInfinity) {
-        const float down = s.peak - largest, shrunk = std::exp(down);
-        s.weighted = (s.weighted + s.total * down) * shrunk;
-        s.total *= shrunk;
-        // of which lane is no matter
-        s.costs[0] += s.classes * down;
-      } else {
-        // what was there was -inf: distances were from 0
-        s.costs[0] -= s.classes * largest;
-      }
-      s.peak = largest;
-    }
-    int64_t at = 0;
-    while (at < ids - 1 && z[at] != largest) ++at;
-    s.argmax = static_cast<float>(first + at);
-  }
-  const float base = s.peak > -kInfinity ? s.peak : 0.0f;
-  for (int64_t v = 0; v < kVectorsOfPanel; ++v) {
-    const vec d = x[v] - base;
-    const vec e = exp(d);
-    s.total += e;
-    // -inf times 0
-    s.weighted += e * (d < kNothing ? splat(kNothing) : d);
-    if (c != nullptr) {
-      const vec w = load(c + v * kWidth);
-      s.costs += w == 0.0f ? vec{} : w * d;
-    }
-  }
-  s.classes += classes;
-}
 
 // z of the ids past the vocabulary
 inline void hide_tail(float* c, int64_t count, int64_t ids, float value) {
@@ -247,11 +155,7 @@ void stats_of(const LinearStats& call, int64_t begin, int64_t end) {
       }
     }
     for (int64_t t = 0; t < tokens; ++t) {
-      const RunningStats& s = running[t];
-      float* out = call.stats + (head.kept[t0 + t] * call.blocks + block) * call.columns;
-      const float values[kSmoothedColumns] = {s.peak,   sum_of(s.total), sum_of(s.weighted), s.logit,
-                                              s.argmax, sum_of(s.costs), s.classes};
-      for (int64_t i = 0; i < call.columns; ++i) out[i] = values[i];
+      finish(running[t], call.columns, call.stats + (head.kept[t0 + t] * call.blocks + block) * call.columns);
     }
   }
 }
@@ -299,34 +203,6 @@ inline void store_gradients<uint32_t>(float* c, int64_t count, uint32_t* by_toke
 }
 #endif
 
-// one token's: c [64] holds its logits before the temperature, then their gradients. `at`: its target, if it is here
-inline void gradient_row(const LinearGradient& call, int64_t token, int64_t at, const float* classes, float* c) {
-  const float peak = call.norm[token], log_sum = call.norm[call.tokens + token], entropy = call.entropy[token];
-  const float* a = call.coefficients + token;
-  const float of_p = a[0], of_entropy = a[call.tokens], of_target = a[2 * call.tokens], of_class = a[3 * call.tokens];
-  const float softcap = call.head.softcap, uncapped = softcap > 0.0f ? 1.0f / softcap : 0.0f;
-  float target[kPanelIds];
-  const bool here = at >= 0 && at < kPanelIds;
-  if (here) {
-    std::memset(target, 0, sizeof(target));
-    target[at] = of_target;
-  }
-  for (int64_t v = 0; v < kVectorsOfPanel; ++v) {
-    const vec capped = load(c + v * kWidth);
-    const vec logp = (capped * call.head.cooling - peak) - log_sum;
-    const vec p = exp(logp);
-    vec dz = p * of_p;
-    if (of_entropy != 0.0f) dz -= p * ((logp < kNothing ? splat(kNothing) : logp) + entropy) * of_entropy;
-    if (here) dz += load(target + v * kWidth);
-    if (classes != nullptr) dz -= load(classes + v * kWidth) * of_class;
-    if (softcap > 0.0f) {
-      const vec t = capped * uncapped;
-      dz *= 1.0f - t * t;
-    }
-    store(c + v * kWidth, dz);
-  }
-}
-
 // c [64]: the gradients of logits of ids from `first` on that a token lists
 inline void put_listed(const LinearGradient& call, int64_t token, int64_t first, int64_t ids, float* c) {
   const int64_t count = call.listed.count, row = token * count;
@@ -362,9 +238,9 @@ void gradients_of(const LinearGradient& call, int64_t begin, int64_t end) {
       }
       for (int64_t t = 0; t < count && !call.made; ++t) {
         const int64_t token = head.kept[t0 + t];
-        const bool smooth = call.coefficients[3 * call.tokens + token] != 0.0f;
-        gradient_row(call, token, head.target[token] - head.vocab_start - first, smooth ? classes : nullptr,
-                     c + t * kPanelIds);
+        const TokenGradient g = token_gradient(call.norm, call.entropy, call.coefficients, call.tokens, token);
+        gradient_row(g, head.cooling, head.softcap, head.target[token] - head.vocab_start - first,
+                     g.of_class != 0.0f ? classes : nullptr, c + t * kPanelIds);
         if (call.listed.count > 0) put_listed(call, token, first, ids, c + t * kPanelIds);
       }
       hide_tail(c, count, ids, 0.0f);
@@ -597,11 +473,13 @@ std::vector<int64_t> kept_tokens(const Tensor& target, int64_t ignore_index) {
   return kept;
 }
 
-void check_targets(const LinearHead& head, int64_t ignore_index) {
-  for (int64_t i = 0; i < head.count; ++i) {
-    const int64_t id = head.target[head.kept[i]];
-    if (id < 0 || id >= head.vocabulary) {
-      throw std::runtime_error("tilefuse.linear_logprobs: target must be in [0, " + std::to_string(head.vocabulary) +
+void check_targets(const char* op, const Tensor& target, const std::vector<int64_t>& kept, int64_t vocabulary,
+                   int64_t ignore_index) {
+  const Index targets = index_of(target);
+  for (const int64_t t : kept) {
+    const int64_t id = targets[t];
+    if (id < 0 || id >= vocabulary) {
+      throw std::runtime_error("tilefuse." + std::string(op) + ": target must be in [0, " + std::to_string(vocabulary) +
                                ") or ignore_index = " + std::to_string(ignore_index) + ", got " + std::to_string(id));
     }
   }
@@ -628,16 +506,23 @@ Result merge_stats(const Tensor& stats) {
   return out;
 }
 
-Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits, const ListedIds& listed,
-                  float* listed_logits) {
-  const int64_t tokens = target.size(0), blocks = (head.vocabulary + kStatsBlock - 1) / kStatsBlock;
+Tensor ignored_stats(const Tensor& target, int64_t blocks, bool smooth) {
   const int64_t columns = smooth ? kSmoothedColumns : kStatsColumns;
-  Tensor stats = torch::stable::new_empty(target, {tokens, blocks, columns}, ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(target, {target.size(0), blocks, columns}, ScalarType::Float);
   float* to = pointer<float>(stats);
   constexpr float kIgnored[kSmoothedColumns] = {-__builtin_inff(), 0.0f, 0.0f, __builtin_nanf(""), -1.0f, 0.0f, 0.0f};
-  for (int64_t i = 0; i < tokens * blocks * columns; ++i) to[i] = kIgnored[i % columns];
+  const int64_t values = stats.numel();
+  for (int64_t i = 0; i < values; ++i) to[i] = kIgnored[i % columns];
+  return stats;
+}
+
+Tensor make_stats(const LinearHead& head, const Tensor& target, bool smooth, float* logits, const ListedIds& listed,
+                  float* listed_logits) {
+  const int64_t blocks = (head.vocabulary + kStatsBlock - 1) / kStatsBlock;
+  Tensor stats = ignored_stats(target, blocks, smooth);
   const int64_t parts = (head.count + kPartTokens - 1) / kPartTokens;
-  run_parallel(linear_stats, parts * blocks, 1, LinearStats{head, blocks, columns, to, logits, listed, listed_logits});
+  run_parallel(linear_stats, parts * blocks, 1,
+               LinearStats{head, blocks, stats.size(2), pointer<float>(stats), logits, listed, listed_logits});
   return stats;
 }
 
@@ -749,7 +634,7 @@ Result fwd(Tensor x, Tensor weight, Tensor target, OptionalTensor bias, Optional
   const std::vector<int64_t> kept = kept_tokens(target, ignore_index);
   head.kept = kept.data();
   head.count = static_cast<int64_t>(kept.size());
-  check_targets(head, ignore_index);
+  check_targets("linear_logprobs", target, kept, head.vocabulary, ignore_index);
   return merge_stats(make_stats(head, target, smooth, nullptr));
 }
 

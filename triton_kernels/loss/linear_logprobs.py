@@ -23,14 +23,12 @@ from torch import Tensor
 from ... import arch
 from ..common.launch import constants, on_device
 from ..common.rows import Matrix
+from .logits import INFINITY, add_tile, capped_logits, logit_gradients, start_stats, store_stats
 
 STATS_BLOCK = 4096
 COLUMNS, SMOOTHED_COLUMNS = 5, 7
 # of a block's gradients, and ids of one at most
 BLOCK_BYTES, BLOCK_IDS = 256 << 20, 32768
-INFINITY = tl.constexpr(float("inf"))
-# no id is larger
-NO_ID = tl.constexpr(2**31 - 1)
 
 
 class Head(NamedTuple):
@@ -40,18 +38,6 @@ class Head(NamedTuple):
     weight: Any
     bias: Any
     class_weight: Any
-
-
-@triton.jit
-def _tanh(x):
-    """1 - 2 / (e^2x + 1) loses the small ones, for which the series is exact to float32."""
-    q = x * x
-    p = -1382.0 / 155925.0
-    p = p * q + 62.0 / 2835.0
-    p = p * q - 17.0 / 315.0
-    p = p * q + 2.0 / 15.0
-    p = p * q - 1.0 / 3.0
-    return tl.where(q < 0.1, x + x * (p * q), 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
 
 
 @triton.jit
@@ -81,10 +67,7 @@ def logits_of(
         acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
     if head.bias is not None:
         acc += tl.load(head.bias + id, mask=id_mask, other=0.0).to(tl.float32)[None, :]
-    z = acc * scale
-    if CAPPED:
-        z = softcap * _tanh(z / softcap)
-    return z
+    return capped_logits(acc, scale, softcap, CAPPED)
 
 
 @triton.jit(do_not_specialize=["tokens", "vocab_start"])
@@ -115,13 +98,7 @@ def linear_logprob_stats_fwd_kernel(
     token = tl.load(order_ptr + row, mask=row < tokens, other=0).to(tl.int64)
     target = tl.load(target_ptr + token, mask=kept, other=-1).to(tl.int64) - vocab_start
 
-    peak = tl.full([BLOCK_M], -INFINITY, tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M], tl.float32)
-    costs = tl.zeros([BLOCK_M], tl.float32)
-    classes = 0.0
-    logit = tl.full([BLOCK_M], float("nan"), tl.float32)
-    argmax = tl.full([BLOCK_M], -1, tl.int32)
+    stats = start_stats(BLOCK_M)
     first = tl.program_id(1) * SPAN
     last = tl.minimum(first + SPAN, vocabulary)
     if tl.program_id(0) * BLOCK_M >= count:
@@ -132,38 +109,9 @@ def linear_logprob_stats_fwd_kernel(
         z = logits_of(
             head, token, kept, id.to(tl.int64), inside, hidden, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, CAPPED
         )
-        z = tl.where(inside[None, :], z / temperature, -INFINITY)
-        largest = tl.max(z, 1)
-        lowest = tl.min(tl.where(z == largest[:, None], id[None, :], NO_ID), 1)
-        argmax = tl.where((largest > peak) | (argmax < 0), tl.minimum(lowest, vocabulary - 1), argmax)
-        top = tl.maximum(peak, largest)
-        # a row of -inf alone has a sum of 0
-        base = tl.where(top == -INFINITY, 0.0, top)
-        down = tl.where(peak == -INFINITY, 0.0, peak - base)
-        d = z - base[:, None]
-        e = tl.exp(d)
-        weighted = (weighted + total * down) * tl.exp(down) + tl.sum(tl.where(e == 0.0, 0.0, e * d), 1)
-        total = total * tl.exp(down) + tl.sum(e, 1)
-        here = (id[None, :] == target[:, None]) & inside[None, :]
-        found = tl.sum(tl.where(here, z, 0.0), 1)
-        logit = tl.where((target >= start) & (target < tl.minimum(start + BLOCK_N, vocabulary)), found, logit)
-        if COLUMNS > 5:
-            c = inside.to(tl.float32)
-            if head.class_weight is not None:
-                c = tl.load(head.class_weight + id, mask=inside, other=0.0).to(tl.float32)
-            costs += classes * down + tl.sum(tl.where(c[None, :] == 0.0, 0.0, c[None, :] * d), 1)
-            classes += tl.sum(c, 0)
-        peak = top
+        stats = add_tile(stats, z / temperature, start, vocabulary, target, head.class_weight, COLUMNS > 5)
     out = stats_ptr + (token * blocks + tl.program_id(1)) * COLUMNS
-    there = row < tokens
-    tl.store(out, peak, mask=there)
-    tl.store(out + 1, total, mask=there)
-    tl.store(out + 2, weighted, mask=there)
-    tl.store(out + 3, tl.where(kept, logit, float("nan")), mask=there)
-    tl.store(out + 4, tl.where(kept, argmax + vocab_start, -1).to(tl.float32), mask=there)
-    if COLUMNS > 5:
-        tl.store(out + 5, tl.where(kept, costs, 0.0), mask=there)
-        tl.store(out + 6, tl.where(kept, classes, 0.0), mask=there)
+    store_stats(out, stats, vocab_start, kept, row < tokens, COLUMNS > 5)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -261,27 +209,23 @@ def linear_logprobs_bwd_kernel(
     token = tl.load(order_ptr + row, mask=kept, other=0).to(tl.int64)
     id = (first + column).to(tl.int64)
     capped = logits_of(head, token, kept, id, inside, hidden, scale, softcap, BLOCK_M, BLOCK_N, BLOCK_K, CAPPED)
-    wide = tokens.to(tl.int64)
-    peak = tl.load(norm_ptr + token, mask=kept, other=0.0)
-    log_total = tl.load(norm_ptr + wide + token, mask=kept, other=0.0)
-    entropy = tl.load(entropy_ptr + token, mask=kept, other=0.0)
-    of_p = tl.load(coefficients_ptr + token, mask=kept, other=0.0)
-    of_entropy = tl.load(coefficients_ptr + wide + token, mask=kept, other=0.0)
-    of_target = tl.load(coefficients_ptr + 2 * wide + token, mask=kept, other=0.0)
-    of_class = tl.load(coefficients_ptr + 3 * wide + token, mask=kept, other=0.0)
-    logp = (capped / temperature - peak[:, None]) - log_total[:, None]
-    p = tl.exp(logp)
-    centred = tl.where(p == 0.0, 0.0, p * (logp + entropy[:, None]))
-    dz = p * of_p[:, None] - centred * of_entropy[:, None]
     target = tl.load(target_ptr + token, mask=kept, other=-1).to(tl.int64) - vocab_start
-    dz += tl.where(id[None, :] == target[:, None], of_target[:, None], 0.0)
-    c = inside.to(tl.float32)
-    if head.class_weight is not None:
-        c = tl.load(head.class_weight + id, mask=inside, other=0.0).to(tl.float32)
-    dz -= of_class[:, None] * c[None, :]
-    if CAPPED:
-        t = capped / softcap
-        dz *= 1.0 - t * t
+    dz = logit_gradients(
+        capped,
+        id,
+        inside,
+        target,
+        head.class_weight,
+        norm_ptr,
+        entropy_ptr,
+        coefficients_ptr,
+        token,
+        kept,
+        tokens,
+        softcap,
+        temperature,
+        CAPPED,
+    )
     if bias_sums_ptr is not None:
         tl.store(bias_sums_ptr + tile * dz_row + column, tl.sum(tl.where(kept[:, None], dz, 0.0), 0), mask=inside)
     out = dz_ptr + row[:, None] * dz_row + column[None, :]

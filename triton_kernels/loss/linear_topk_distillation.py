@@ -18,8 +18,6 @@ import triton.language as tl
 from ..common.launch import constants, on_device
 from ..common.rows import Matrix
 from .linear_logprobs import (
-    INFINITY,
-    NO_ID,
     STATS_BLOCK,
     Block,
     Head,
@@ -28,6 +26,7 @@ from .linear_logprobs import (
     logits_config,
     logits_of,
 )
+from .logits import INFINITY, NO_ID
 
 TAILS = {"bucket": 0, "renormalize": 1, "none": 2}
 BUCKET, RENORMALIZE = tl.constexpr(0), tl.constexpr(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,15 +22,15 @@ STATS_BLOCK = 4096
 STATS_COLUMNS, SMOOTHED_COLUMNS = 5, 7
 
 _HEAD = "Tensor x, Tensor weight, Tensor target, Tensor? bias, Tensor? class_weight"
-_TRANSFORM = "float scale, float softcap, float temperature, int ignore_index"
-_RESULT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+TRANSFORM = "float scale, float softcap, float temperature, int ignore_index"
+RESULT = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _result(like: Tensor, tokens: int, dtype: torch.dtype, smooth: bool) -> tuple[Tensor, ...]:
+def result_like(like: Tensor, tokens: int, dtype: torch.dtype, smooth: bool) -> tuple[Tensor, ...]:
     logp, lse, entropy = (like.new_empty((tokens,), dtype=dtype) for _ in range(3))
     argmax = like.new_empty((tokens,), dtype=torch.int32)
     smoothed = like.new_empty((tokens if smooth else 0,), dtype=dtype)
@@ -51,30 +52,30 @@ def _fake_backward(x, weight, target, bias, *rest):
 # logp, lse, entropy [T]; argmax int32 [T]; smoothed = sum_j c_j (-logp_j) [T], or [0] unless `smooth`; norm [2, T]: the
 # largest logit and the logarithm of the sum relative to it, which keep what lse alone rounds away
 linear_logprobs_fwd = kernel(
-    f"linear_logprobs_fwd({_HEAD}, {_TRANSFORM}, bool smooth) -> {_RESULT}",
+    f"linear_logprobs_fwd({_HEAD}, {TRANSFORM}, bool smooth) -> {RESULT}",
     module=_MODULE,
-    fake=lambda x, *rest: _result(x, x.shape[0], statistics_dtype(x), rest[-1]),
+    fake=lambda x, *rest: result_like(x, x.shape[0], statistics_dtype(x), rest[-1]),
 )
 # with a_t, e_t, b_t, s_t the rows of `coefficients` [4, T]:
 # dz_j = p_j (a - e (logp_j + entropy)) + b [j = target] - s c_j. `factor` (a scalar) multiplies the finished sums.
 # Gradients that are not asked for have size 0.
 linear_logprobs_bwd = kernel(
     f"linear_logprobs_bwd({_HEAD}, Tensor norm, Tensor entropy, Tensor coefficients, Tensor factor, int vocab_start, "
-    f"{_TRANSFORM}, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    f"{TRANSFORM}, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_fake_backward,
 )
 # [T, blocks, 5 or 7] of a shard that begins at `vocab_start`. A target elsewhere has the logit NaN; an ignored token
 # the maximum -inf, sums of 0 and the argmax -1.
 linear_logprob_stats_fwd = kernel(
-    f"linear_logprob_stats_fwd({_HEAD}, int vocab_start, {_TRANSFORM}, bool smooth) -> Tensor",
+    f"linear_logprob_stats_fwd({_HEAD}, int vocab_start, {TRANSFORM}, bool smooth) -> Tensor",
     module=_MODULE,
     fake=_fake_stats,
 )
 merge_logprobs_fwd = kernel(
-    f"merge_logprobs_fwd(Tensor stats) -> {_RESULT}",
+    f"merge_logprobs_fwd(Tensor stats) -> {RESULT}",
     module=_MODULE,
-    fake=lambda stats: _result(stats, stats.shape[0], stats.dtype, stats.shape[2] == SMOOTHED_COLUMNS),
+    fake=lambda stats: result_like(stats, stats.shape[0], stats.dtype, stats.shape[2] == SMOOTHED_COLUMNS),
     dtypes={"cpu": (torch.float32,), "triton": (torch.float32,)},
 )
 
@@ -107,15 +108,13 @@ def balanced(coefficients: Tensor, class_weight: Tensor | None) -> tuple[Tensor,
     return coefficients / factor, factor
 
 
-def backward(
-    saved: Sequence[Tensor | None],
+def coefficients_of(
     upstream: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    needs: tuple[bool, bool, bool],
-    vocab_start: int,
+    target: Tensor,
     smoothing_weight: Tensor | float,
-    transform: tuple[float, float, float, int],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weight and bias; ``upstream`` is that of logp, lse, entropy and smoothed.
+    ignore_index: int,
+) -> Tensor:
+    """``[4, T]`` of a backward kernel, 0 for ignored tokens; ``upstream`` is that of logp, lse, entropy and smoothed.
 
     ``smoothing_weight``: the sum of class weights over the vocabulary, or its size.
     """
@@ -125,11 +124,22 @@ def backward(
         dsmoothed = torch.zeros_like(dlogp)
     else:
         total = total + smoothing_weight * dsmoothed
-    target, class_weight, ignore_index = saved[2], saved[4], transform[3]
-    assert target is not None
-    coefficients = torch.stack((total, dentropy, dlogp, dsmoothed))
     # nothing of an ignored token matters
-    coefficients = torch.where(target == ignore_index, 0.0, coefficients)
+    return torch.where(target == ignore_index, 0.0, torch.stack((total, dentropy, dlogp, dsmoothed)))
+
+
+def backward(
+    saved: Sequence[Tensor | None],
+    upstream: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    needs: tuple[bool, bool, bool],
+    vocab_start: int,
+    smoothing_weight: Tensor | float,
+    transform: tuple[float, float, float, int],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weight and bias; ``upstream`` and ``smoothing_weight`` are those of ``coefficients_of``."""
+    target, class_weight = saved[2], saved[4]
+    assert target is not None
+    coefficients = coefficients_of(upstream, target, smoothing_weight, transform[3])
     coefficients, factor = balanced(coefficients, class_weight)
     # what multiplies every gradient of a logit multiplies the finished sums
     factor = factor * (transform[0] / transform[2])
@@ -176,7 +186,7 @@ def named(name: str, function: Callable[..., Any], *args: Any) -> Any:
     try:
         return function(*args)
     except ValueError as error:
-        raise ValueError(str(error).replace("linear_logprobs", name, 1)) from None
+        raise ValueError(re.sub(r"^tilefuse\.\w+", f"tilefuse.{name}", str(error))) from None
 
 
 @op(

@@ -14,13 +14,16 @@ def _compute(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def capped(z: Tensor, scale: float, softcap: float) -> Tensor:
+    """Scaled and capped logits, before the temperature."""
+    z = z * scale
+    return softcap * torch.tanh(z / softcap) if softcap > 0 else z
+
+
 def capped_logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
     """``scale * (x w^T + bias)``, capped; before the temperature."""
     z = x @ weight.to(x.dtype).t()
-    if bias is not None:
-        z = z + bias.to(x.dtype)
-    z = z * scale
-    return softcap * torch.tanh(z / softcap) if softcap > 0 else z
+    return capped(z if bias is None else z + bias.to(x.dtype), scale, softcap)
 
 
 def kept_rows(x: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -41,27 +44,36 @@ def at_ids(ids: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
     return inside, torch.where(inside, at, 0)
 
 
+def block_stats(z: Tensor, target: Tensor, class_weight: Tensor | None, first: int, smooth: bool) -> Tensor:
+    """Statistics ``[T, columns]`` of the logits of ids from ``first`` on; ``class_weight`` is that of these."""
+    largest, argmax = z.max(1)
+    # a row of -inf alone has a sum of 0
+    d = z - torch.where(largest == -torch.inf, 0.0, largest)[:, None]
+    e = d.exp()
+    inside, at = at_ids(target, first, z.shape[1])
+    logit = torch.where(inside, z.gather(1, at[:, None])[:, 0], torch.nan)
+    columns = [largest, e.sum(1), torch.where(e == 0, 0.0, e * d).sum(1), logit, argmax + first]
+    if smooth:
+        c = z.new_ones(z.shape[1]) if class_weight is None else class_weight.to(z.dtype)
+        columns += [torch.where(c == 0, 0.0, c * d).sum(1), c.sum().expand(z.shape[0])]
+    return torch.stack([column.to(z.dtype) for column in columns], 1)
+
+
+def mark_ignored(stats: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    ignored = stats.new_tensor([-torch.inf, 0, 0, torch.nan, -1, 0, 0])[: stats.shape[2]]
+    return torch.where((target != ignore_index)[:, None, None], stats, ignored)
+
+
 def linear_logprob_stats_fwd(
     x, weight, target, bias, class_weight, vocab_start, scale, softcap, temperature, ignore_index, smooth
 ):
-    rows, kept = kept_rows(x, target, ignore_index)
+    rows, _ = kept_rows(x, target, ignore_index)
     parts = []
     for start, w, b in blocks_of(weight, bias):
+        c = None if class_weight is None else class_weight[start : start + BLOCK]
         z = capped_logits(rows, w, b, scale, softcap) / temperature
-        largest, argmax = z.max(1)
-        # a row of -inf alone has a sum of 0
-        d = z - torch.where(largest == -torch.inf, 0.0, largest)[:, None]
-        e = d.exp()
-        inside, at = at_ids(target, vocab_start + start, z.shape[1])
-        logit = torch.where(inside, z.gather(1, at[:, None])[:, 0], torch.nan)
-        columns = [largest, e.sum(1), torch.where(e == 0, 0.0, e * d).sum(1), logit, argmax + (vocab_start + start)]
-        if smooth:
-            c = z.new_ones(z.shape[1]) if class_weight is None else class_weight[start : start + BLOCK].to(z.dtype)
-            columns += [torch.where(c == 0, 0.0, c * d).sum(1), c.sum().expand(z.shape[0])]
-        parts.append(torch.stack([column.to(z.dtype) for column in columns], 1))
-    stats = torch.stack(parts, 1)
-    ignored = stats.new_tensor([-torch.inf, 0, 0, torch.nan, -1, 0, 0])[: stats.shape[2]]
-    return torch.where(kept[:, None, None], stats, ignored)
+        parts.append(block_stats(z, target, c, vocab_start + start, smooth))
+    return mark_ignored(torch.stack(parts, 1), target, ignore_index)
 
 
 def merge_logprobs_fwd(stats: Tensor) -> tuple[Tensor, ...]:
@@ -95,19 +107,47 @@ def merge_logprobs_fwd(stats: Tensor) -> tuple[Tensor, ...]:
     return *results[:3], argmax.to(torch.int32), smoothed, torch.where(kept, norm, 0.0)
 
 
+def check_targets(name: str, target: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """An error where the host sees them; elsewhere they become NaN."""
+    wrong = (target != ignore_index) & ((target < 0) | (target >= vocabulary))
+    if not target.is_cuda and wrong.any():
+        raise ValueError(
+            f"tilefuse.{name}: target must be in [0, {vocabulary}) or ignore_index = {ignore_index}, "
+            f"got {target[wrong][0].item()}"
+        )
+
+
 def linear_logprobs_fwd(
     x, weight, target, bias, class_weight, scale, softcap, temperature, ignore_index, smooth
 ) -> tuple[Tensor, ...]:
-    wrong = (target != ignore_index) & ((target < 0) | (target >= weight.shape[0]))
-    if not target.is_cuda and wrong.any():
-        raise ValueError(
-            f"tilefuse.linear_logprobs: target must be in [0, {weight.shape[0]}) or ignore_index = {ignore_index}, "
-            f"got {target[wrong][0].item()}"
-        )
+    check_targets("linear_logprobs", target, weight.shape[0], ignore_index)
     stats = linear_logprob_stats_fwd(
         x, weight, target, bias, class_weight, 0, scale, softcap, temperature, ignore_index, smooth
     )
     return merge_logprobs_fwd(stats)
+
+
+def logit_gradients(
+    z: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    norm: Tensor,
+    entropy: Tensor,
+    coefficients: Tensor,
+    first: int,
+    softcap: float,
+    temperature: float,
+) -> Tensor:
+    """Gradients of the logits of ids from ``first`` on, of ``z`` before the temperature."""
+    logp = z / temperature - norm[0][:, None] - norm[1][:, None]
+    p = logp.exp()
+    centred = torch.where(p == 0, 0.0, p * (logp + entropy[:, None]))
+    dz = p * coefficients[0][:, None] - centred * coefficients[1][:, None]
+    inside, at = at_ids(target, first, z.shape[1])
+    dz = dz.scatter_add(1, at[:, None], torch.where(inside, coefficients[2], 0.0)[:, None])
+    c = 1.0 if class_weight is None else class_weight.to(z.dtype)
+    dz = dz - coefficients[3][:, None] * c
+    return dz * (1 - (z / softcap).square()) if softcap > 0 else dz
 
 
 def head_gradients(
@@ -164,15 +204,9 @@ def linear_logprobs_bwd(
 
     def gradients():
         for start, w, b in blocks_of(weight, bias):
-            capped = capped_logits(rows, w, b, scale, softcap)
-            logp = capped / temperature - norm[0][:, None] - norm[1][:, None]
-            p = logp.exp()
-            centred = torch.where(p == 0, 0.0, p * (logp + entropy[:, None]))
-            dz = p * coefficients[0][:, None] - centred * coefficients[1][:, None]
-            inside, at = at_ids(target, vocab_start + start, w.shape[0])
-            dz = dz.scatter_add(1, at[:, None], torch.where(inside, coefficients[2], 0.0)[:, None])
-            c = 1.0 if class_weight is None else class_weight[start : start + BLOCK].to(rows.dtype)
-            dz = dz - coefficients[3][:, None] * c
-            yield w, dz * (1 - (capped / softcap).square()) if softcap > 0 else dz
+            c = None if class_weight is None else class_weight[start : start + BLOCK]
+            z = capped_logits(rows, w, b, scale, softcap)
+            first = vocab_start + start
+            yield w, logit_gradients(z, target, c, norm, entropy, coefficients, first, softcap, temperature)
 
     return head_gradients(x, weight, bias, rows, kept, gradients(), factor, need_x, need_weight, need_bias)

@@ -37,9 +37,26 @@ def naive(
     recompute=True,
 ):
     """The formula on all logits."""
-    kept = target != ignore_index
-    x = torch.where(kept[..., None], x, 0)
+    x = torch.where((target != ignore_index)[..., None], x, 0)
     z = logits(x, weight, bias, scale=scale, softcap=softcap)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": reduction}
+    return losses_of(z, target, token_weight, class_weight, num_items, ignore_index=ignore_index, **options)
+
+
+def losses_of(
+    z,
+    target,
+    token_weight=None,
+    class_weight=None,
+    num_items=None,
+    *,
+    ignore_index=IGNORED,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    reduction="mean",
+):
+    """The formula on transformed logits."""
+    kept = target != ignore_index
     logp, lse, *_ = statistics(z, target, ignore_index)
     c = z.new_ones(z.shape[-1]) if class_weight is None else class_weight.to(z.dtype)
     of_target = torch.where(kept, c[torch.where(kept, target, 0).long()], 0.0)

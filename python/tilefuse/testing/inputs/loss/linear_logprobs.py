@@ -44,12 +44,16 @@ class _Rounded(torch.autograd.Function):
         return dz.to(ctx.dtype).to(dz.dtype), None
 
 
+def transformed(z, scale=1.0, softcap=0.0, temperature=1.0):
+    z = z * scale
+    return (softcap * torch.tanh(z / softcap) if softcap > 0 else z) / temperature
+
+
 def logits(x, weight, bias=None, *, scale=1.0, softcap=0.0, temperature=1.0):
     """All of them, in float32 (float64 for float64), and their gradients in x's dtype."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     z = _Rounded.apply(x.to(wide) @ weight.to(wide).t(), x.dtype)
-    z = (z if bias is None else z + bias.to(wide)) * scale
-    return (softcap * torch.tanh(z / softcap) if softcap > 0 else z) / temperature
+    return transformed(z if bias is None else z + bias.to(wide), scale, softcap, temperature)
 
 
 def statistics(z, target, ignore_index=IGNORED):
