@@ -135,6 +135,11 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     logits = tokens(32000)
     yield "loss/distillation", train("distillation", logits, logits, tokens(dtype="i64"))
 
+    # a slice, whose rows are not those of a matrix
+    logits = tensor("bf16", batch, length, 32000, strides=((length + 1) * 32000, 32000, 1))
+    yield "loss/logprobs", train("logprobs", logits, tensor("i64", batch, length), softcap=30.0)
+    yield "loss/logprobs", train("cross_entropy", tokens(32000), tokens(dtype="i64"), label_smoothing=0.1)
+
     ids, weights = tokens(4, dtype="i32"), tokens(4, dtype="fp32")
     up, down, ends = tensor("bf16", 16, 512, 256), tensor("bf16", 16, 256, 256), tensor("i32", 17)
     yield "moe/moe_plan", call("moe_plan", ids, 16)

@@ -86,6 +86,10 @@ def grouped_codes(b, s):
 CASES = {
     "add_rms_norm": (lambda b, s: (draw(b, s, 48), draw(b, s, 48), draw(48)), {}),
     "block_sparse_attention": (lambda b, s: (*qkv(b, s), *block_lists(b, s)), {"block_size": 16}),
+    "cross_entropy": (
+        lambda b, s: (draw(b, s, 60), integers(60, b, s), draw(b, s), draw(60)),
+        {"label_smoothing": 0.1},
+    ),
     "distillation": (lambda b, s: (draw(b, s, 50), draw(b, s, 60), integers(50, b, s)), {"temperature": 2.0}),
     "fp8_dequantize": (lambda b, s: codes(b * s, 256), {}),
     "fp8_grouped_matmul": (lambda b, s: (*codes(2 * b * s, 128), *grouped_codes(b, s)), {}),
@@ -106,6 +110,7 @@ CASES = {
         lambda b, s: (draw(b, s, 16), draw(60, 16), draw(b, s, 4), draw(b, s, 60).topk(4).indices, integers(60, b, s)),
         {},
     ),
+    "logprobs": (lambda b, s: (draw(b, s, 60), integers(60, b, s)), {}),
     "mla_absorb_query": (
         lambda b, s: (draw(b * s, HEADS, 24), draw(HEADS, 16, 32), *tables(8), integers(s, b * s)),
         {},

@@ -20,10 +20,12 @@ from .ops.fp8.matmul import fp8_matmul
 from .ops.fp8.quantize import fp8_dequantize, fp8_quantize, fp8_quantize_dual
 from .ops.fp8.rms_norm_quantize import rms_norm_quantize
 from .ops.fp8.silu_mul_quantize import silu_mul_quantize
+from .ops.loss.cross_entropy import cross_entropy
 from .ops.loss.distillation import distillation
 from .ops.loss.linear_cross_entropy import linear_cross_entropy
 from .ops.loss.linear_logprobs import linear_logprob_stats, linear_logprobs, merge_logprobs
 from .ops.loss.linear_topk_distillation import linear_topk_distillation
+from .ops.loss.logprobs import logprobs
 from .ops.loss.mtp_targets import mtp_targets
 from .ops.loss.policy_loss import policy_loss
 from .ops.loss.preference_loss import preference_loss, sequence_logp
@@ -62,6 +64,7 @@ __all__ = [
     "backend",
     "block_pattern",
     "block_sparse_attention",
+    "cross_entropy",
     "distillation",
     "explain",
     "fp8_dequantize",
@@ -77,6 +80,7 @@ __all__ = [
     "linear_logprob_stats",
     "linear_logprobs",
     "linear_topk_distillation",
+    "logprobs",
     "merge_attention",
     "merge_logprobs",
     "mla_absorb_query",

@@ -59,6 +59,14 @@ def check_linear(name: str, x: Tensor, weight: Tensor, target: Tensor, bias: Ten
     check_target(name, target, x.shape[:-1], x, "x")
 
 
+def check_logits(name: str, logits: Tensor, target: Tensor) -> None:
+    """Logits over a vocabulary and one target per row of them."""
+    if logits.dim() < 1 or logits.shape[-1] == 0:
+        errors.value_error(name, "logits", "[..., V] with V >= 1", logits)
+    errors.check_dtype(name, "logits", logits, errors.FLOATS)
+    check_target(name, target, logits.shape[:-1], logits, "logits")
+
+
 def check_vocabulary(name: str, arg: str, values: Tensor, vocabulary: int, like: Tensor, like_arg: str) -> None:
     """One float per token of the vocabulary."""
     if values.dim() != 1 or values.shape[0] != vocabulary:
