@@ -77,6 +77,8 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "attention/window_attention", train("window_attention", *qkv, **band)
     yield "attention/window_attention", train("window_attention", *packed, **band)
     yield "attention/window_attention", train("window_attention", *qkv, per_head, per_head, **band, **every)
+    table = tensor("fp32", 8, 2 * length - 1)
+    yield "attention/window_attention", train("window_attention", *qkv, *(None,) * 4, table, **band, **every)
     index, mask = tensor("i64", batch, window % 40 + 1), tensor("bool", batch, length)
     yield "attention/global_attention", train("global_attention", *qkv, index, *qkv, mask, **band)
     rows = -(-length // 64)

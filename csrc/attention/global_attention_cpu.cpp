@@ -213,7 +213,7 @@ struct GlobalAttentionSetup {
                        const OptionalTensor& q_global, const OptionalTensor& k_global, const OptionalTensor& v_global,
                        const OptionalTensor& key_mask, int64_t left, int64_t right, int64_t dilation, bool causal,
                        double scale)
-      : window(q, k, v, {}, {}, {}, {}, left, right, dilation, scale, 0.0, 0) {
+      : window(q, k, v, {}, {}, {}, {}, {}, left, right, dilation, scale, 0.0, 0) {
     call.batch = q.size(0);
     call.length = q.size(1);
     call.count = index.size(1);

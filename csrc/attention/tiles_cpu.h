@@ -404,7 +404,11 @@ struct Score {
   float scale;
   float softcap;  // 0 = off
   bool alibi;
-  int32_t step;  // distance between neighbouring positions, for ALiBi
+  int32_t step;  // distance between neighbouring positions, for biases by distance
+  // of the head, its bias of distance 0 (null: none), and the furthest distance on either side with one of its own;
+  // distances count from rows to lanes
+  const float* bias = nullptr;
+  int32_t reach = 0;
 };
 
 // lanes are queries: which positions each sees, where it stands, its ALiBi slope
@@ -437,6 +441,47 @@ static void finish_scores(float* s, const int32_t* position, int64_t count, cons
         x = seen ? x : splat(-kInfinity);
       }
       store(s + r * L + lane, x);
+    }
+  }
+}
+
+// distances from a row to kWidth lanes, which ascend in equal steps; a last few may be kNowhere
+struct Distances {
+  int64_t first, last;
+
+  Distances(const int32_t* of_lanes, int32_t of_row, int32_t step)
+      : first((int64_t{of_lanes[0]} - of_row) * step), last((int64_t{of_lanes[kWidth - 1]} - of_row) * step) {}
+
+  bool below(int32_t reach) const { return last <= -reach || reach == 0; }
+  bool above(int32_t reach) const { return first >= reach; }
+  // neighbours in memory
+  bool adjacent(int32_t reach) const { return last - first == kWidth - 1 && first >= -reach && last <= reach; }
+};
+
+static inline int64_t bias_index(int32_t of_lane, int32_t of_row, const Score& score) {
+  const int64_t distance = (int64_t{of_lane} - of_row) * score.step;
+  return distance < -score.reach ? -score.reach : distance > score.reach ? score.reach : distance;
+}
+
+// Adds the bias of each distance to logits [count][L]; a masked one stays -inf, whatever the bias.
+template <int L>
+static void add_bias(float* s, const int32_t* of_lanes, const int32_t* of_rows, int64_t count, const Score& score,
+                     int lanes = L) {
+  for (int64_t r = 0; r < count; ++r) {
+    for (int lane = 0; lane < lanes; lane += kWidth) {
+      const Distances distances(of_lanes + lane, of_rows[r], score.step);
+      vec bias;
+      if (distances.adjacent(score.reach)) {
+        bias = load(score.bias + distances.first);
+      } else if (distances.below(score.reach)) {
+        bias = splat(score.bias[-score.reach]);
+      } else if (distances.above(score.reach)) {
+        bias = splat(score.bias[score.reach]);
+      } else {
+        for (int i = 0; i < kWidth; ++i) bias[i] = score.bias[bias_index(of_lanes[lane + i], of_rows[r], score)];
+      }
+      const vec x = load(s + r * L + lane);
+      store(s + r * L + lane, x == -kInfinity ? x : x + bias);
     }
   }
 }
@@ -531,6 +576,7 @@ class Forward {
     const Seen<L> seen(queries, position, count, mask, lanes_);
     scores(seen, rows, v, count);
     finish_scores<L>(s_, position, count, queries, score, mask, nullptr, lanes_);
+    if (score.bias != nullptr) add_bias<L>(s_, queries.at, position, count, score, lanes_);
     for (int lane = 0; lane < lanes_; lane += kWidth) {
       const vec old = load(top_ + lane);
       vec top = old;
@@ -672,13 +718,7 @@ class QueryGradient {
 
   void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score,
             bool mask) {
-    pack_rows(k, count, dim_, k_);
-    pack_rows(v, count, dim_v_, v_);
-    rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
-    rows_by_lanes<L>(dout_, v_, words(dim_v_, kPer), count, dp_);
-    float* kept = score.softcap > 0 ? tanh_ : nullptr;
-    finish_scores<L>(s_, position, count, queries, score, mask, kept);
-    logit_gradient<L, true>(s_, dp_, kept, count, lse, delta);
+    score_gradient(k, v, position, count, score, mask, score.softcap > 0 ? tanh_ : nullptr);
     pack_values(k, count, dim_, k_values_);
     sum_over_rows<L>(pack_weights<L>(dp_, count, p_), k_values_, words(count, kPer), dim_, dq_);
   }
@@ -690,12 +730,75 @@ class QueryGradient {
     }
   }
 
- private:
+ protected:
+  // dp_ [count][L] of a tile of keys: the gradient of the dot products, with a null `kept` of the capped ones
+  void score_gradient(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score,
+                      bool mask, float* kept) {
+    pack_rows(k, count, dim_, k_);
+    pack_rows(v, count, dim_v_, v_);
+    rows_by_lanes<L>(q_, k_, words(dim_, kPer), count, s_);
+    rows_by_lanes<L>(dout_, v_, words(dim_v_, kPer), count, dp_);
+    finish_scores<L>(s_, position, count, queries, score, mask, kept);
+    if (score.bias != nullptr) add_bias<L>(s_, queries.at, position, count, score);
+    logit_gradient<L, true>(s_, dp_, kept, count, lse, delta);
+  }
+
   const int64_t dim_, dim_v_;
   W *q_, *dout_, *k_, *k_values_, *v_;
   float *s_, *tanh_, *dp_;
   W* p_;
   float* dq_;
+};
+
+// Gradient of a head's bias by distance, over any number of tiles of queries.
+template <typename T, int L>
+class BiasGradient : public QueryGradient<T, L> {
+ public:
+  using QueryGradient<T, L>::QueryGradient;
+
+  // the sum of distance 0 in a row of zeros, as far as `reach` on either side
+  void begin_head(float* sums, int32_t reach) {
+    sums_ = sums;
+    reach_ = reach;
+    below_ = above_ = 0;
+  }
+
+  // always masked: a lane without a query would add what it makes of the bias
+  void keys(const T* const* k, const T* const* v, const int32_t* position, int64_t count, const Score& score, bool) {
+    this->score_gradient(k, v, position, count, score, true, nullptr);
+    const int32_t* of_lanes = this->queries.at;
+    vec below = {}, above = {};
+    for (int64_t r = 0; r < count; ++r) {
+      for (int lane = 0; lane < L; lane += kWidth) {
+        const Distances distances(of_lanes + lane, position[r], score.step);
+        const vec ds = load(this->dp_ + r * L + lane);
+        if (distances.adjacent(reach_)) {
+          store(sums_ + distances.first, load(sums_ + distances.first) + ds);
+        } else if (distances.below(reach_)) {
+          below += ds;
+        } else if (distances.above(reach_)) {
+          above += ds;
+        } else {
+          for (int i = 0; i < kWidth; ++i) sums_[bias_index(of_lanes[lane + i], position[r], score)] += ds[i];
+        }
+      }
+    }
+    for (int i = 0; i < kWidth; ++i) {
+      below_ += below[i];
+      above_ += above[i];
+    }
+  }
+
+  void end_head() {
+    sums_[-reach_] += static_cast<float>(below_);
+    sums_[reach_] += static_cast<float>(above_);
+  }
+
+ private:
+  float* sums_;
+  int32_t reach_;
+  // an end collects all distances past it
+  double below_, above_;
 };
 
 // up to kRows queries against the lanes of KeyGradient
@@ -762,6 +865,7 @@ class KeyGradient {
         store(s_ + r * L + lane, x);
       }
     }
+    if (score.bias != nullptr) add_bias<L>(s_, position, rows.at, count, score);
     logit_gradient<L, false>(s_, dp_, kept, count, rows.lse, rows.delta);
     pack_values(dout, count, dim_v_, dout_values_);
     sum_over_rows<L>(pack_weights<L>(s_, count, p_), dout_values_, words(count, kPer), dim_v_, dv_);

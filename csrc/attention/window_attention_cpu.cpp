@@ -16,6 +16,7 @@ void window_attention_pass(const WindowAttentionCall& call, Pass pass, int64_t b
 STABLE_TORCH_LIBRARY_IMPL(tilefuse_cpu, CPU, m) {
   m.impl("window_attention_fwd", TORCH_BOX(&window_attention_fwd));
   m.impl("window_attention_bwd", TORCH_BOX(&window_attention_bwd));
+  m.impl("window_attention_bwd_bias", TORCH_BOX(&window_attention_bwd_bias));
 }
 
 #endif  // TILEFUSE_REGISTER

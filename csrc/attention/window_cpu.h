@@ -7,6 +7,10 @@
 
 #include "attention/tiles_cpu.h"
 
+#ifdef TILEFUSE_REGISTER
+#include <algorithm>
+#endif
+
 namespace tilefuse {
 
 constexpr int32_t kUnbounded = 1 << 29;
@@ -23,7 +27,7 @@ struct Statistics {
 };
 
 // what one run over the tasks of a call computes
-enum class Pass : int { forward, query_gradient, key_gradient, prefix_gradient };
+enum class Pass : int { forward, query_gradient, key_gradient, prefix_gradient, bias_gradient };
 
 struct WindowSequence {
   int64_t batch;   // into tensors with a batch dimension
@@ -38,6 +42,12 @@ struct WindowAttentionCall {
   Statistics lse, dlse, delta;
   const float* sinks = nullptr;
   const float* slopes = nullptr;
+  // bias by distance [heads, 2 * bias_reach + 1], query minus key, and the same mirrored
+  const float *bias = nullptr, *mirrored = nullptr;
+  int32_t bias_reach = 0;
+  // its gradient, [bias_parts, heads, 2 * bias_reach + 1]: a part is of bias_tiles tiles of queries
+  float* dbias = nullptr;
+  int64_t bias_parts = 0, bias_tiles = 0;
   const WindowSequence* sequences = nullptr;
   int64_t sequence_count = 0, query_tiles = 0, key_tiles = 0;
   int64_t heads = 0, kv_heads = 0, dim = 0, dim_v = 0;
@@ -109,6 +119,16 @@ static inline int32_t prefix_token(const WindowAttentionCall& call, const Window
   return p < s.sk ? p : -1;
 }
 
+// of one head; distances count from keys to queries, or the other way
+static inline Score score_of(const WindowAttentionCall& call, int64_t head, int32_t step, bool mirrored = false) {
+  Score score{call.scale, call.softcap, call.slopes != nullptr, step};
+  if (call.bias != nullptr) {
+    score.bias = (mirrored ? call.mirrored : call.bias) + head * (2 * call.bias_reach + 1) + call.bias_reach;
+    score.reach = call.bias_reach;
+  }
+  return score;
+}
+
 // a tile of queries, and the walk over its keys that forward and backward share
 struct QueryTile {
   const WindowSequence* sequence;
@@ -160,7 +180,7 @@ static void walk_keys(const WindowAttentionCall& call, const QueryTile& t, Engin
         k[r] = token < 0 ? nullptr : row<T>(call.k, s.batch, s.k0 + token, kv);
         v[r] = token < 0 ? nullptr : row<T>(call.v, s.batch, s.k0 + token, kv);
       }
-      engine.keys(k, v, position, n, {call.scale, call.softcap, call.slopes != nullptr, 1}, true);
+      engine.keys(k, v, position, n, score_of(call, t.head, 1), true);
     }
   }
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -181,7 +201,7 @@ static void walk_keys(const WindowAttentionCall& call, const QueryTile& t, Engin
       v[r] = hidden ? nullptr : row<T>(call.v, s.batch, s.k0 + token, kv);
     }
     const bool full = call.hidden == nullptr && n0 >= last - call.left && n0 + n - 1 <= first + call.right;
-    engine.keys(k, v, position, n, {call.scale, call.softcap, call.slopes != nullptr, d}, !full);
+    engine.keys(k, v, position, n, score_of(call, t.head, d), !full);
   }
 }
 
@@ -210,7 +230,31 @@ static void window_forward(const WindowAttentionCall& call, int64_t begin, int64
   }
 }
 
-// dq, and delta = sum(dout * out) - dlse for the second pass
+// Rows of q and dout of a tile, and the engine's lse and delta = sum(dout * out) - dlse; null and 0 where a lane has no
+// query.
+template <typename T, typename Engine>
+static void load_query_tile(const WindowAttentionCall& call, const QueryTile& t, const T** q, const T** dout,
+                            Engine& engine) {
+  const WindowSequence& s = *t.sequence;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    q[lane] = dout[lane] = nullptr;
+    engine.lse[lane] = engine.delta[lane] = 0.0f;
+    if (lane >= t.count) continue;
+    const int64_t local = t.c.first + static_cast<int64_t>(t.m0 + lane) * call.dilation, token = s.q0 + local;
+    float delta = 0.0f;
+    if (!is_hidden(call, s, local)) {
+      q[lane] = row<T>(call.q, s.batch, token, t.head);
+      dout[lane] = row<T>(call.dout, s.batch, token, t.head);
+      const T* out = row<T>(call.out, s.batch, token, t.head);
+      for (int64_t j = 0; j < call.dim_v; ++j) delta += to_float(dout[lane][j]) * to_float(out[j]);
+      if (call.dlse.data != nullptr) delta -= *at(call.dlse, s.batch, t.head, token);
+    }
+    engine.lse[lane] = *at(call.lse, s.batch, t.head, token);
+    engine.delta[lane] = delta;
+  }
+}
+
+// dq, and delta for the second pass
 template <typename T>
 static void window_query_gradient(const WindowAttentionCall& call, int64_t begin, int64_t end) {
   Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
@@ -221,27 +265,39 @@ static void window_query_gradient(const WindowAttentionCall& call, int64_t begin
     const QueryTile t = query_tile(call, task);
     if (t.count <= 0) continue;
     const WindowSequence& s = *t.sequence;
+    load_query_tile<T>(call, t, q, dout, engine);
     for (int lane = 0; lane < kLanes; ++lane) {
-      q[lane] = dout[lane] = nullptr;
-      dq[lane] = nullptr;
-      engine.lse[lane] = engine.delta[lane] = 0.0f;
-      if (lane >= t.count) continue;
-      const int64_t local = t.c.first + static_cast<int64_t>(t.m0 + lane) * call.dilation, token = s.q0 + local;
-      dq[lane] = row<T>(call.dq, s.batch, token, t.head);
-      float delta = 0.0f;
-      if (!is_hidden(call, s, local)) {
-        q[lane] = row<T>(call.q, s.batch, token, t.head);
-        dout[lane] = row<T>(call.dout, s.batch, token, t.head);
-        const T* out = row<T>(call.out, s.batch, token, t.head);
-        for (int64_t j = 0; j < call.dim_v; ++j) delta += to_float(dout[lane][j]) * to_float(out[j]);
-        if (call.dlse.data != nullptr) delta -= *at(call.dlse, s.batch, t.head, token);
-      }
-      engine.lse[lane] = *at(call.lse, s.batch, t.head, token);
-      engine.delta[lane] = *at(call.delta, s.batch, t.head, token) = delta;
+      const int64_t token = s.q0 + t.c.first + static_cast<int64_t>(t.m0 + lane) * call.dilation;
+      dq[lane] = lane < t.count ? row<T>(call.dq, s.batch, token, t.head) : nullptr;
+      if (lane < t.count) *at(call.delta, s.batch, t.head, token) = engine.delta[lane];
     }
     engine.begin(q, dout);
     walk_keys<T>(call, t, engine);
     engine.end(dq, call.scale);
+  }
+}
+
+// the bias's gradient from one part of a head's queries
+template <typename T>
+static void window_bias_gradient(const WindowAttentionCall& call, int64_t begin, int64_t end) {
+  Scratch scratch(tile_bytes(kLanes, call.dim, call.dim_v));
+  BiasGradient<T, kLanes> engine(scratch, call.dim, call.dim_v);
+  const T *q[kLanes], *dout[kLanes];
+  const int64_t length = 2 * static_cast<int64_t>(call.bias_reach) + 1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task / call.heads, head = task % call.heads;
+    float* sums = call.dbias + task * length;
+    std::memset(sums, 0, length * sizeof(float));
+    engine.begin_head(sums + call.bias_reach, call.bias_reach);
+    const int64_t first = part * call.bias_tiles, past = first + call.bias_tiles;
+    for (int64_t tile = first; tile < past && tile < call.query_tiles; ++tile) {
+      const QueryTile t = query_tile(call, head * call.query_tiles + tile);
+      if (t.count <= 0) continue;
+      load_query_tile<T>(call, t, q, dout, engine);
+      engine.begin(q, dout);
+      walk_keys<T>(call, t, engine);
+    }
+    engine.end_head();
   }
 }
 
@@ -310,7 +366,7 @@ static void window_key_gradient(const WindowAttentionCall& call, int64_t begin, 
         }
         const bool full = call.hidden == nullptr && count == kLanes && n0 >= m0 + m - 1 + c.shift - call.left &&
                           n1 <= m0 + c.shift + call.right;
-        engine.queries(q, dout, rows, m, {call.scale, call.softcap, call.slopes != nullptr, d}, !full);
+        engine.queries(q, dout, rows, m, score_of(call, h, d, true), !full);
       }
     }
     engine.end(dk, dv, call.scale);
@@ -351,7 +407,7 @@ static void window_prefix_gradient(const WindowAttentionCall& call, int64_t begi
           rows.low[r] = live[r] ? 0 : 1;
           rows.high[r] = live[r] ? rows.at[r] + call.reach : 0;
         }
-        engine.queries(q, dout, rows, m, {call.scale, call.softcap, call.slopes != nullptr, 1}, true);
+        engine.queries(q, dout, rows, m, score_of(call, h, 1, true), true);
       }
     }
     engine.end(dk, dv, call.scale);
@@ -370,6 +426,8 @@ static void run_window_pass(const WindowAttentionCall& call, Pass pass, int64_t 
       return window_key_gradient<T, O>(call, begin, end);
     case Pass::prefix_gradient:
       return window_prefix_gradient<T, O>(call, begin, end);
+    case Pass::bias_gradient:
+      return window_bias_gradient<T>(call, begin, end);
   }
 }
 
@@ -434,6 +492,22 @@ inline void write_floats(Tensor& t, const std::vector<float>& values) {
   }
 }
 
+// [H, L] of any strides, float32 or float64, to float32
+inline std::vector<float> read_table(const Tensor& t) {
+  std::vector<float> values(t.size(0) * t.size(1));
+  const auto fill = [&](const auto* data) {
+    for (int64_t h = 0, i = 0; h < t.size(0); ++h)
+      for (int64_t j = 0; j < t.size(1); ++j, ++i)
+        values[i] = static_cast<float>(data[h * t.stride(0) + j * t.stride(1)]);
+  };
+  if (t.scalar_type() == ScalarType::Double) {
+    fill(static_cast<const double*>(t.const_data_ptr()));
+  } else {
+    fill(static_cast<const float*>(t.const_data_ptr()));
+  }
+  return values;
+}
+
 inline std::vector<int64_t> read_offsets(const Tensor& t, int64_t limit) {
   std::vector<int64_t> values(t.size(0));
   const Index index = index_of(t);
@@ -452,11 +526,12 @@ inline int32_t bounded(int64_t window) {
 struct WindowAttentionSetup {
   WindowAttentionCall call;
   std::vector<WindowSequence> sequences;
-  std::vector<float> sinks, slopes;
+  std::vector<float> sinks, slopes, bias, mirrored;
 
   WindowAttentionSetup(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& sinks_in,
                        const OptionalTensor& slopes_in, const OptionalTensor& cu_q, const OptionalTensor& cu_k,
-                       int64_t left, int64_t right, int64_t dilation, double scale, double softcap, int64_t prefix) {
+                       const OptionalTensor& bias_in, int64_t left, int64_t right, int64_t dilation, double scale,
+                       double softcap, int64_t prefix) {
     const int64_t rank = q.dim();
     call.dtype = dtype_of(q);
     call.q = rows_of(q);
@@ -477,6 +552,15 @@ struct WindowAttentionSetup {
     if (slopes_in) slopes = read_floats(*slopes_in);
     call.sinks = sinks_in ? sinks.data() : nullptr;
     call.slopes = slopes_in ? slopes.data() : nullptr;
+    if (bias_in) {
+      bias = read_table(*bias_in);
+      mirrored = bias;
+      for (int64_t h = 0, length = bias_in->size(1); h < call.heads; ++h)
+        std::reverse(mirrored.begin() + h * length, mirrored.begin() + (h + 1) * length);
+      call.bias = bias.data();
+      call.mirrored = mirrored.data();
+      call.bias_reach = bounded(bias_in->size(1) / 2);
+    }
     if (rank == 3) {
       const std::vector<int64_t> of_q = read_offsets(*cu_q, q.size(0)), of_k = read_offsets(*cu_k, k.size(0));
       for (size_t b = 0; b + 1 < of_q.size(); ++b)

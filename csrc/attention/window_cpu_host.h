@@ -12,6 +12,9 @@ void window_attention_pass(const WindowAttentionCall& call, Pass pass, int64_t b
 }
 TILEFUSE_DISPATCH(window_attention_pass)
 
+// tasks of a bias's gradient at least, where there are as many tiles
+constexpr int64_t kBiasTasks = 64;
+
 // packed tokens that belong to no sequence keep these values
 inline Tensor new_rows(const Tensor& like, const std::vector<int64_t>& shape) {
   return like.dim() == 3 ? torch::stable::new_zeros(like, shape) : empty_of(like, shape);
@@ -25,11 +28,11 @@ inline Tensor new_statistics(const Tensor& q, float value) {
 
 inline std::tuple<Tensor, Tensor> window_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor sinks,
                                                        OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q,
-                                                       OptionalTensor cu_seqlens_k, int64_t left, int64_t right,
-                                                       int64_t dilation, double scale, double softcap,
-                                                       int64_t sink_tokens) {
-  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale,
-                             softcap, sink_tokens);
+                                                       OptionalTensor cu_seqlens_k, OptionalTensor distance_bias,
+                                                       int64_t left, int64_t right, int64_t dilation, double scale,
+                                                       double softcap, int64_t sink_tokens) {
+  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, distance_bias, left, right,
+                             dilation, scale, softcap, sink_tokens);
   Tensor out = new_rows(q, with_last(q, v.size(v.dim() - 1)));
   Tensor lse = new_statistics(q, -baseline::kInfinity);
   WindowAttentionCall& call = setup.call;
@@ -62,10 +65,10 @@ inline void sink_gradient(const WindowAttentionCall& call, const Tensor& lse, co
 
 inline std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
     Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, OptionalTensor sinks,
-    OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, int64_t left, int64_t right,
-    int64_t dilation, double scale, double softcap, int64_t sink_tokens) {
-  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, left, right, dilation, scale,
-                             softcap, sink_tokens);
+    OptionalTensor alibi_slopes, OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k, OptionalTensor distance_bias,
+    int64_t left, int64_t right, int64_t dilation, double scale, double softcap, int64_t sink_tokens) {
+  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, distance_bias, left, right,
+                             dilation, scale, softcap, sink_tokens);
   Tensor dq = new_rows(q, shape_of(q)), dk = new_rows(k, shape_of(k)), dv = new_rows(v, shape_of(v));
   Tensor delta = new_statistics(q, 0.0f);
   WindowAttentionCall& call = setup.call;
@@ -86,6 +89,42 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_bwd(
   Tensor dsinks = empty_of(*sinks, {call.heads});
   sink_gradient(call, lse, delta, dsinks);
   return {dq, dk, dv, dsinks};
+}
+
+inline Tensor window_attention_bwd_bias(Tensor dout, OptionalTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                        Tensor lse, OptionalTensor sinks, OptionalTensor alibi_slopes,
+                                        OptionalTensor cu_seqlens_q, OptionalTensor cu_seqlens_k,
+                                        OptionalTensor distance_bias, int64_t left, int64_t right, int64_t dilation,
+                                        double scale, double softcap, int64_t sink_tokens) {
+  WindowAttentionSetup setup(q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, distance_bias, left, right,
+                             dilation, scale, softcap, sink_tokens);
+  WindowAttentionCall& call = setup.call;
+  call.out = rows_of(out);
+  call.dout = rows_of(dout);
+  call.lse = statistics_of(lse);
+  if (dlse) call.dlse = statistics_of(*dlse);
+  // parts depend on sizes alone, so that the order of their sum does
+  const int64_t wanted = call.heads > 0 ? (kBiasTasks + call.heads - 1) / call.heads : 1;
+  call.bias_tiles = call.query_tiles > wanted ? (call.query_tiles + wanted - 1) / wanted : 1;
+  call.bias_parts = (call.query_tiles + call.bias_tiles - 1) / call.bias_tiles;
+  const int64_t values = call.heads * distance_bias->size(1);
+  std::vector<float> parts(call.bias_parts * values);
+  call.dbias = parts.data();
+  run_parallel(window_attention_pass, call.heads * call.bias_parts, 1, call, Pass::bias_gradient);
+  Tensor dbias = empty_of(*distance_bias, shape_of(*distance_bias));
+  const auto add = [&](auto* to) {
+    for (int64_t i = 0; i < values; ++i) {
+      double sum = 0;
+      for (int64_t part = 0; part < call.bias_parts; ++part) sum += parts[part * values + i];
+      to[i] = static_cast<std::decay_t<decltype(*to)>>(sum);
+    }
+  };
+  if (dbias.scalar_type() == ScalarType::Double) {
+    add(static_cast<double*>(dbias.mutable_data_ptr()));
+  } else {
+    add(static_cast<float*>(dbias.mutable_data_ptr()));
+  }
+  return dbias;
 }
 
 }  // namespace tilefuse

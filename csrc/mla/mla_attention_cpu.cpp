@@ -9,15 +9,16 @@ namespace {
 
 std::tuple<Tensor, Tensor> mla_attention_fwd(Tensor q, Tensor k, Tensor v, OptionalTensor cu_seqlens_q,
                                              OptionalTensor cu_seqlens_k, double softmax_scale, bool causal) {
-  return window_attention_fwd(q, k, v, {}, {}, cu_seqlens_q, cu_seqlens_k, -1, causal ? 0 : -1, 1, softmax_scale, 0.0,
-                              0);
+  return window_attention_fwd(q, k, v, {}, {}, cu_seqlens_q, cu_seqlens_k, {}, -1, causal ? 0 : -1, 1, softmax_scale,
+                              0.0, 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mla_attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
                                                      Tensor lse, OptionalTensor cu_seqlens_q,
                                                      OptionalTensor cu_seqlens_k, double softmax_scale, bool causal) {
-  const auto [dq, dk, dv, no_sinks] = window_attention_bwd(dout, dlse, q, k, v, out, lse, {}, {}, cu_seqlens_q,
-                                                           cu_seqlens_k, -1, causal ? 0 : -1, 1, softmax_scale, 0.0, 0);
+  const auto [dq, dk, dv, no_sinks] =
+      window_attention_bwd(dout, dlse, q, k, v, out, lse, {}, {}, cu_seqlens_q, cu_seqlens_k, {}, -1, causal ? 0 : -1,
+                           1, softmax_scale, 0.0, 0);
   return {dq, dk, dv};
 }
 

@@ -18,18 +18,20 @@ KERNEL = "window_attention_fwd"
 QUICK = pytest.mark.slow_in_interpreter
 CASES = [case[0] for case in cases("cpu", torch.float32)]
 HALF = [torch.bfloat16, torch.float16]
-GRADS = ("q", "k", "v", "sinks")
+# gradients that are sums over all rows
+SUMMED = ("sinks", "distance_bias")
 
 
 def compute(function, tensors, others, options, dtype, wide=None):
-    """out, lse and the gradients of q, k, v (sinks) under random dout and dlse that all functions share."""
+    """out, lse and the gradients of q, k, v (sinks, bias) under random dout and dlse that all functions share."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
     others = dict(others)
     if wide is not None:
         others |= {n: t.to(wide) for n, t in others.items() if t.is_floating_point()}
-    if "sinks" in others:
-        others["sinks"] = others["sinks"].detach().clone().requires_grad_()
-        leaves.append(others["sinks"])
+    for name in SUMMED:
+        if name in others:
+            others[name] = others[name].detach().clone().requires_grad_()
+            leaves.append(others[name])
     out, lse = function(*leaves[:3], **others, **options)
     dout, dlse = upstream(out, lse, tensors[0].dtype)
     grads = torch.autograd.grad((out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum(), leaves)
@@ -43,14 +45,16 @@ def check(tensors, others, options):
     exact = compute(dense_window, tensors, others, options, torch.float64, torch.float64)
     naive = compute(dense_window, tensors, others, options, tensors[0].dtype)
     on_operands = backward_oracle(tensors, others, options, *got[:2])
-    for name, x, y, z in zip(("out", "lse", *GRADS), got, exact, naive):
+    names = "out", "lse", "q", "k", "v", *(name for name in SUMMED if name in others)
+    assert len(names) == len(got)
+    for name, x, y, z in zip(names, got, exact, naive):
         assert x.is_contiguous()
-        if name not in GRADS:
+        if name in ("out", "lse"):
             assert_close(x, y, z, name=name)
             continue
         terms = noise(*tensors) if y.numel() else None
         # a handful of sums over all rows: how out was rounded decides them, so only the operands' own oracle is fair
-        if name != "sinks":
+        if name not in SUMMED:
             assert_close(x, y, z, name=name, tiny=terms, rows=False)
         assert_close(x, on_operands[name], z, name=f"{name} on the backward's operands", tiny=terms)
     return got
@@ -70,26 +74,17 @@ def backward_oracle(tensors, others, options, out, lse):
     wide = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
     dout, dlse = (x.double() for x in upstream(out, lse, tensors[0].dtype))
     cu_q = others.get("cu_seqlens_q")
+    args = (
+        *(dout, dlse, q, k, v, out.double(), lse.double(), wide.get("sinks"), wide.get("alibi_slopes")),
+        *(cu_q, others.get("cu_seqlens_k", cu_q), wide.get("distance_bias"), *options.get("window", (-1, -1))),
+        *(options.get("dilation", 1), options.get("scale", q.shape[-1] ** -0.5), options.get("softcap", 0.0)),
+        options.get("sink_tokens", 0),
+    )
     with tilefuse.backend("reference"):
-        grads = torch.ops.tilefuse.window_attention_bwd(
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            out.double(),
-            lse.double(),
-            wide.get("sinks"),
-            wide.get("alibi_slopes"),
-            cu_q,
-            others.get("cu_seqlens_k", cu_q),
-            *options.get("window", (-1, -1)),
-            options.get("dilation", 1),
-            options.get("scale", q.shape[-1] ** -0.5),
-            options.get("softcap", 0.0),
-            options.get("sink_tokens", 0),
-        )
-    return dict(zip(GRADS, grads))
+        grads = dict(zip(("q", "k", "v", "sinks"), torch.ops.tilefuse.window_attention_bwd(*args)))
+        if "distance_bias" in others:
+            grads["distance_bias"] = torch.ops.tilefuse.window_attention_bwd_bias(*args)
+    return grads
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,6 +103,7 @@ def test_matches_oracle_in_half(name, dtype, device):
 
 def test_half_in_triton(triton_backend):
     check(*case("everything", dtype=torch.bfloat16))
+    check(*case("bias", dtype=torch.bfloat16))
     check(*case("two_sided", dtype=torch.float16))
     check(qkv(1, 35, 35, 1, 1, 96, 48, dtype=torch.bfloat16), {}, {"window": (10, 3)})
 
@@ -132,6 +128,103 @@ def test_tiles_on_the_cpu(window, dim, dim_v, dtype):
     assert_close(lse, exact_lse.double(), naive_lse, name="lse")
 
 
+@pytest.mark.cpu_library
+@pytest.mark.parametrize(
+    ("length", "window", "dilation", "dtype"),
+    [
+        (1, (100, 7), 1, torch.float32),
+        (17, (-1, -1), 1, torch.float32),
+        (63, (-1, 0), 1, torch.bfloat16),
+        (129, (100, 40), 1, torch.float32),
+        (401, (-1, -1), 1, torch.float32),
+        (33, (30, 30), 2, torch.float32),
+    ],
+)
+def test_bias_on_the_cpu(length, window, dilation, dtype):
+    """Registers of neighbouring distances, of distances past an end, and of some of both; several tiles and parts."""
+    q, k, v = qkv(1, 203, 161, 4, 2, 24, dtype=dtype)
+    with tilefuse.backend("cpu"):
+        check((q, k, v), {"distance_bias": normal(4, length)}, {"window": window, "dilation": dilation})
+
+
+@QUICK
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_bias_of_t5(bidirectional, device):
+    """Every bucket's weight has its gradient; distances past the last bucket's first need no entries of their own."""
+    q, k, v = qkv(1, 140, 140, 1, 1, 8, device=device)
+    weight = normal(32, 1, device=device).requires_grad_()
+    options = {"window": (-1, -1 if bidirectional else 0), "scale": 1.0}
+    got = []
+    for function, wide, length in (
+        (tilefuse.window_attention, torch.float32, 140),
+        (tilefuse.window_attention, torch.float32, 129),
+        (dense_window, torch.float64, 140),
+        (dense_window, torch.float32, 140),
+    ):
+        bias = tilefuse.t5_distance_bias(weight.to(wide), length, bidirectional=bidirectional)
+        out, _ = function(*(x.to(wide) for x in (q, k, v)), distance_bias=bias, **options)
+        got.append((out, *torch.autograd.grad(out.square().sum(), weight)))
+    (out, dweight), (shorter, dweight_shorter), (exact, dweight_exact), (naive, dweight_naive) = got
+    assert_bit_equal(out, shorter)
+    assert_close(out, exact, naive, name="out")
+    for x in (dweight, dweight_shorter):
+        assert_close(x, dweight_exact.double(), dweight_naive, name="weight", tiny=noise(q, k, v), rows=False)
+    used = torch.ones(32, dtype=torch.bool, device=device)
+    # of the later keys' half, that of distance 0 has no distance
+    used[16] = not bidirectional
+    assert torch.equal((dweight != 0).all(1), used)
+
+
+def test_bias_that_nobody_sees(device):
+    """NaN and inf at distances outside of the window reach nothing, and have a gradient of 0."""
+    tensors = qkv(1, 20, 25, 2, 1, 16, device=device)
+    hostile = normal(2, 13, device=device)
+    hostile[0, :4], hostile[1, :4], hostile[:, 10:] = float("nan"), float("inf"), float("nan")
+    results = []
+    for bias in (hostile, hostile.nan_to_num(0.0, 0.0)):
+        leaves = [x.detach().requires_grad_() for x in (*tensors, bias)]
+        out, lse = tilefuse.window_attention(*leaves[:3], distance_bias=leaves[3], window=(3, 2))
+        results.append([out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)])
+    for a, b in zip(*results):
+        assert_bit_equal(a, b)
+    dbias = results[0][-1]
+    assert (dbias[:, :4] == 0).all() and (dbias[:, 10:] == 0).all() and (dbias[:, 4:10] != 0).all()
+
+
+def test_bias_of_minus_infinity_hides(device):
+    """Later keys by their bias are later keys out of the window; a head without any has empty rows."""
+    tensors = qkv(1, 20, 20, 2, 1, 16, device=device)
+    bias = torch.zeros(2, 39, device=device)
+    bias[:, :19] = float("-inf")
+    causal, causal_lse = tilefuse.window_attention(*tensors, window=(-1, 0))
+    out, lse = tilefuse.window_attention(*tensors, distance_bias=bias)
+    torch.testing.assert_close(out, causal)
+    torch.testing.assert_close(lse, causal_lse)
+    bias[1] = float("-inf")
+    leaves = [x.detach().requires_grad_() for x in (*tensors, bias)]
+    out, lse = tilefuse.window_attention(*leaves[:3], distance_bias=leaves[3])
+    assert (out[:, :, 1] == 0).all() and (lse[:, 1] == float("-inf")).all()
+    *grads, dbias = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(g.isfinite().all() for g in grads)
+    assert (grads[0][:, :, 1] == 0).all() and (dbias[1] == 0).all() and dbias[0].isfinite().all()
+
+
+def test_bias_gradient_costs_only_who_asks(monkeypatch):
+    from tilefuse.ops.attention import window_attention as module
+
+    def refused(*_):
+        raise AssertionError("the bias's gradient was computed")
+
+    monkeypatch.setattr(module, "window_attention_bwd_bias", refused)
+    q, k, v = qkv(1, 20, 20, 2, 1, 16)
+    bias = normal(2, 39)
+    out, _ = tilefuse.window_attention(q.requires_grad_(), k, v, distance_bias=bias)
+    torch.autograd.grad(out.sum(), q)
+    out, _ = tilefuse.window_attention(q.detach(), k, v, distance_bias=bias.requires_grad_())
+    with pytest.raises(AssertionError, match="was computed"):
+        torch.autograd.grad(out.sum(), bias)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_reference_is_the_formula(name):
     tensors, others, options = case(name, dtype=torch.float64)
@@ -143,16 +236,18 @@ def test_reference_is_the_formula(name):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", ["two_sided", "everything", "packed_all", "sinks_no_keys"])
+@pytest.mark.parametrize(
+    "name", ["two_sided", "everything", "packed_all", "sinks_no_keys", "bias", "bias_everything", "bias_packed"]
+)
 def test_gradcheck(name):
     tensors, others, options = case(name, dtype=torch.float64)
     others = {n: t.double() if t.is_floating_point() else t for n, t in others.items()}
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
-    if "sinks" in others:
-        leaves.append(others.pop("sinks").requires_grad_())
+    names = [name for name in SUMMED if name in others]
+    leaves += [others.pop(name).requires_grad_() for name in names]
 
-    def call(q, k, v, sinks=None):
-        out, lse = tilefuse.window_attention(q, k, v, sinks, **others, **options)
+    def call(q, k, v, *given):
+        out, lse = tilefuse.window_attention(q, k, v, **dict(zip(names, given)), **others, **options)
         return out, lse.masked_fill(lse.isinf(), 0)
 
     with tilefuse.backend("reference"):
@@ -468,6 +563,23 @@ def test_23_compiles_once_for_every_length():
     assert counter.frame_count == 1
 
 
+def test_a_bias_compiles_once_for_every_length():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+
+    def attend(q, k, v, weight):
+        bias = tilefuse.t5_distance_bias(weight, q.shape[1])
+        return tilefuse.window_attention(q, k, v, distance_bias=bias, window=(9, 4))[0]
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
+    for length in (40, 56, 70):
+        leaves = [x.requires_grad_() for x in (*qkv(2, length, length, 2, 1, 16), normal(32, 2))]
+        for a, b in zip(*(torch.autograd.grad(call(*leaves).square().sum(), leaves) for call in (compiled, attend))):
+            assert_bit_equal(a, b)
+    assert counter.frame_count == 1
+
+
 def test_second_derivatives_are_refused():
     q, k, v = (x.requires_grad_() for x in qkv(1, 20, 20, 2, 1, 16))
     out, lse = tilefuse.window_attention(q, k, v, window=(9, 0))
@@ -478,15 +590,15 @@ def test_second_derivatives_are_refused():
 
 def test_23_compiled_training_step():
     q, k, v = (x.requires_grad_() for x in qkv(1, 40, 40, 2, 1, 16))
-    sinks = normal(2).requires_grad_()
+    leaves = q, k, v, normal(2).requires_grad_(), normal(2, 15).requires_grad_()
 
-    def step(q, k, v, sinks):
-        out, lse = tilefuse.window_attention(q, k, v, sinks, window=(9, 0))
+    def step(q, k, v, sinks, bias):
+        out, lse = tilefuse.window_attention(q, k, v, sinks, distance_bias=bias, window=(9, 0))
         return out.square().sum() + lse.sum()
 
-    eager = torch.autograd.grad(step(q, k, v, sinks), (q, k, v, sinks))
+    eager = torch.autograd.grad(step(*leaves), leaves)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
-    for a, b in zip(torch.autograd.grad(compiled(q, k, v, sinks), (q, k, v, sinks)), eager):
+    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), eager):
         assert_bit_equal(a, b)
 
 
@@ -532,9 +644,10 @@ def test_memory_is_linear(backend, check_memory):
 
 @QUICK
 def test_opcheck(device):
-    for name in ("everything", "packed_all", "no_keys"):
+    for name in ("everything", "packed_all", "no_keys", "bias_everything"):
         (q, k, v), others, options = case(name, device)
-        args = [q, k, v, *(others.get(n) for n in ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k"))]
+        optional = ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "distance_bias")
+        args = [q, k, v, *(others.get(n) for n in optional)]
         if args[5] is not None and args[6] is None:
             args[6] = args[5]
         plain = (
@@ -549,6 +662,8 @@ def test_opcheck(device):
         out, lse = torch.ops.tilefuse.window_attention_fwd(*args, *plain)
         back = (torch.ones_like(out), None, q, k, v, out, lse, *args[3:], *plain)
         torch.library.opcheck(torch.ops.tilefuse.window_attention_bwd.default, back, test_utils=tests)
+        if args[7] is not None:
+            torch.library.opcheck(torch.ops.tilefuse.window_attention_bwd_bias.default, back, test_utils=tests)
 
 
 def test_both_paths_are_one_op():
@@ -599,6 +714,13 @@ def _errors():
     yield "alibi_dtype", "alibi_slopes", TypeError, (q, k, v, None, torch.zeros(4).half()), {}
     yield "alibi_device", "alibi_slopes", ValueError, (q, k, v, None, torch.zeros(4, device="meta")), {}
     yield "alibi_grad", "alibi_slopes", RuntimeError, (q, k, v, None, torch.zeros(4, requires_grad=True)), {}
+    bias = (q, k, v, None, None, None, None)
+    yield "bias_rank", "distance_bias", ValueError, (*bias, torch.zeros(7)), {}
+    yield "bias_heads", "distance_bias", ValueError, (*bias, torch.zeros(2, 7)), {}
+    yield "bias_even", "distance_bias", ValueError, (*bias, torch.zeros(4, 8)), {}
+    yield "bias_empty", "distance_bias", ValueError, (*bias, torch.zeros(4, 0)), {}
+    yield "bias_dtype", "distance_bias", TypeError, (*bias, torch.zeros(4, 7).bfloat16()), {}
+    yield "bias_device", "distance_bias", ValueError, (*bias, torch.zeros(4, 7, device="meta")), {}
     yield "packed_without", "cu_seqlens_q", ValueError, p, {}
     yield "cu_with_batch", "cu_seqlens_q", ValueError, (q, k, v, None, None, cu), {}
     yield "cu_k_with_batch", "cu_seqlens_k", ValueError, (q, k, v, None, None, None, cu), {}

@@ -16,9 +16,10 @@ from ... import arch
 from ..common import tuned
 from ..common.flash import Config, Results, constants_of, padded, width
 from ..common.launch import TRITON, launch_options, on_device
-from ..common.rows import Rows
+from ..common.rows import Matrix, Rows
 from .window_backward import (
     PREFIX_CHUNK,
+    window_attention_bwd_bias_kernel,
     window_attention_bwd_kv_kernel,
     window_attention_bwd_prefix_kernel,
     window_attention_bwd_prefix_sum_kernel,
@@ -27,7 +28,10 @@ from .window_backward import (
 from .window_forward import window_attention_fwd_kernel
 from .window_tiles import FIRST, GATHERED, NONE, UNBOUNDED, Bounds, Constants, PrefixKeys, Scores
 
-# the tiles are the largest that do not spill; arguments of the four:
+# programs that the bias's gradient is split into at least
+BIAS_PROGRAMS = 1024
+
+# the tiles are the largest that do not spill; arguments of the five:
 #   head_dim: the larger padded one of k and v
 #   span: keys of a window; a narrow one wastes less of a small tile
 #   extras: how many of mask, bias, soft cap, dilation, packing, prefix and ragged head dim cost registers
@@ -83,7 +87,15 @@ def prefix_config(head_dim: int, element_size: int, span: int, extras: int, targ
     return Config(32, 64 if head_dim <= 64 else 32, 8, 1)
 
 
-CHOICES = {"fwd": fwd_config, "dq": dq_config, "dkdv": dkdv_config, "prefix": prefix_config}
+def bias_config(head_dim: int, element_size: int, span: int, extras: int, target: str) -> Config:
+    if element_size > 2:
+        return Config(32, 32, 8, 1) if head_dim <= 64 else Config(16, 16, 4, 1)
+    # 8 warps keep to 128 registers there, and spill where the matrix unit reads registers
+    warps = 4 if head_dim <= 64 and arch.capability(target) not in (90, 100) else 8
+    return Config(32, 64 if head_dim <= (64 if target.startswith("gfx") else 128) else 32, warps, 1)
+
+
+CHOICES = {"fwd": fwd_config, "dq": dq_config, "dkdv": dkdv_config, "prefix": prefix_config, "bias": bias_config}
 
 # what `python -m tilefuse tune` tries
 TILES = {
@@ -136,6 +148,7 @@ class Problem:
     slopes: Tensor | None = None
     cu_q: Tensor | None = None
     cu_k: Tensor | None = None
+    bias: Tensor | None = None  # [Hq, L] contiguous
     hidden: Tensor | None = None  # uint8 [B, S], nonzero = not in the band, neither as key nor as query
 
     @property
@@ -165,6 +178,8 @@ class Problem:
         ragged, options = any(x.D.value < x.PAD.value for x in (width(d), width(dv))), (self.slopes, self.hidden)
         numbers = (self.dilation > 1, self.softcap > 0, self.prefix.kind != NONE.value)
         extras = ragged + self.packed + sum(x is not None for x in options) + sum(numbers)
+        # its index and its load are as many registers as three others
+        extras += 3 * (self.bias is not None)
         dim, size, span = max(padded(d), padded(dv)), self.q.element_size(), left + right + 1
         choose = CHOICES[kernel]
         tile = choose(dim, size, span, extras, arch.of(self.q.device))
@@ -172,7 +187,7 @@ class Problem:
         return tuned.choose(f"window_attention_{kernel}", key, self.q.device, tile)
 
     def constants(self, tile: Config, dlse: bool = False) -> Constants:
-        biases = (self.sinks is not None, self.slopes is not None, self.softcap > 0)
+        biases = (*(x is not None for x in (self.sinks, self.slopes, self.bias)), self.softcap > 0)
         flags = (self.packed, self.dilation > 1, self.prefix.kind, self.hidden is not None, *biases, dlse)
         return constants_of(Constants, self.q.shape[-1], self.v.shape[-1], tile.block_m, tile.block_n, *flags)
 
@@ -192,7 +207,8 @@ class Problem:
 
     @property
     def scores(self) -> Scores:
-        return Scores(self.scale, self.softcap, self.sinks, self.slopes, self.hidden)
+        bias = None if self.bias is None else Matrix.of(self.bias)
+        return Scores(self.scale, self.softcap, self.sinks, self.slopes, self.hidden, bias)
 
     def counts(self, heads: int) -> tuple[int, ...]:
         """Sizes, heads that programs run over (of q or of k), heads of q per head of k."""
@@ -307,6 +323,7 @@ def _problem(
     alibi_slopes: Tensor | None,
     cu_q: Tensor | None,
     cu_k: Tensor | None,
+    distance_bias: Tensor | None,
     left: int,
     right: int,
     dilation: int,
@@ -317,7 +334,8 @@ def _problem(
     reach = UNBOUNDED.value if right < 0 else min(right * dilation, UNBOUNDED.value)
     # no sequence is longer than all keys together
     prefix = Prefix(min(sink_tokens, k.shape[-3]), reach)
-    return Problem(q, k, v, left, right, dilation, scale, softcap, prefix, sinks, alibi_slopes, cu_q, cu_k)
+    bias = None if distance_bias is None else distance_bias.contiguous()
+    return Problem(q, k, v, left, right, dilation, scale, softcap, prefix, sinks, alibi_slopes, cu_q, cu_k, bias)
 
 
 def window_attention_fwd(q: Tensor, k: Tensor, v: Tensor, *options) -> tuple[Tensor, Tensor]:
@@ -332,6 +350,53 @@ def window_attention_bwd(
     return dq, dk, dv, q.new_empty(0) if problem.sinks is None else sink_gradient(problem.sinks, lse, delta)
 
 
+def window_attention_bwd_bias(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options
+) -> Tensor:
+    # the kernel does not read the sinks
+    problem = replace(_problem(q, k, v, *options), sinks=None)
+    dbias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=q.device)
+    rows_q, rows_k, n_seq = problem.sizes
+    if min(rows_q, rows_k, n_seq, problem.bias.shape[0]) > 0:
+        results, prefix = Results.of(out, dout, lse, dlse, None), problem.prefix
+        _add_diagonals(dbias, problem, results, prefix.count, UNBOUNDED.value)
+        if prefix.count:
+            first = replace(problem, left=-1, right=prefix.reach, dilation=1)
+            _add_diagonals(dbias, first, results, 0, prefix.count)
+    return dbias.to(problem.bias.dtype)
+
+
+def _add_diagonals(dbias: Tensor, problem: Problem, results: Results, first_key: int, stop_key: int) -> None:
+    """Adds the sums of the scores' gradients by distance, of the keys from ``first_key`` up to ``stop_key``."""
+    rows_q, rows_k, _ = problem.sizes
+    (left, right), dilation, heads = problem.window, problem.dilation, problem.q.shape[-2]
+    tile, block = problem.config("bias"), problem.config("bias").block_n
+    nearest, farthest = -min(right, (rows_q - 1) // dilation), min(left, (rows_k - 1) // dilation)
+    blocks = triton.cdiv(farthest - nearest + 1, block)
+    # queries are split where heads and diagonals alone are few programs; the parts depend on sizes only
+    total = problem.tiles(True, tile.block_m, dilation)
+    tiles = triton.cdiv(total, triton.cdiv(BIAS_PROGRAMS, heads * blocks))
+    parts = triton.cdiv(total, tiles)
+    sums = torch.empty((parts, heads, blocks * block), dtype=torch.float32, device=dbias.device)
+    counts = (*problem.counts(heads), *problem.window, dilation, nearest, first_key, stop_key, tiles)
+    compiled = problem.constants(tile, results.dlse is not None)
+    with on_device(problem.q):
+        window_attention_bwd_bias_kernel[(heads * blocks, parts)](
+            *problem.rows, results, sums, problem.bounds, problem.scores, *counts, compiled, **launch_options(tile)
+        )
+    by_steps = sums.sum(0)[:, : farthest - nearest + 1]
+    # distances past an end of the bias share it; what lies between is `dilation` apart
+    half = dbias.shape[1] // 2
+    end = triton.cdiv(half, dilation)
+    low = min(max(1 - end - nearest, 0), by_steps.shape[1])
+    high = min(max(end - nearest, low), by_steps.shape[1])
+    dbias[:, 0] += by_steps[:, :low].sum(1)
+    dbias[:, -1] += by_steps[:, high:].sum(1)
+    if low < high:
+        middle = half + (nearest + low) * dilation
+        dbias[:, middle : middle + (high - low) * dilation : dilation] += by_steps[:, low:high]
+
+
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """-sum exp(sink - lse) * delta over batch and rows: a small ordered sum."""
     p = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == float("-inf"), 0)
@@ -343,14 +408,15 @@ def aot_cases():
 
     packed = (*(tensor("i32", 9) for _ in range(2)),)
 
-    def case(name, dtype, d, dv, window, *, slopes=False, varlen=False, outputs=1, sinks=False, **options):
+    def case(name, dtype, d, dv, window, *, slopes=False, bias=0, varlen=False, outputs=1, sinks=False, **options):
         size = (8192,) if varlen else (2, 4096)
         q, k, v = tensor(dtype, *size, 16, d), tensor(dtype, *size, 4, d), tensor(dtype, *size, 4, dv)
         heads = (tensor("fp32", 16) if given else None for given in (sinks, slopes))
         bounds = packed if varlen else (None, None)
+        table = tensor("fp32", 16, bias) if bias else None
         return AotCase(
             name,
-            train("window_attention", q, k, v, *heads, *bounds, window=window, outputs=outputs, **options),
+            train("window_attention", q, k, v, *heads, *bounds, table, window=window, outputs=outputs, **options),
             expect={"nvidia": ("MMA",), "window_attention_bwd_prefix_sum_kernel": ()} if dtype != "fp32" else (),
         )
 
@@ -362,6 +428,8 @@ def aot_cases():
     yield case("bf16_d64_narrow", "bf16", 64, 64, narrow, sinks=True)
     yield case("bf16_d128_narrow", "bf16", 128, 128, narrow, sinks=True)
     yield case("fp16_d128_packed", "fp16", 128, 128, wide, varlen=True, slopes=True)
+    for d in (64, 128):
+        yield case(f"bf16_d{d}_bias", "bf16", d, d, (-1, -1), bias=8191)
     every = {"dilation": 2, "softcap": 30.0, "slopes": True, "varlen": True, "sink_tokens": 4}
     yield case("bf16_d128_all", "bf16", 128, 128, wide, outputs=None, **every)
     for d in (64, 128):

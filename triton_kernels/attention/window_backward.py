@@ -1,6 +1,7 @@
 """Backward kernels of window attention, without atomics: a pass over queries, one over keys, two for the prefix keys.
 
 Few prefix keys are seen by all queries: partial sums over chunks of queries are added up by a kernel of their own.
+Where a bias by distance wants its gradient, one more pass runs along the diagonals.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from ..common.flash import (
     head_of,
     kept,
     load_head,
+    logit_gradient,
+    probabilities,
     row_gradients,
     scaled,
     store_head,
@@ -31,6 +34,7 @@ from .window_tiles import (
     UNBOUNDED,
     band_scores,
     band_tile,
+    bias_of,
     find_runs,
     find_sequence,
     find_tile,
@@ -86,7 +90,7 @@ def window_attention_bwd_q_kernel(
         live &= tl.load(scores.hidden + s.batch * rows_k + token, mask=exists, other=1) == 0
     k_head = head_of(k_rows, s.batch, s.first_k, kv)
     v_head = head_of(v_rows, s.batch, s.first_k, kv)
-    slope = tl.load(scores.slopes + h).to(tl.float32) if C.ALIBI else 0.0
+    bias = bias_of(scores, h, C)
     q = load_head(head_of(q_rows, s.batch, s.first_q, h), token, live, C.QK, True)  # [BLOCK_M, D]
     do, delta, lse2 = row_gradients(results, s.batch, s.first_q, h, heads, rows_q, token, live, C.V, C.DLSE)
     tl.store(values_of(results.delta, s.batch, s.first_q, h, heads, rows_q) + token, delta, mask=exists)
@@ -97,7 +101,7 @@ def window_attention_bwd_q_kernel(
     if C.PREFIX != NONE:
         pk, pv, stop, begin = prefix_run(k_head, v_head, prefix_keys, s, tile, kv, reach, dilation, prefix, C)
         for p0 in tl.range(0, stop, C.BLOCK_N):
-            k, v, x, capped = prefix_tile(q, token, p0, pk, pv, prefix_keys, s, reach, prefix, slope, scores, C)
+            k, v, x, capped = prefix_tile(q, token, p0, pk, pv, prefix_keys, s, reach, prefix, bias, scores, C)
             dq = dq_step(dq, k, v, do, x, capped, lse2, delta, C.SOFTCAP)
 
     # the band: left edge, full middle, right edge
@@ -108,7 +112,7 @@ def window_attention_bwd_q_kernel(
         start, stop = run_of(runs, run)
         for n0 in tl.range(start, stop, C.BLOCK_N):
             k, v, x, capped = band_tile(
-                q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, slope, scores, run != 1, C
+                q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, bias, scores, run != 1, C
             )
             dq = dq_step(dq, k, v, do, x, capped, lse2, delta, C.SOFTCAP)
 
@@ -118,14 +122,14 @@ def window_attention_bwd_q_kernel(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, heads, token, live, valid, offset, left, right, slope, step, scores, MASK: tl.constexpr, C
+    dk, dv, k, v, heads, token, live, valid, offset, left, right, bias, step, scores, MASK: tl.constexpr, C
 ):
     """Adds one tile of queries to dk and dv; ``offset`` and the logits are [BLOCK_N, BLOCK_M], keys down."""
     q_head, do_head, lse_ptr, delta_ptr = heads
     q = load_head(q_head, token, live, C.QK, MASK)  # [BLOCK_M, D]
     lse2 = tl.load(lse_ptr + token, mask=live, other=float("-inf")) * LOG2E
     delta = tl.load(delta_ptr + token, mask=live, other=0.0)
-    x, capped = band_scores(dots(k, q), offset, slope, step, scores, C)
+    x, capped = band_scores(dots(k, q), offset, bias, step, scores, C)
     if MASK:
         visible = (offset >= -left) & (offset <= right) & valid[:, None] & live[None, :]
         x = tl.where(visible, x, float("-inf"))
@@ -193,7 +197,7 @@ def window_attention_bwd_kv_kernel(
     runs = find_runs(n0, tl.minimum(n0 + C.BLOCK_N, tile.keys), -tile.shift, tile.rows, right, left, 0, C.BLOCK_M)
     for g in range(group):
         h = (kv * group + g).to(tl.int64)
-        slope = tl.load(scores.slopes + h).to(tl.float32) if C.ALIBI else 0.0
+        bias = bias_of(scores, h, C)
         query_heads = _query_heads(q_rows, results, s, h, kv_heads * group, rows_q)
         for run in tl.static_range(3):
             start, stop = run_of(runs, run)
@@ -216,7 +220,7 @@ def window_attention_bwd_kv_kernel(
                     offset,
                     left,
                     right,
-                    slope,
+                    bias,
                     dilation,
                     scores,
                     run != 1 or C.SKIP,
@@ -273,7 +277,7 @@ def window_attention_bwd_prefix_kernel(
     stop = tl.minimum(start + PREFIX_CHUNK, s.sq)
     for g in range(group):
         h = (kv * group + g).to(tl.int64)
-        slope = tl.load(scores.slopes + h).to(tl.float32) if C.ALIBI else 0.0
+        bias = bias_of(scores, h, C)
         query_heads = _query_heads(q_rows, results, s, h, kv_heads * group, rows_q)
         for m0 in tl.range(start, stop, C.BLOCK_M):
             m = m0 + tl.arange(0, C.BLOCK_M)
@@ -283,7 +287,7 @@ def window_attention_bwd_prefix_kernel(
             offset = positions[:, None] - (m + (s.sk - s.sq))[None, :]
             # the left bound never hides a prefix key
             dk, dv = _add_queries(
-                dk, dv, k, v, query_heads, m, live, there, offset, UNBOUNDED, reach, slope, 1, scores, True, C
+                dk, dv, k, v, query_heads, m, live, there, offset, UNBOUNDED, reach, bias, 1, scores, True, C
             )
     dk_part, dv_part = _part_heads(dk_parts, dv_parts, chunk, kv, kv_heads, prefix, C)
     store_head(dk_part, p, p < prefix, scaled(dk, scores.scale), C.QK)
@@ -314,3 +318,81 @@ def window_attention_bwd_prefix_sum_kernel(
     head = kv.to(tl.int64)
     store_head(head_of(dk_rows, s.batch, row, head), p, p < stop, dk, C.QK)
     store_head(head_of(dv_rows, s.batch, row, head), p, p < stop, dv, C.V)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def window_attention_bwd_bias_kernel(
+    q_rows,
+    k_rows,
+    v_rows,
+    results,
+    sums_ptr,
+    bounds,
+    scores,
+    rows_q,
+    rows_k,
+    n_seq,
+    heads,
+    group,
+    left,
+    right,
+    dilation,
+    nearest,
+    first_key,
+    stop_key,
+    tiles,
+    C,
+):
+    """Sums of the biased scores' gradients along BLOCK_N diagonals of one head, from one part of the queries.
+
+    Diagonal t holds the keys t steps before their query, ``nearest`` is the first that has a sum. The diagonals of a
+    tile of queries cross BLOCK_M + BLOCK_N - 1 keys. A query meets BLOCK_N of them in a row, so that no two of these
+    share a column if tiles of keys are laid over each other: one matrix holds them all. Those of all tiles of queries
+    add up, and the sum's own diagonals are summed at the end. Keys are tokens from ``first_key`` up to ``stop_key``.
+    """
+    h = tl.program_id(0) % heads
+    t0 = nearest + tl.program_id(0) // heads * C.BLOCK_N
+    part = tl.program_id(1)
+    kv = (h // group).to(tl.int64)
+    h = h.to(tl.int64)
+    bias = bias_of(scores, h, C)
+    folded = tl.zeros([C.BLOCK_M, C.BLOCK_N], tl.float32)
+    for number in range(part * tiles, (part + 1) * tiles):
+        s, local = find_sequence(number, bounds, rows_q, rows_k, n_seq, dilation, False, C.BLOCK_M, C.PACKED)
+        tile = find_tile(local, s, dilation, False, C.BLOCK_M, C.DILATED)
+        # keys that the diagonals cross; whole tiles of them that nobody sees are left out
+        start = tile.start + tile.shift - t0 - C.BLOCK_N + 1
+        begin = tl.cdiv(tl.maximum(first_key - tile.residue, 0), dilation)
+        keys = tl.minimum(tile.keys, tl.cdiv(tl.maximum(stop_key - tile.residue, 0), dilation))
+        stop = tl.minimum(start + C.BLOCK_M + C.BLOCK_N - 1, tile.start + C.BLOCK_M + tile.shift + right)
+        stop = tl.minimum(stop, keys)
+        unseen = tl.maximum(begin, tile.start + tile.shift - left) - start
+        start += tl.maximum(unseen, 0) // C.BLOCK_N * C.BLOCK_N
+        # the last part has numbers past the last tile
+        stop = tl.where((s.b < n_seq) & (tile.start < tile.rows), stop, start)
+        m = tile.start + tl.arange(0, C.BLOCK_M)
+        token = tokens(tile.first, m, dilation, C.DILATED)
+        live = (m < tile.rows) & (start < stop)
+        q = load_head(head_of(q_rows, s.batch, s.first_q, h), token, live, C.QK, True)  # [BLOCK_M, D]
+        do, delta, lse2 = row_gradients(results, s.batch, s.first_q, h, heads, rows_q, token, live, C.V, C.DLSE)
+        k_head = head_of(k_rows, s.batch, s.first_k, kv)
+        v_head = head_of(v_rows, s.batch, s.first_k, kv)
+        for n0 in tl.range(start, stop, C.BLOCK_N):
+            n = n0 + tl.arange(0, C.BLOCK_N)
+            key = tokens(tile.residue, n, dilation, C.DILATED)
+            valid = (n >= begin) & (n < keys)
+            k = load_head(k_head, key, valid, C.QK, True)  # [BLOCK_N, D]
+            v = load_head(v_head, key, valid, C.V, True)  # [BLOCK_N, DV]
+            offset = n[None, :] - (m + tile.shift)[:, None]
+            x, capped = band_scores(dots(q, k), offset, bias, dilation, scores, C)
+            met = (offset <= -t0) & (offset > -t0 - C.BLOCK_N) & (offset >= -left) & (offset <= right)
+            met &= valid[None, :] & live[:, None]
+            p = probabilities(tl.where(met, x, float("-inf")), lse2[:, None])
+            ds = logit_gradient(p, dots(do, v), delta[:, None], capped, False)
+            folded += tl.where(met, ds, 0.0)
+    # the key of row m on diagonal u is m - 1 - u, modulo a tile's width
+    u = tl.arange(0, C.BLOCK_N)
+    column = (tl.arange(0, C.BLOCK_M)[:, None] + C.BLOCK_N - 1 - u[None, :]) % C.BLOCK_N
+    sums = tl.sum(tl.gather(folded, column, 1), 0)
+    of_part = (tl.cast(part, tl.int64) * heads + h) * (tl.num_programs(0) // heads) * C.BLOCK_N
+    tl.store(sums_ptr + of_part + (t0 - nearest) + u, sums)

@@ -20,6 +20,7 @@ from .window_tiles import (
     COUNTS,
     NONE,
     band_tile,
+    bias_of,
     find_runs,
     find_sequence,
     find_tile,
@@ -67,7 +68,7 @@ def window_attention_fwd_kernel(
     exists = m < tile.rows
     k_head = head_of(k_rows, s.batch, s.first_k, kv)
     v_head = head_of(v_rows, s.batch, s.first_k, kv)
-    slope = tl.load(scores.slopes + h).to(tl.float32) if C.ALIBI else 0.0
+    bias = bias_of(scores, h, C)
     sink = tl.load(scores.sinks + h).to(tl.float32) if C.SINK else 0.0
     q = load_head(head_of(q_rows, s.batch, s.first_q, h), token, exists, C.QK, True)  # [BLOCK_M, D]
     top, total = softmax_start(sink, C.BLOCK_M, C.SINK)
@@ -78,7 +79,7 @@ def window_attention_fwd_kernel(
     if C.PREFIX != NONE:
         pk, pv, stop, begin = prefix_run(k_head, v_head, prefix_keys, s, tile, kv, reach, dilation, prefix, C)
         for p0 in tl.range(0, stop, C.BLOCK_N):
-            _, v, x, _ = prefix_tile(q, token, p0, pk, pv, prefix_keys, s, reach, prefix, slope, scores, C)
+            _, v, x, _ = prefix_tile(q, token, p0, pk, pv, prefix_keys, s, reach, prefix, bias, scores, C)
             acc, top, total = softmax_step(acc, top, total, x, v)
 
     # the band: left edge, full middle, right edge
@@ -89,7 +90,7 @@ def window_attention_fwd_kernel(
         start, stop = run_of(runs, run)
         for n0 in tl.range(start, stop, C.BLOCK_N):
             _, v, x, _ = band_tile(
-                q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, slope, scores, run != 1, C
+                q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, bias, scores, run != 1, C
             )
             acc, top, total = softmax_step(acc, top, total, x, v)
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..common.flash import LOG2E, Width, dots, head_of, load_head, logits
-from ..common.rows import Rows
+from ..common.rows import Matrix, Rows
 
 # an unbounded window; sums of two stay in int32
 UNBOUNDED = tl.constexpr(1 << 29)
@@ -33,6 +33,10 @@ COUNTS = (
     "reach",
     "dilation",
     "prefix",
+    "nearest",
+    "first_key",
+    "stop_key",
+    "tiles",
 )
 
 
@@ -49,6 +53,7 @@ class Constants(NamedTuple):
     SKIP: Any
     SINK: Any
     ALIBI: Any
+    BIAS: Any
     SOFTCAP: Any
     DLSE: Any
 
@@ -76,6 +81,16 @@ class Scores(NamedTuple):
     sinks: Any  # [Hq]
     slopes: Any  # [Hq]
     hidden: Any  # uint8 [B, S], nonzero = not in the band, neither as key nor as query
+    # [Hq, L] contiguous, so that its stride is L; L is odd, and so of one kind for the compiler unless it is 1
+    bias: Matrix | None
+
+
+class HeadBias(NamedTuple):
+    """What the distance between a query and a key adds to the scores of one head."""
+
+    slope: Any
+    table: Any  # [length]
+    length: Any
 
 
 class Sequence(NamedTuple):
@@ -196,11 +211,24 @@ def run_of(runs, number: tl.constexpr):
 
 
 @triton.jit
-def band_scores(products, offset, slope, step, scores, C):
+def bias_of(scores, h, C):
+    """Of head h, whose index is 64-bit."""
+    slope = tl.load(scores.slopes + h).to(tl.float32) if C.ALIBI else 0.0
+    if C.BIAS:
+        return HeadBias(slope, scores.bias.ptr + h * scores.bias.row, scores.bias.row)
+    else:
+        return HeadBias(slope, None, None)
+
+
+@triton.jit
+def band_scores(products, offset, bias, step, scores, C):
     """Base-2 logits of raw dot products, and the soft cap's tanh; ``offset`` counts from query to key, in steps."""
     s, capped = logits(products, scores.scale, scores.softcap, C.SOFTCAP)
     if C.ALIBI:
-        s -= slope * LOG2E * (tl.abs(offset) * step).to(tl.float32)
+        s -= bias.slope * LOG2E * (tl.abs(offset) * step).to(tl.float32)
+    if C.BIAS:
+        index = tl.minimum(tl.maximum(bias.length // 2 - offset * step, 0), bias.length - 1)
+        s += tl.load(bias.table + index).to(tl.float32) * LOG2E
     return s, capped
 
 
@@ -225,20 +253,20 @@ def prefix_run(k, v, prefix_keys, s, tile, kv, reach, dilation, prefix, C):
 
 
 @triton.jit
-def prefix_tile(q, token, p0, k_head, v_head, prefix_keys, s, reach, prefix, slope, scores, C):
+def prefix_tile(q, token, p0, k_head, v_head, prefix_keys, s, reach, prefix, bias, scores, C):
     """Keys, values, base-2 logits and soft cap's tanh of one tile of prefix keys."""
     p = p0 + tl.arange(0, C.BLOCK_N)
     positions = prefix_positions(prefix_keys, s, p, prefix, C.PREFIX)
     k = load_head(k_head, p, positions >= 0, C.QK, True)  # [BLOCK_N, D]
     offset = positions[None, :] - (token + (s.sk - s.sq))[:, None]
-    x, capped = band_scores(dots(q, k), offset, slope, 1, scores, C)
+    x, capped = band_scores(dots(q, k), offset, bias, 1, scores, C)
     x = tl.where((offset <= reach) & (positions >= 0)[None, :], x, float("-inf"))
     v = load_head(v_head, p, positions >= 0, C.V, True)  # [BLOCK_N, DV]
     return k, v, x, capped
 
 
 @triton.jit
-def band_tile(q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, slope, scores, EDGE: tl.constexpr, C):
+def band_tile(q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, bias, scores, EDGE: tl.constexpr, C):
     """Keys, values, base-2 logits and soft cap's tanh of one tile of band keys; only at an EDGE the band is masked."""
     n = n0 + tl.arange(0, C.BLOCK_N)
     key = tokens(tile.residue, n, dilation, C.DILATED)
@@ -247,7 +275,7 @@ def band_tile(q, m, n0, k_head, v_head, s, tile, rows_k, left, right, dilation, 
         valid &= tl.load(scores.hidden + s.batch * rows_k + key, mask=valid, other=1) == 0
     k = load_head(k_head, key, valid, C.QK, EDGE or C.SKIP)  # [BLOCK_N, D]
     offset = n[None, :] - (m + tile.shift)[:, None]
-    x, capped = band_scores(dots(q, k), offset, slope, dilation, scores, C)
+    x, capped = band_scores(dots(q, k), offset, bias, dilation, scores, C)
     if EDGE:
         x = tl.where((offset >= -left) & (offset <= right) & valid[None, :], x, float("-inf"))
     elif C.SKIP:

@@ -60,7 +60,7 @@ class Results(NamedTuple):
     delta: Any
 
     @classmethod
-    def of(cls, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor) -> Results:
+    def of(cls, out: Tensor, dout: Tensor, lse: Tensor, dlse: Tensor | None, delta: Tensor | None) -> Results:
         dlse = dlse if dlse is None else dlse.float().contiguous()
         return cls(Rows.of(out), Rows.of(dout), lse.contiguous(), dlse, delta)
 

@@ -48,6 +48,16 @@ def check_heads(op: str, name: str, tensor: Tensor | None, q: Tensor, *, dtypes:
     errors.check_device(op, name, tensor, q, "q")
 
 
+def check_distance_bias(op: str, bias: Tensor | None, q: Tensor) -> None:
+    """[Hq, L] float32, L odd."""
+    if bias is None:
+        return
+    if bias.dim() != 2 or bias.shape[0] != q.shape[-2] or bias.shape[1] % 2 != 1:
+        errors.value_error(op, "distance_bias", f"[{q.shape[-2]}, L] with L odd", bias)
+    errors.check_dtype(op, "distance_bias", bias, (torch.float32, torch.float64))
+    errors.check_device(op, "distance_bias", bias, q, "q")
+
+
 def check_index(op: str, name: str, tensor: Tensor, q: Tensor, dim: int, shape: str) -> None:
     if tensor.dim() != dim:
         errors.value_error(op, name, shape, tensor)

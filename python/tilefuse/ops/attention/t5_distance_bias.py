@@ -57,8 +57,8 @@ def t5_distance_bias(
     Returns:
         ``[H, 2 * length - 1]`` in weight's dtype. ``bias[:, (q - k) + length - 1]`` is Hugging Face's ``[H, Sq, Sk]``.
 
-    Gradient: for weight. Deterministic. T5 itself does not scale its scores: attention with this bias takes
-    ``scale=1.0``.
+    Gradient: for weight. Deterministic. ``window_attention`` takes it as ``distance_bias``; T5 itself does not scale
+    its scores: attention with this bias takes ``scale=1.0``.
 
     Raises:
         ValueError: a weight that is not ``[num_buckets, H]``, a length below 1, too few buckets, a ``max_distance``
@@ -68,6 +68,8 @@ def t5_distance_bias(
     Example::
 
         bias = tilefuse.t5_distance_bias(torch.randn(32, 8), 512)  # [8, 1023]
+        q, k, v = (torch.randn(1, 512, 8, 64) for _ in range(3))
+        out, _ = tilefuse.window_attention(q, k, v, distance_bias=bias, scale=1.0)
 
     Source: Raffel et al., T5 (arXiv 1910.10683).
     """

@@ -1,4 +1,4 @@
-"""Sliding-window attention: causal or bidirectional, with sinks, ALiBi, soft cap, dilation, packed sequences, GQA."""
+"""Sliding-window attention: causal or bidirectional, with sinks, biases by distance, soft cap, dilation, GQA."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ... import errors
 from ...library import gradient_of, kernel, once_differentiable, op
-from .checks import check_heads, check_index, check_qkv, check_scale, check_softcap, check_window
+from .checks import check_distance_bias, check_heads, check_index, check_qkv, check_scale, check_softcap, check_window
 
 __all__ = ["window_attention", "window_from"]
 
 _MODULE = "attention/window_attention"
 _OPTIONS = (
-    "Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt left, SymInt right, "
-    "SymInt dilation, float scale, float softcap, SymInt sink_tokens"
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? distance_bias, "
+    "SymInt left, SymInt right, SymInt dilation, float scale, float softcap, SymInt sink_tokens"
 )
 
 
@@ -49,16 +49,27 @@ def _bwd_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
+def _bwd_bias_fake(*args: Any) -> Tensor:
+    distance_bias = args[11]
+    return distance_bias.new_empty(distance_bias.shape)
+
+
 window_attention_fwd = kernel(
     f"window_attention_fwd(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     module=_MODULE,
     fake=_fwd_fake,
 )
+_BACKWARD = f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS})"
 window_attention_bwd = kernel(
-    "window_attention_bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"window_attention_bwd{_BACKWARD} -> (Tensor, Tensor, Tensor, Tensor)",
     module=_MODULE,
     fake=_bwd_fake,
+)
+# a pass of its own, for the calls that ask for it
+window_attention_bwd_bias = kernel(
+    f"window_attention_bwd_bias{_BACKWARD} -> Tensor",
+    module=_MODULE,
+    fake=_bwd_bias_fake,
 )
 
 
@@ -69,8 +80,8 @@ class _WindowAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *options: Any
     ) -> tuple[Tensor, Tensor]:
         out, lse = window_attention_fwd(q, k, v, sinks, *options)
-        alibi_slopes, cu_seqlens_q, cu_seqlens_k, *ctx.options = options
-        ctx.save_for_backward(q, k, v, out, lse, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+        *tensors, ctx.options = *options[:4], options[4:]
+        ctx.save_for_backward(q, k, v, out, lse, sinks, *tensors)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -79,18 +90,21 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *rest = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * (7 + len(ctx.options))
+            return (None,) * (8 + len(ctx.options))
         if dout is None:
             dout = torch.zeros_like(out)
         dout = errors.check_last_dim_contiguous(dout)
-        dq, dk, dv, dsinks = window_attention_bwd(dout, dlse, q, k, v, out, lse, *rest, *ctx.options)
-        return dq, dk, dv, None if rest[0] is None else dsinks, *(None,) * (3 + len(ctx.options))
+        args = dout, dlse, q, k, v, out, lse, *rest, *ctx.options
+        dq, dk, dv, dsinks = window_attention_bwd(*args)
+        dsinks = None if rest[0] is None else dsinks
+        dbias = window_attention_bwd_bias(*args) if ctx.needs_input_grad[7] else None
+        return dq, dk, dv, dsinks, None, None, None, dbias, *(None,) * len(ctx.options)
 
 
 @op(
     module=_MODULE,
-    kernels=("window_attention_fwd", "window_attention_bwd"),
-    differentiable=("q", "k", "v", "sinks"),
+    kernels=("window_attention_fwd", "window_attention_bwd", "window_attention_bwd_bias"),
+    differentiable=("q", "k", "v", "sinks", "distance_bias"),
 )
 def window_attention(
     q: Tensor,
@@ -100,6 +114,7 @@ def window_attention(
     alibi_slopes: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     *,
     window: Sequence[int] = (-1, -1),
     dilation: int = 1,
@@ -117,6 +132,7 @@ def window_attention(
     built, and windows are run-time values: changing them compiles nothing.
 
         x_ij = scale * q_i . k_j;  x = softcap * tanh(x / softcap);  x -= slope_h * |i + delta - j|
+        x += distance_bias[h, clamp(i + delta - j + (L - 1) / 2, 0, L - 1)]
         out_i = sum_j exp(x_ij) v_j / (sum_j exp(x_ij) + exp(sink_h)),  lse_i = log of that denominator
 
     Args:
@@ -130,6 +146,9 @@ def window_attention(
         cu_seqlens_q: ``[N + 1]`` int32 or int64, starts of the packed sequences of q. Tokens outside of
             ``[cu[0], cu[N])`` get 0 and -inf.
         cu_seqlens_k: the same for k and v; None = ``cu_seqlens_q``.
+        distance_bias: ``[Hq, L]`` float32, L odd, added to the score of each distance, query minus key; its middle is
+            distance 0, and what lies past an end takes that end's. T5's (``tilefuse.t5_distance_bias``, with
+            ``scale=1.0``), learned ALiBi, clipped relative positions.
         window: ``(left, right)``, each >= -1. ``tilefuse.window_from`` converts other libraries' conventions.
         dilation: d > 1 keeps only keys at distances divisible by d; left and right then count steps of d. Runs as
             d independent windows over the residue classes, without wasted work.
@@ -146,8 +165,10 @@ def window_attention(
         sinks), and zero gradients. NaN in keys or values past a sequence's end never reaches an output; a NaN
         value inside a window's tile may reach the tile's other rows, as in every flash kernel.
 
-    Differentiable once, in q, k, v and sinks, through out and lse. Two-pass backward without atomics: deterministic and
-    batch-invariant. Rules: FlashAttention-2 (window, ALiBi), Gemma-2 (soft cap), gpt-oss (sinks).
+    Differentiable once, in q, k, v, sinks and distance_bias, through out and lse. Two-pass backward without atomics:
+    deterministic and batch-invariant. The gradient of distance_bias, the sums of the scores' gradients along their
+    diagonals in float32, is a third pass, for calls that need it. Rules: FlashAttention-2 (window, ALiBi), Gemma-2
+    (soft cap), gpt-oss (sinks), T5 (bias by distance).
 
     Raises:
         ValueError: shapes, window, dilation, scale, softcap or sink_tokens out of range, packed input without
@@ -161,6 +182,7 @@ def window_attention(
     check_heads(name, "sinks", sinks, q, dtypes=errors.FLOATS)
     check_heads(name, "alibi_slopes", alibi_slopes, q, dtypes=(torch.float32, torch.float64))
     errors.check_not_differentiated(name, "alibi_slopes are not differentiable", alibi_slopes=alibi_slopes)
+    check_distance_bias(name, distance_bias, q)
     if packed and cu_seqlens_q is None:
         errors.value_error(name, "cu_seqlens_q", "given with packed [T, H, D] input", cu_seqlens_q)
     if cu_seqlens_k is None:
@@ -183,10 +205,10 @@ def window_attention(
         if count < 0:
             errors.value_error(name, arg, ">= 0", count)
     scale, softcap = check_scale(name, scale, q), check_softcap(name, softcap)
-    tensors = (q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k)
+    tensors = (q, k, v, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k, distance_bias)
     tensors = (None if x is None else errors.check_last_dim_contiguous(x) for x in tensors)
     args = *tensors, left, right, dilation, scale, softcap, sink_tokens
-    if errors.needs_grad(q, k, v, sinks):
+    if errors.needs_grad(q, k, v, sinks, distance_bias):
         return _WindowAttention.apply(*args)
     return window_attention_fwd(*args)
 

@@ -3,7 +3,7 @@
 Every reference of this family tiles with it.
 
 Shapes: ``q [B, m, Hq, D]``, ``k [B, n, Hkv, D]``, ``v [B, n, Hkv, Dv]``; query head ``h`` reads key/value head
-``h // (Hq // Hkv)``. ``visible`` and ``distance`` broadcast to ``[B, Hq, m, n]``.
+``h // (Hq // Hkv)``. ``visible``, ``distance`` and ``bias`` broadcast to ``[B, Hq, m, n]``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ def _ungrouped(x: Tensor) -> Tensor:
 
 
 def _logits(
-    q: Tensor, k: Tensor, visible: Tensor, distance: Tensor | None, slopes: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    visible: Tensor,
+    distance: Tensor | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Masked logits, tanh of the soft cap (if any) and the mask, all [B, Hkv, group, m, n]."""
     dtype, kv_heads, heads = compute_dtype(q), k.shape[2], q.shape[2]
@@ -44,9 +51,10 @@ def _logits(
     if softcap > 0:
         tanh = torch.tanh(logits / softcap)
         logits = tanh * softcap
-    if slopes is not None:
-        bias = slopes.to(dtype)[:, None, None] * distance.to(dtype)
-        logits = logits - bias.expand(q.shape[0], heads, *logits.shape[-2:]).unflatten(1, (kv_heads, -1))
+    for by_distance in (None if slopes is None else -slopes.to(dtype)[:, None, None] * distance.to(dtype), bias):
+        if by_distance is not None:
+            by_distance = by_distance.to(dtype).expand(q.shape[0], heads, *logits.shape[-2:])
+            logits = logits + by_distance.unflatten(1, (kv_heads, -1))
     mask = visible.expand(q.shape[0], heads, *logits.shape[-2:]).unflatten(1, (kv_heads, -1))
     return logits.masked_fill(~mask, -INFINITE), tanh, mask
 
@@ -67,10 +75,11 @@ def attend(
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
     distance: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns out [B, m, Hq, Dv] and lse [B, Hq, m] in the compute dtype."""
     dtype = compute_dtype(q)
-    logits, _, mask = _logits(q, k, visible, distance, slopes, scale, softcap)
+    logits, _, mask = _logits(q, k, visible, distance, slopes, bias, scale, softcap)
     if logits.shape[-1] == 0:
         top = logits.new_full(logits.shape[:-1], -INFINITE)
     else:
@@ -87,7 +96,7 @@ def attend(
     return _ungrouped(out), (safe + total.log()).flatten(1, 2)
 
 
-def attend_bwd(
+def _score_gradient(
     dout: Tensor,
     delta: Tensor,
     q: Tensor,
@@ -100,24 +109,49 @@ def attend_bwd(
     softcap: float = 0.0,
     slopes: Tensor | None = None,
     distance: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in the compute dtype. ``delta [B, Hq, m]`` is sum(dout * out) - dlse."""
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Probabilities, gradient of the biased scores, tanh of the soft cap and mask, all [B, Hkv, group, m, n]."""
     dtype, kv_heads = compute_dtype(q), k.shape[2]
-    logits, tanh, mask = _logits(q, k, visible, distance, slopes, scale, softcap)
+    logits, tanh, mask = _logits(q, k, visible, distance, slopes, bias, scale, softcap)
     lse = lse.to(dtype).unflatten(1, (kv_heads, -1))[..., None]
     p = torch.exp(logits - lse.masked_fill(lse == -INFINITE, 0)).masked_fill(~mask, 0)
     # nor does a row without a visible key touch its keys' gradients, whatever it holds
-    alive = mask.any(-1, keepdim=True)
-    dout, queries = (_grouped(x, kv_heads, dtype).masked_fill(~alive, 0) for x in (dout, q))
+    dout = _grouped(dout, kv_heads, dtype).masked_fill(~mask.any(-1, keepdim=True), 0)
     dp = (dout @ _seen(_heads(v, dtype), mask).transpose(-1, -2)).masked_fill(~mask, 0)
-    ds = p * (dp - delta.to(dtype).unflatten(1, (kv_heads, -1))[..., None])
+    return p, p * (dp - delta.to(dtype).unflatten(1, (kv_heads, -1))[..., None]), tanh, mask
+
+
+def attend_bwd(
+    dout: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    visible: Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    **biases: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in the compute dtype. ``delta [B, Hq, m]`` is sum(dout * out) - dlse."""
+    dtype, kv_heads = compute_dtype(q), k.shape[2]
+    p, ds, tanh, mask = _score_gradient(dout, delta, q, k, v, lse, visible, scale=scale, softcap=softcap, **biases)
     if tanh is not None:
         ds = ds * (1 - tanh.masked_fill(~mask, 0) ** 2)
     ds = ds * scale
+    alive = mask.any(-1, keepdim=True)
+    dout, queries = (_grouped(x, kv_heads, dtype).masked_fill(~alive, 0) for x in (dout, q))
     dq = _ungrouped(ds @ _seen(_heads(k, dtype), mask))
     dk = (ds.transpose(-1, -2) @ queries).sum(2).permute(0, 2, 1, 3)
     dv = (p.transpose(-1, -2) @ dout).sum(2).permute(0, 2, 1, 3)
     return dq, dk, dv
+
+
+def attend_bwd_bias(*tensors: Tensor, scale: float, softcap: float = 0.0, **biases: Tensor | None) -> Tensor:
+    """Gradient of a bias [Hq, m, n] in the compute dtype; the arguments are those of ``attend_bwd``."""
+    return _score_gradient(*tensors, scale=scale, softcap=softcap, **biases)[1].sum(0).flatten(0, 1)
 
 
 def row_delta(dout: Tensor, out: Tensor, dlse: Tensor | None, dtype: torch.dtype) -> Tensor:

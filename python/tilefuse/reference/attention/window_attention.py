@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .common import INFINITE, attend, attend_bwd, compute_dtype, row_delta, sink_gradient
+from .common import INFINITE, attend, attend_bwd, attend_bwd_bias, compute_dtype, row_delta, sink_gradient
 
 MAX_BLOCK = 512
 
@@ -40,7 +41,15 @@ class _Block:
     rows: slice  # into the sequence's queries
     keys: Tensor  # [n] indices into the sequence's keys
     visible: Tensor  # [m, n]
-    distance: Tensor  # [m, n]
+    offset: Tensor  # [m, n], from query to key
+
+    def index(self, length: int) -> Tensor:
+        """Where a table of biases by distance has those of this block, [m, n]."""
+        return (length // 2 - self.offset).clamp(0, length - 1)
+
+    def biases(self, slopes: Tensor | None, distance_bias: Tensor | None) -> dict[str, Tensor | None]:
+        table = None if distance_bias is None else distance_bias[:, self.index(distance_bias.shape[1])]
+        return {"slopes": slopes, "distance": self.offset.abs(), "bias": table}
 
 
 def _blocks(
@@ -70,7 +79,7 @@ def _blocks(
             offset = keys[None, :] - at[:, None]
             visible = offset <= right * dilation
             visible &= (offset >= -left * dilation) | (keys < sink_tokens)[None, :]
-            yield _Block(rows, keys, visible, offset.abs())
+            yield _Block(rows, keys, visible, offset)
 
 
 def _sequences(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> Iterator[tuple[slice, slice]]:
@@ -96,6 +105,7 @@ def window_attention_fwd(
     alibi_slopes: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
     left: int,
     right: int,
     dilation: int,
@@ -119,8 +129,7 @@ def window_attention_fwd(
                 scale=scale,
                 softcap=softcap,
                 sinks=sinks,
-                slopes=alibi_slopes,
-                distance=block.distance,
+                **block.biases(alibi_slopes, distance_bias),
             )
             out[:, tokens_q][:, block.rows] = rows.to(out.dtype)
             lse[:, :, tokens_q][:, :, block.rows] = row_lse
@@ -136,27 +145,80 @@ def window_attention_bwd(
     out: Tensor,
     lse: Tensor,
     sinks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(q)
+    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, row_delta(dout, out, dlse, dtype))
+    # [B, S, H, D], a batch of 1 where packed
+    dq, dk, dv = (torch.zeros((1,) * (4 - x.dim()) + x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    for call in _backward_calls(dout, dlse, q, k, v, out, lse, *options):
+        grads = attend_bwd(*call.tensors, **call.options)
+        dq[:, call.tokens_q][:, call.block.rows] = grads[0]
+        dk[:, call.tokens_k].index_add_(1, call.block.keys, grads[1])
+        dv[:, call.tokens_k].index_add_(1, call.block.keys, grads[2])
+    return *(g.to(x.dtype).view(x.shape) for g, x in zip((dq, dk, dv), (q, k, v))), dsinks
+
+
+def window_attention_bwd_bias(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    sinks: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """Sums of the biased scores' gradients along their diagonals; an end has all that lies past it."""
+    distance_bias = options[3]
+    length = distance_bias.shape[1]
+    dbias = torch.zeros(distance_bias.shape[::-1], dtype=compute_dtype(q), device=q.device)
+    for call in _backward_calls(dout, dlse, q, k, v, out, lse, *options):
+        ds = attend_bwd_bias(*call.tensors, **call.options).flatten(1).t()
+        # adds in a fixed order, which index_add_ does not
+        index = call.block.index(length).flatten()
+        dbias += torch.ops.aten.embedding_dense_backward(ds.contiguous(), index, length, -1, False)
+    return dbias.t().to(distance_bias.dtype).contiguous()
+
+
+@dataclass(frozen=True)
+class _BackwardCall:
+    """What the backward of one block of one sequence takes."""
+
+    tokens_q: slice
+    tokens_k: slice
+    block: _Block
+    tensors: tuple[Tensor, ...]
+    options: dict[str, Any]
+
+
+def _backward_calls(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
     alibi_slopes: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    distance_bias: Tensor | None,
     left: int,
     right: int,
     dilation: int,
     scale: float,
     softcap: float,
     sink_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(q)
-    delta = row_delta(dout, out, dlse, dtype)
-    dsinks = q.new_empty(0) if sinks is None else sink_gradient(sinks, lse, delta)
-    shapes = q, k, v
+) -> Iterator[_BackwardCall]:
+    delta = row_delta(dout, out, dlse, compute_dtype(q))
     if q.dim() == 3:
         q, k, v, dout, lse, delta = q[None], k[None], v[None], dout[None], lse[None], delta[None]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for tokens_q, tokens_k in _sequences(q, k, cu_seqlens_q, cu_seqlens_k):
         qs, ks, vs = q[:, tokens_q], k[:, tokens_k], v[:, tokens_k]
         for block in _blocks(qs.shape[1], ks.shape[1], left, right, dilation, sink_tokens, q.device):
-            grads = attend_bwd(
+            tensors = (
                 dout[:, tokens_q][:, block.rows],
                 delta[:, :, tokens_q][:, :, block.rows],
                 qs[:, block.rows],
@@ -164,12 +226,6 @@ def window_attention_bwd(
                 vs[:, block.keys],
                 lse[:, :, tokens_q][:, :, block.rows],
                 block.visible,
-                scale=scale,
-                softcap=softcap,
-                slopes=alibi_slopes,
-                distance=block.distance,
             )
-            dq[:, tokens_q][:, block.rows] = grads[0]
-            dk[:, tokens_k].index_add_(1, block.keys, grads[1])
-            dv[:, tokens_k].index_add_(1, block.keys, grads[2])
-    return *(g.to(x.dtype).view(x.shape) for g, x in zip((dq, dk, dv), shapes)), dsinks
+            options = {"scale": scale, "softcap": softcap, **block.biases(alibi_slopes, distance_bias)}
+            yield _BackwardCall(tokens_q, tokens_k, block, tensors, options)

@@ -32,6 +32,7 @@ def dense_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    distance_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Sq, Hq, Dv] in q's dtype and lse [B, Hq, Sq], every product in q's dtype."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -46,10 +47,13 @@ def dense_attention(
         x = softcap * torch.tanh(x / softcap)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     x = x.to(wide)
+    i = torch.arange(x.shape[2], device=x.device)[:, None] + (x.shape[3] - x.shape[2])
+    distance = i - torch.arange(x.shape[3], device=x.device)
     if alibi_slopes is not None:
-        i = torch.arange(x.shape[2], device=x.device)[:, None] + (x.shape[3] - x.shape[2])
-        distance = (i - torch.arange(x.shape[3], device=x.device)).abs()
-        x = x - alibi_slopes.to(wide)[:, None, None] * distance
+        x = x - alibi_slopes.to(wide)[:, None, None] * distance.abs()
+    if distance_bias is not None:
+        half = (distance_bias.shape[1] - 1) // 2
+        x = x + distance_bias.to(wide)[:, (distance + half).clamp(0, 2 * half)]
     x = x.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         column = sinks.to(wide)[None, :, None, None].expand(*x.shape[:3], 1)
@@ -71,6 +75,7 @@ def dense_window(
     alibi_slopes: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    distance_bias: Tensor | None = None,
     *,
     window: tuple[int, int] = (-1, -1),
     dilation: int = 1,
@@ -79,7 +84,8 @@ def dense_window(
     sink_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """``window_attention`` by a dense mask, sequence by sequence."""
-    options = {"scale": scale, "softcap": softcap, "sinks": sinks, "alibi_slopes": alibi_slopes}
+    biases = {"sinks": sinks, "alibi_slopes": alibi_slopes, "distance_bias": distance_bias}
+    options = {"scale": scale, "softcap": softcap, **biases}
 
     def mask(sq: int, sk: int) -> Tensor:
         return window_mask(sq, sk, window, dilation=dilation, sink_tokens=sink_tokens, device=q.device)

@@ -66,6 +66,10 @@ def cases(
     yield "sinks_no_keys", make(1, 50, 20, 4, 1, 16), {"sinks": heads(4)}, {"window": (5, 0)}
     yield "sink_tokens", make(1, 120, 120, 2, 1, 16), {}, {"window": (20, 0), "sink_tokens": 5}
     yield "alibi", make(1, 70, 90, 4, 2, 16), {"alibi_slopes": slopes}, {"window": (40, 20)}
+    yield "bias", make(2, 40, 55, 2, 1, 16), {"distance_bias": normal(2, 21, device=device)}, {"window": (20, 11)}
+    yield "bias_longer", make(1, 20, 45, 2, 2, 16), {"distance_bias": normal(2, 201, device=device)}, {"scale": 1.0}
+    yield "bias_one", make(1, 30, 30, 2, 1, 16), {"distance_bias": normal(2, 1, device=device)}, {"window": (9, 0)}
+    yield "bias_no_keys", make(1, 40, 20, 2, 1, 16), {"distance_bias": normal(2, 7, device=device)}, {"window": (5, 0)}
     yield "softcap", make(1, 70, 70, 2, 1, 16), {}, {"window": (30, 2), "softcap": 3.0, "scale": 0.7}
     yield "dilated", make(1, 101, 101, 2, 1, 16), {}, {"window": (5, 3), "dilation": 3}
     yield "dilated_long", make(1, 30, 43, 2, 1, 16), {}, {"window": (50, 0), "dilation": 4}
@@ -74,6 +78,22 @@ def cases(
         make(1, 75, 90, 4, 2, 40, 24),
         {"sinks": heads(4), "alibi_slopes": slopes},
         {"window": (6, 2), "dilation": 2, "softcap": 5.0, "sink_tokens": 3, "scale": 0.3},
+    )
+    yield (
+        "bias_everything",
+        make(1, 40, 50, 2, 1, 40, 24),
+        {"sinks": heads(2), "alibi_slopes": slopes[:2], "distance_bias": normal(2, 35, device=device)},
+        {"window": (6, 2), "dilation": 2, "softcap": 5.0, "sink_tokens": 3, "scale": 0.3},
+    )
+    yield (
+        "bias_packed",
+        make(0, 40, 36, 2, 1, 16),
+        {
+            "cu_seqlens_q": offsets(2, 7, 7, 36),
+            "cu_seqlens_k": offsets(0, 9, 12, 30),
+            "distance_bias": normal(2, 17, device=device),
+        },
+        {"window": (-1, 3), "sink_tokens": 2},
     )
     yield "packed", make(0, 60, 60, 2, 1, 16), {"cu_seqlens_q": offsets(0, 7, 7, 40, 60)}, {"window": (9, 4)}
     yield (
@@ -105,7 +125,7 @@ def cases(
 
 def _samples(device: torch.device) -> Iterator[Sample]:
     for name, (q, k, v), tensors, options in cases(device, torch.float32):
-        order = ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")
+        order = ("sinks", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "distance_bias")
         yield Sample((q, k, v, *(tensors.get(n) for n in order)), options, name)
 
 
