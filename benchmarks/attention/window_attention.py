@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import tilefuse
 
-from ..harness import Case, Peer, normal
+from ..harness import Case, Peer, compiled, normal
 from ..peers import vllm, zentorch
 from ..shapes import GPT_OSS_20B, LONGFORMER_BASE
 
@@ -243,6 +243,67 @@ def case(
     )
 
 
+def with_dense_bias(q, k, v, bias):
+    """scaled_dot_product_attention with the bias of every pair as its mask."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    place = torch.arange(q.shape[2], device=q.device)
+    dense = bias[:, place[:, None] - place + bias.shape[1] // 2].to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, dense, scale=1.0).transpose(1, 2)
+
+
+def flex_bias() -> Peer:
+    """Compiled FlexAttention that looks the bias of each pair up."""
+
+    def prepare(q, k, v, bias):
+        return *heads_first(q, k, v), bias
+
+    def load():
+        from torch.nn.attention.flex_attention import flex_attention
+
+        def attend(q, k, v, bias):
+            middle = bias.shape[1] // 2
+
+            def biased(score, b, h, i, j):
+                return score + bias[h, i - j + middle]
+
+            return flex_attention(q, k, v, score_mod=biased, scale=1.0)
+
+        return attend
+
+    return Peer(load=load, prepare=prepare, post=heads_last, compile=True)
+
+
+def t5_cases() -> Iterator[Case]:
+    """T5's encoder: full attention with a bias by distance, unscaled; its training step has the bias's gradient."""
+    length, heads, dim = 1024, 8, 64
+
+    def inputs(device, generator):
+        q, k, v = qkv(1, length, heads, heads, dim)(device, generator)
+        # T5's initialisation makes up for the scale that it leaves out
+        return q * dim**-0.5, k, v, normal((heads, 2 * length - 1), torch.float32, device, generator)
+
+    for mode in ("forward", "backward"):
+        peers = {"masked SDPA": with_dense_bias, "masked SDPA, compiled": compiled(with_dense_bias)}
+        if mode == "forward":
+            peers["FlexAttention"] = flex_bias()
+        tensors, products = (2, 2) if mode == "forward" else (4, 5)
+        yield Case(
+            op="window_attention",
+            name=f"T5, 8 heads, {length} tokens, bias by distance",
+            dtype="bfloat16",
+            mode=mode,
+            inputs=inputs,
+            run=lambda q, k, v, bias: tilefuse.window_attention(q, k, v, distance_bias=bias, scale=1.0)[0],
+            naive=with_dense_bias,
+            peers=peers,
+            grads=(0, 1, 2, 3),
+            rows=mode == "forward",
+            bytes=2 * tensors * 2 * length * heads * dim,
+            flops=products * 2 * dim * heads * length * length,
+            suite="quick",
+        )
+
+
 def cases() -> Iterator[Case]:
     # the size that issues quote
     growing = "8 heads, D 64, window 512"
@@ -264,6 +325,8 @@ def cases() -> Iterator[Case]:
         )
 
     yield case("8 heads, D 128, 2048 tokens, causal", 1, 2048, 8, 8, 128, 2047, 0)
+
+    yield from t5_cases()
 
     m = LONGFORMER_BASE
     half = m.window // 2
