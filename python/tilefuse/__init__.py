@@ -14,6 +14,7 @@ from .ops.attention.global_attention import global_attention
 from .ops.attention.paged_attention import paged_attention
 from .ops.attention.t5_distance_bias import t5_distance_bias
 from .ops.attention.window_attention import window_attention, window_from
+from .ops.fp8.fused_linear import rms_norm_fp8_linear, silu_mul_fp8_linear
 from .ops.fp8.grouped_matmul import fp8_grouped_matmul
 from .ops.fp8.linear import fp8_linear
 from .ops.fp8.matmul import fp8_matmul
@@ -109,6 +110,7 @@ __all__ = [
     "preference_loss",
     "qk_norm_rope",
     "rms_norm",
+    "rms_norm_fp8_linear",
     "rms_norm_gated",
     "rms_norm_quantize",
     "rope",
@@ -118,6 +120,7 @@ __all__ = [
     "rope_qk_",
     "rope_tables",
     "sequence_logp",
+    "silu_mul_fp8_linear",
     "silu_mul_quantize",
     "sinusoidal_table",
     "t5_distance_bias",

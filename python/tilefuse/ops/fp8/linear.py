@@ -30,6 +30,44 @@ def _quantize_weight(weight: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Te
     return q[0], scale[0]
 
 
+def quantized_product(
+    codes: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, pow2: bool, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Activations that are quantised already times a weight that is not."""
+    w, w_scale = _quantize_weight(weight, pow2, eps)
+    return matmul(codes, scale, w, w_scale, bias, dtype)
+
+
+def linear_gradients(
+    dout: Tensor,
+    weight: Tensor | None,
+    along_tokens: tuple[Tensor, Tensor] | None,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    pow2: bool,
+    eps: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a linear layer's input, if its weight is given, and of the weight, if the input is, quantised along
+    the tokens; in these dtypes."""
+    dx = dweight = None
+    rows = as_rows(dout)
+    if along_tokens is not None:
+        g, g_scale, g_t, g_scale_t = fp8_quantize_dual_fwd(rows, pow2, eps)
+        # both operands run along the tokens with 1 x 128 scales
+        dweight = matmul(g_t, g_scale_t, *along_tokens, None, dtypes[1])
+    elif weight is not None:
+        g, g_scale = fp8_quantize_rows(rows, pow2, eps)
+    if weight is not None:
+        # square blocks transpose without another rounding
+        w, w_scale = _quantize_weight(weight, pow2, eps)
+        dx = matmul(g, g_scale, w.t(), w_scale.t(), None, dtypes[0])
+    return dx, dweight
+
+
+def bias_gradient(dout: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
+    return dout.sum(0, dtype=wide).to(dtype)
+
+
 class _Linear(torch.autograd.Function):
     """Saves the activation as e4m3 along the tokens, the form in which the weight gradient needs it."""
 
@@ -43,30 +81,35 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(q_t, scale_t, weight if ctx.needs_input_grad[0] else None)
         ctx.quantization = (pow2, eps)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        w, w_scale = _quantize_weight(weight, pow2, eps)
-        return matmul(q, scale, w, w_scale, bias, x.dtype)
+        return quantized_product(q, scale, weight, bias, pow2, eps, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q_t, scale_t, weight = ctx.saved_tensors
-        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        dx = dweight = dbias = None
-        rows = as_rows(dout)
-        if ctx.needs_input_grad[1]:
-            g, g_scale, g_t, g_scale_t = fp8_quantize_dual_fwd(rows, *ctx.quantization)
-            # both operands run along the tokens with 1 x 128 scales
-            dweight = matmul(g_t, g_scale_t, q_t, scale_t, None, weight_dtype)
-        elif ctx.needs_input_grad[0]:
-            g, g_scale = fp8_quantize_rows(rows, *ctx.quantization)
-        if ctx.needs_input_grad[0]:
-            # square blocks transpose without another rounding
-            w, w_scale = _quantize_weight(weight, *ctx.quantization)
-            dx = matmul(g, g_scale, w.t(), w_scale.t(), None, x_dtype)
-        if bias_dtype is not None and ctx.needs_input_grad[2]:
-            wide = torch.float64 if dout.dtype == torch.float64 else torch.float32
-            dbias = dout.sum(0, dtype=wide).to(bias_dtype)
+        *dtypes, bias_dtype = ctx.dtypes
+        along_tokens = (q_t, scale_t) if ctx.needs_input_grad[1] else None
+        dx, dweight = linear_gradients(dout, weight, along_tokens, tuple(dtypes), *ctx.quantization)
+        dbias = bias_gradient(dout, bias_dtype) if bias_dtype is not None and ctx.needs_input_grad[2] else None
         return dx, dweight, dbias, None, None
+
+
+def check_weight(name: str, x: Tensor, arg: str, k: int, weight: Tensor, bias: Tensor | None) -> None:
+    """The float weight and the bias of a linear layer with k inputs, which are made from x, the argument ``arg``."""
+    if weight.ndim != 2 or weight.shape[1] != k:
+        errors.value_error(name, "weight", f"[N, {k}]", weight)
+    errors.check_dtype(name, "weight", weight, errors.FLOATS)
+    errors.check_device(name, "weight", weight, x, arg)
+    check_bias(name, x, arg, weight, bias)
+
+
+def check_bias(name: str, x: Tensor, arg: str, weight: Weight, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    if tuple(bias.shape) != (weight.shape[0],):
+        errors.value_error(name, "bias", f"[{weight.shape[0]}]", bias)
+    errors.check_dtype(name, "bias", bias, errors.FLOATS)
+    errors.check_device(name, "bias", bias, x, arg)
 
 
 @op(
@@ -125,11 +168,7 @@ def fp8_linear(
     packed = isinstance(weight, PackedWeight)
     errors.check_dtype(name, "weight", weight, (CODES,) if packed else errors.FLOATS)
     errors.check_device(name, "weight", weight, x, "x")
-    if bias is not None:
-        if tuple(bias.shape) != (weight.shape[0],):
-            errors.value_error(name, "bias", f"[{weight.shape[0]}]", bias)
-        errors.check_dtype(name, "bias", bias, errors.FLOATS)
-        errors.check_device(name, "bias", bias, x, "x")
+    check_bias(name, x, "x", weight, bias)
     rows, pow2 = as_rows(x), scale_format == "pow2"
     if packed or not quantize_activations:
         why = "a packed weight and unquantised activations are for inference"

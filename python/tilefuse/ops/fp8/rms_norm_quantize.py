@@ -77,7 +77,8 @@ def rms_norm_quantize(
         ``(q, scale, h)``: q float8_e4m3fn of x's shape, scale float32 ``[..., ceil(K / 128)]`` in the layout of
         ``fp8_quantize``'s (1, 128) scales, h of x's shape and dtype, contiguous (without residual a copy of x).
 
-    Not differentiable. Deterministic and batch-invariant. NaN anywhere in a row makes the row's codes NaN.
+    Not differentiable: a gradient of codes would be e4m3 too. ``rms_norm_fp8_linear`` is, straight through the codes.
+    Deterministic and batch-invariant. NaN anywhere in a row makes the row's codes NaN.
 
     Raises:
         ValueError: wrong shapes, scale_format, eps or norm_eps.
@@ -101,7 +102,9 @@ def rms_norm_quantize(
         if residual.dtype != x.dtype:
             errors.type_error(name, "residual", f"of x's dtype {errors.dtype_name(x.dtype)}", residual)
         errors.check_device(name, "residual", residual, x, "x")
-    errors.check_not_differentiated(name, "quantisation has no gradient", weight=weight, residual=residual)
+    errors.check_not_differentiated(
+        name, "quantisation has no gradient (rms_norm_fp8_linear has one)", weight=weight, residual=residual
+    )
     rows = None if residual is None else as_rows(residual)
     if weight.dtype.itemsize == 8:
         # float64 weights belong to float64 activations; elsewhere the arithmetic is float32

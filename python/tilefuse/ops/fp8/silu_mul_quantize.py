@@ -47,7 +47,8 @@ def silu_mul_quantize(gate_up: Tensor, *, scale_format: str = "fp32", eps: float
         ``(q, scale)``: q float8_e4m3fn ``[..., I]``, scale float32 ``[..., ceil(I / 128)]`` in the layout of
         ``fp8_quantize``'s (1, 128) scales.
 
-    Not differentiable. Deterministic and batch-invariant. A gate of -inf gives NaN, as ``torch.nn.functional.silu``.
+    Not differentiable: a gradient of codes would be e4m3 too. ``silu_mul_fp8_linear`` is, straight through the codes.
+    Deterministic and batch-invariant. A gate of -inf gives NaN, as ``torch.nn.functional.silu``.
 
     Raises:
         ValueError: an odd last dim, or a wrong scale_format or eps.

@@ -40,8 +40,12 @@ def check_norm(name: str, x: Tensor, weight: Tensor | None, eps: float) -> None:
             errors.value_error(name, "weight", f"[{x.shape[-1]}]", weight)
         errors.check_dtype(name, "weight", weight, errors.FLOATS)
         errors.check_device(name, "weight", weight, x, "x")
+    check_norm_eps(name, "eps", eps)
+
+
+def check_norm_eps(name: str, arg: str, eps: float) -> None:
     if not _MIN_EPS <= eps <= _MAX_EPS:
-        errors.value_error(name, "eps", "positive (a normal float32)", eps)
+        errors.value_error(name, arg, "positive (a normal float32)", eps)
 
 
 def as_weight(weight: Tensor | None, x: Tensor) -> Tensor | None:
