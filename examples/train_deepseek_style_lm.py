@@ -101,24 +101,28 @@ def windows(data, args, seed):
     return data[start + torch.arange(args.length + 1)].to(args.device)
 
 
-def sample(model, prompt, count, device, dtype, temperature=0.5):
-    tokens = torch.tensor([list(prompt.encode())], device=device)
+@torch.no_grad()
+def generate(model, ids, count, *, temperature=1.0, generator=None, dtype=torch.float32):
+    """The next ids [B, count] after ids [B, S], through the paged cache; with a temperature of 0 the likeliest ones."""
     cache = PagedLatentCache(
-        1,
-        tokens.shape[1] + count,
+        len(ids),
+        ids.shape[1] + count,
         kv_lora_rank=LATENT,
         qk_rope_head_dim=ROPE,
         num_layers=len(model.blocks),
         dtype=dtype,
-        device=device,
+        device=ids.device,
     )
-    generator = torch.Generator(device).manual_seed(0)
-    out, new = [tokens], tokens
+    out, new = [], ids
     for _ in range(count):
         cache.extend(new.shape[1])
-        new = torch.multinomial((model(new, cache)[:, -1] / temperature).softmax(-1), 1, generator=generator)
+        logits = model(new, cache)[:, -1]
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         out.append(new)
-    return bytes(torch.cat(out, 1)[0].tolist()).decode(errors="replace")
+    return torch.cat(out, 1)
 
 
 def plot(losses, checked, path):
@@ -182,7 +186,11 @@ def main():
     with torch.no_grad(), autocast:
         # positions past the training length would be new to the model
         count = min(args.sample, args.length - len(PROMPT))
-        print(sample(model.eval(), PROMPT, count, args.device, dtype))
+        prompt, generator = torch.tensor([[*PROMPT.encode()]], device=args.device), torch.Generator(args.device)
+        written = generate(
+            model.eval(), prompt, count, temperature=0.5, generator=generator.manual_seed(0), dtype=dtype
+        )
+        print(PROMPT + bytes(written[0].tolist()).decode(errors="replace"))
 
 
 if __name__ == "__main__":

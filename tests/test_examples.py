@@ -1,5 +1,6 @@
 """The examples, run as a new user runs them, with small settings."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -53,6 +54,32 @@ def test_training_and_resume(tmp_path):
         for name, tensor in states[0]["model"].items():
             assert torch.equal(tensor, states[1]["model"][name]), name
     assert is_png(whole / "loss.png") and is_png(parts / "loss.png")
+
+
+def test_grpo(tmp_path):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    sizes = {"warm-up": 4, "batch": 8, "steps": 4, "prompts": 3, "group": 4, "check-every": 2, "width": 32, "layers": 1}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    out = run("grpo_arithmetic.py", "--out", tmp_path, *arguments)
+    assert "of 20 held-out sums right" in out and "reward" in out and "in the first 4 steps" in out
+    assert is_png(tmp_path / "reward.png")
+
+
+def test_rewards_of_grpo(monkeypatch):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    grpo = importlib.import_module("grpo_arithmetic")
+    prompts, right = grpo.sums()
+    assert len({*map(tuple, prompts.tolist())}) == 100
+    for prompt, answer in zip(prompts.tolist(), right.tolist()):
+        a, b = bytes(prompt).decode().removesuffix("=").split("+")
+        assert bytes(answer).decode().rstrip() == str(int(a) + int(b))
+    expected = {"7\n\n": 1, "7\nx": 1, "7x\n": 0, "77\n": 0, "\n7\n": 0, "07\n": 0, "8\n\n": 0}
+    answers, seven = (torch.tensor([[*x.encode()] for x in xs]) for xs in (expected, ["7\n\n"]))
+    assert grpo.rewards(answers, seven.expand_as(answers)).tolist() == [*expected.values()]
+    assert grpo.kept(answers).sum(1).tolist() == [2, 2, 3, 3, 1, 3, 2]
 
 
 def test_text_is_what_its_generator_makes():
