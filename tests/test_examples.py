@@ -82,6 +82,24 @@ def test_rewards_of_grpo(monkeypatch):
     assert grpo.kept(answers).sum(1).tolist() == [2, 2, 3, 3, 1, 3, 2]
 
 
+def test_distillation(tmp_path):
+    pytest.importorskip("rich")
+    pytest.importorskip("matplotlib")
+    sizes = {"batch": 2, "length": 32, "width": 64, "layers": 1, "steps": 3, "topk": 4, "check-every": 2}
+    tiny = [f"--{name}={value}" for name, value in sizes.items()]
+    out = run("distil_lm.py", "--out", tmp_path, "--teacher-steps=3", *tiny)
+    assert "student of text and teacher" in out and is_png(tmp_path / "distilled.png")
+    table = [line.split() for line in out.splitlines()[-3:]]
+    assert [row[0] for row in table] == ["teacher", "text", "text"]
+    # half the width has fewer parameters, and the teacher agrees with itself
+    assert int(table[1][1].replace(",", "")) < int(table[0][1].replace(",", "")) and float(table[0][-1]) == 0
+    assert torch.load(tmp_path / "student.pt")["embed.weight"].shape == (256, 32)
+    again = run("distil_lm.py", "--out", tmp_path, "--teacher", tmp_path, *tiny)
+    if not torch.cuda.is_available():
+        # the teacher is the same, and so are its students
+        assert again.splitlines()[-3:] == out.splitlines()[-3:]
+
+
 def test_text_is_what_its_generator_makes():
     done = subprocess.run(
         [sys.executable, "-c", "import make_text; print(make_text.text(), end='')"],
