@@ -334,7 +334,10 @@ def _problem(
     reach = UNBOUNDED.value if right < 0 else min(right * dilation, UNBOUNDED.value)
     # no sequence is longer than all keys together
     prefix = Prefix(min(sink_tokens, k.shape[-3]), reach)
-    bias = None if distance_bias is None else distance_bias.contiguous()
+    bias = distance_bias
+    if bias is not None:
+        # three equal ones are as good as one, whose stride of 1 would be a constant
+        bias = (bias.expand(-1, 3) if bias.shape[1] == 1 else bias).contiguous()
     return Problem(q, k, v, left, right, dilation, scale, softcap, prefix, sinks, alibi_slopes, cu_q, cu_k, bias)
 
 
@@ -353,17 +356,18 @@ def window_attention_bwd(
 def window_attention_bwd_bias(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options
 ) -> Tensor:
+    distance_bias = options[4]
     # the kernel does not read the sinks
     problem = replace(_problem(q, k, v, *options), sinks=None)
-    dbias = torch.zeros(problem.bias.shape, dtype=torch.float32, device=q.device)
+    dbias = torch.zeros(distance_bias.shape, dtype=torch.float32, device=q.device)
     rows_q, rows_k, n_seq = problem.sizes
-    if min(rows_q, rows_k, n_seq, problem.bias.shape[0]) > 0:
+    if min(rows_q, rows_k, n_seq, q.shape[-2]) > 0:
         results, prefix = Results.of(out, dout, lse, dlse, None), problem.prefix
         _add_diagonals(dbias, problem, results, prefix.count, UNBOUNDED.value)
         if prefix.count:
             first = replace(problem, left=-1, right=prefix.reach, dilation=1)
             _add_diagonals(dbias, first, results, 0, prefix.count)
-    return dbias.to(problem.bias.dtype)
+    return dbias.to(distance_bias.dtype)
 
 
 def _add_diagonals(dbias: Tensor, problem: Problem, results: Results, first_key: int, stop_key: int) -> None:

@@ -81,7 +81,7 @@ class Scores(NamedTuple):
     sinks: Any  # [Hq]
     slopes: Any  # [Hq]
     hidden: Any  # uint8 [B, S], nonzero = not in the band, neither as key nor as query
-    # [Hq, L] contiguous, so that its stride is L; L is odd, and so of one kind for the compiler unless it is 1
+    # [Hq, L] contiguous, so that its stride is L; L is odd and not 1, so that the compiler takes all of one kind
     bias: Matrix | None
 
 
