@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close
+from tilefuse.testing.memory import allocations
 
 BF16, CODES = torch.bfloat16, torch.float8_e4m3fn
 SHAPES = [
@@ -203,20 +203,11 @@ def test_a_packed_weight_brings_its_scales():
 @pytest.mark.parametrize("dtype", [BF16, CODES])
 def test_packing_holds_one_matrix_beside_the_pack(dtype):
     w = bits((8, 128, 256), dtype).transpose(1, 2)
-    made = []
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and not func.is_view:
-                made.append(out.untyped_storage().nbytes())
-            return out
-
-    with Sizes():
+    with allocations() as made:
         p = pack(w)
     whole = p.data.untyped_storage().nbytes()
-    # copies into the pack return it; everything else is of one matrix
-    assert {size for size in made if size != whole} <= set(range(whole // 8 + 1))
+    # everything but the pack is of one matrix
+    assert {m.nbytes for m in made if m.nbytes != whole} <= set(range(whole // 8 + 1))
     assert whole == w.nbytes
 
 

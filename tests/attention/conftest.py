@@ -1,25 +1,14 @@
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 
-PROGRAM = """
-import re, torch, tilefuse
-torch.set_num_threads(1)
-def kilobytes(name):
-    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
-q, k, v = (torch.randn(1, 65536, 2, 32, dtype=torch.bfloat16) for _ in range(3))
-{prepare}
-call(*(x[:, :256] for x in (q, k, v)))
-# a process starts with its parent's peak: begin again
-open("/proc/self/clear_refs", "w").write("5")
-before = kilobytes("VmRSS")
+from tilefuse.testing.memory import peak_bytes
+
+INPUTS = "q, k, v = (torch.randn(1, 65536, 2, 32, dtype=torch.bfloat16) for _ in range(3))"
+CALL = """
 leaves = [x.requires_grad_() for x in (q, k, v)]
 out, lse = call(*leaves)
 out.sum().backward()
-print((kilobytes("VmHWM") - before) * 1024, q.nbytes)
 """
 
 
@@ -32,11 +21,9 @@ def check_memory():
     """
 
     def check(backend, prepare):
-        environment = {**os.environ, "TILEFUSE_BACKEND": backend, "TRITON_INTERPRET": "0"}
-        code = PROGRAM.format(prepare=prepare)
-        ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        grown, one = map(int, ran.stdout.split())
+        prepare = f"{INPUTS}\n{prepare}\ncall(*(x[:, :256] for x in (q, k, v)))"
+        grown = peak_bytes(prepare, CALL, TILEFUSE_BACKEND=backend, TRITON_INTERPRET="0")
+        one = 65536 * 2 * 32 * 2
         assert grown < (48 if backend == "reference" else 24) * one, f"grew by {grown / one:.1f} x the size of q"
 
     return check

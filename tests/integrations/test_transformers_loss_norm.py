@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from tilefuse.integrations.transformers import logits as lazy
 from tilefuse.integrations.transformers import norm, patch, unpatch
 from tilefuse.testing import assert_bit_equal
+from tilefuse.testing.memory import allocations
 
 from .conftest import SIZES, tiny_model
 
@@ -262,18 +263,10 @@ def test_nothing_of_the_vocabulary_is_made():
     model = build("llama", vocab_size=5003)
     patch(model, loss=True)
     ids = tokens(length=300)
-    seen = []
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            seen.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if type(x) is torch.Tensor)
-            return out
-
-    with Sizes():
+    with allocations() as made:
         out = model(ids, labels=ids, use_cache=False)
         out.loss.backward()
-    assert not is_made(out) and seen and max(seen) < ids.numel() * 5003
+    assert not is_made(out) and made and max(m.numel for m in made) < ids.numel() * 5003
     gone = weakref.ref(out.logits)
     del out
     assert gone() is None

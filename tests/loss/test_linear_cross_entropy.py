@@ -12,6 +12,7 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.loss.linear_cross_entropy import naive, weights
 from tilefuse.testing.inputs.loss.linear_logprobs import IGNORED, case
+from tilefuse.testing.memory import allocations, can_measure_peaks, peak_bytes
 
 KERNEL = "linear_cross_entropy_fwd"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -236,6 +237,47 @@ def test_compiles_without_a_break():
         )
         for a, b in zip(gradients(function, (x, weight, bias)), eager):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_allocates_nothing_of_all_logits(where, monkeypatch):
+    """Of PyTorch's allocations none has T x V elements, nor is one float32 V x H."""
+    if tilefuse.backend() == "reference":
+        return
+    module = importlib.import_module("tilefuse.triton_kernels.loss.linear_logprobs")
+    monkeypatch.setattr(module, "BLOCK_IDS", 128)
+    tokens, vocabulary, hidden = 40, 600, 24
+    x, weight, target, bias = case(tokens, vocabulary, hidden, where, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with allocations() as made:
+        torch.autograd.grad(tilefuse.linear_cross_entropy(*leaves[:2], target, leaves[2]), leaves)
+    assert max(m.numel for m in made) <= vocabulary * hidden
+    assert all(m.numel < vocabulary * hidden or m.dtype == torch.bfloat16 for m in made)
+
+
+PREPARE = """
+from tilefuse.testing.inputs.loss.linear_logprobs import case
+def run(tokens, vocabulary):
+    x, weight, target, _ = case(tokens, vocabulary, {hidden}, dtype=torch.bfloat16)
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    return lambda: torch.autograd.grad(tilefuse.linear_cross_entropy(*leaves, target, recompute={recompute}), leaves)
+run(8, 300)()
+call = run({tokens}, {vocabulary})
+"""
+
+
+@pytest.mark.cpu_library
+@pytest.mark.skipif(not can_measure_peaks(), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "hidden"),
+    [(2048, 65536, 16), pytest.param(4096, 129280, 256, marks=pytest.mark.slow)],
+    ids=["small", "deepseek"],
+)
+@each_form
+def test_peak_memory(recompute, tokens, vocabulary, hidden):
+    """90 MiB beside the gradients. All logits would be 256 and 1,010 MiB, a float32 V x H of the larger one 126."""
+    sizes = {"tokens": tokens, "vocabulary": vocabulary, "hidden": hidden, "recompute": recompute}
+    gradients = 2 * (tokens + vocabulary) * hidden
+    assert peak_bytes(PREPARE.format(**sizes), "call()") < gradients + (90 << 20)
 
 
 X, W, T = torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.int64)

@@ -3,9 +3,6 @@
 import importlib
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ import tilefuse
 from tilefuse import library
 from tilefuse.testing import assert_bit_equal, assert_close, canary, poisoned
 from tilefuse.testing.inputs.loss.linear_logprobs import IGNORED, case, logits, naive, statistics
+from tilefuse.testing.memory import can_measure_peaks, peak_bytes
 
 KERNEL = "linear_logprobs_fwd"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -431,32 +429,22 @@ def test_threads_change_nothing():
             assert_bit_equal(a, b)
 
 
-PROGRAM = """
-import re, torch, tilefuse
+PREPARE = """
 from tilefuse.testing.inputs.loss.linear_logprobs import case
-torch.set_num_threads(1)
-def kilobytes(name):
-    return int(re.search(name + r":\\\\s+(\\\\d+)", open("/proc/self/status").read()).group(1))
 def run(tokens, vocabulary):
     x, weight, target, bias = case(tokens, vocabulary, 16, dtype=torch.bfloat16)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    # a process starts with its parent's peak: begin again
-    open("/proc/self/clear_refs", "w").write("5")
-    before = kilobytes("VmRSS")
-    torch.autograd.grad(tilefuse.linear_logprobs(*leaves[:2], target, bias)[0].sum(), leaves)
-    return kilobytes("VmHWM") - before
-run(8, 300)
-print(run(2048, 65536) / 1024)
+    return lambda: torch.autograd.grad(tilefuse.linear_logprobs(*leaves[:2], target, bias)[0].sum(), leaves)
+run(8, 300)()
+call = run(2048, 65536)
 """
 
 
 @pytest.mark.cpu_library
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+@pytest.mark.skipif(not can_measure_peaks(), reason="needs Linux")
 def test_peak_memory():
     """Logits of these would be 512 MiB: everything beside the arguments, gradients included, stays below 96 MiB."""
-    ran = subprocess.run([sys.executable, "-c", PROGRAM.replace("\\\\", "\\")], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert float(ran.stdout) < 96
+    assert peak_bytes(PREPARE, "call()") < 96 << 20
 
 
 X, W, T, B = torch.zeros(2, 3, 4), torch.zeros(9, 4), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(9)

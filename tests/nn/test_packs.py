@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tilefuse
 from tilefuse import packs
 from tilefuse.nn import FP8Linear, MoE
 from tilefuse.testing import assert_bit_equal
+from tilefuse.testing.memory import allocations
 
 BF16, CODES = torch.bfloat16, torch.float8_e4m3fn
 MODES = ["keep", "only"]
@@ -231,22 +231,6 @@ def test_reset_parameters(case):
     assert_bit_equal(run(module, x), out)
 
 
-class Sizes(TorchDispatchMode):
-    """Storages made inside of it, those over `least` bytes."""
-
-    def __init__(self, least):
-        super().__init__()
-        self.least, self.made = least, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.device.type == "cpu" and not func.is_view:
-            storage = out.untyped_storage()
-            if storage.nbytes() >= self.least:
-                self.made[storage.data_ptr()] = storage.nbytes()
-        return out
-
-
 @pytest.fixture
 def frames_evaluated_by_dynamo():
     """As an exception out of a compiled function leaves them: a call of Python counts its arguments twice."""
@@ -267,10 +251,10 @@ def test_freeing_packs_in_place():
     largest = max(p[0].nbytes for p in module.experts.parameters())
     # what a cycle still holds would count as an owner
     gc.collect()
-    with Sizes(0) as sizes:
+    with allocations() as sizes:
         module.pack("only")
     assert {w.data.data_ptr() for w in made(module)} == set(addresses)
-    assert all(n <= largest for address, n in sizes.made.items() if address not in addresses)
+    assert all(m.nbytes <= largest for m in sizes if m.address not in addresses)
     assert_bit_equal(run(module, x), want)
 
 

@@ -1,15 +1,20 @@
-"""Memory that shows whether a kernel wrote what it must and nothing else."""
+"""Memory that shows whether a kernel wrote what it must and nothing else, and how much of it something takes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils.deterministic
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .. import native
 
@@ -78,3 +83,73 @@ def canary(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str 
     inside.fill_(0xFF)
     tensor = inside.view(dtype).view(shape) if dtype is not torch.bool else inside.view(shape).view(dtype)
     return Canary(tensor, memory)
+
+
+class Allocation(NamedTuple):
+    """A tensor that an operator of PyTorch made."""
+
+    address: int
+    nbytes: int  # of its storage
+    numel: int
+    dtype: torch.dtype
+
+
+def _is_plain(x: Any) -> bool:
+    """A tensor with memory, not what stands for one."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+
+
+class _Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.made: list[Allocation] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if _is_plain(x)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            # a view, or an argument written in place, is nothing new
+            if _is_plain(x) and x.untyped_storage().data_ptr() not in given:
+                self.made.append(
+                    Allocation(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes(), x.numel(), x.dtype)
+                )
+        return out
+
+
+@contextmanager
+def allocations() -> Iterator[list[Allocation]]:
+    """Lists the new memory that PyTorch's operators return inside of it.
+
+    What a kernel of the CPU library makes for itself is not seen; ``peak_bytes`` sees all.
+    """
+    with _Recorded() as recorded:
+        yield recorded.made
+
+
+_PEAK = """
+import re, torch, tilefuse
+torch.set_num_threads(1)
+def kilobytes(name):
+    return int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read()).group(1))
+{prepare}
+# a process starts with its parent's peak: begin again
+open("/proc/self/clear_refs", "w").write("5")
+before = kilobytes("VmRSS")
+{call}
+print((kilobytes("VmHWM") - before) * 1024)
+"""
+
+
+def can_measure_peaks() -> bool:
+    return os.path.exists("/proc/self/clear_refs")
+
+
+def peak_bytes(prepare: str, call: str, **environment: str) -> int:
+    """By how much a fresh process on one thread grows, at most, while it runs ``call`` after ``prepare`` (Linux)."""
+    code = _PEAK.format(prepare=prepare, call=call)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    if ran.returncode:
+        raise RuntimeError(ran.stderr)
+    return int(ran.stdout.split()[-1])
