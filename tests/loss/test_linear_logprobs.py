@@ -375,8 +375,10 @@ def test_strides_and_leading_dims(where):
     shaped = tilefuse.linear_logprobs(x.view(3, 4, 6), weight, target.view(3, 4), bias)
     for ours, right in zip(shaped, expected):
         assert_bit_equal(ours, right.view(3, 4))
+    # the reference's products are PyTorch's, which may add up one row in another order
+    same = torch.testing.assert_close if tilefuse.backend() == "reference" else assert_bit_equal
     for ours, right in zip(tilefuse.linear_logprobs(x[0], weight, target[0], bias), expected):
-        assert_bit_equal(ours, right[0])
+        same(ours, right[0])
 
 
 def test_autocast():
