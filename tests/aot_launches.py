@@ -135,6 +135,7 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "loss/policy_loss", train("policy_loss", each, each, each, None, None, each, bounds, dual_clip=3.0)
     yield "loss/policy_loss", train("policy_loss", each, each, kind="reinforce")
     logits = tokens(32000)
+    yield "loss/linear_distillation", train("linear_distillation", *head[:2], *head[:3])
     yield "loss/distillation", train("distillation", logits, logits, tokens(dtype="i64"))
 
     # a slice, whose rows are not those of a matrix

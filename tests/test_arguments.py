@@ -62,6 +62,9 @@ NO_GRADIENT = {
     ("moe_route", "bias"),
     ("linear_topk_distillation", "teacher_logp"),
     ("distillation", "teacher_logits"),
+    ("linear_distillation", "teacher_x"),
+    ("linear_distillation", "teacher_weight"),
+    ("linear_distillation", "teacher_bias"),
 }
 SILENT = [
     (name, argument)

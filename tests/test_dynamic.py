@@ -105,6 +105,10 @@ CASES = {
         lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s), draw(60), draw(b, s)),
         {"label_smoothing": 0.1},
     ),
+    "linear_distillation": (
+        lambda b, s: (draw(b, s, 16), draw(60, 16), draw(b, s, 24), draw(70, 24), integers(60, b, s)),
+        {"beta": 0.3},
+    ),
     "linear_logprobs": (lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s)), {}),
     "linear_topk_distillation": (
         lambda b, s: (draw(b, s, 16), draw(60, 16), draw(b, s, 4), draw(b, s, 60).topk(4).indices, integers(60, b, s)),

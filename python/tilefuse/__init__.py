@@ -24,6 +24,7 @@ from .ops.fp8.silu_mul_quantize import silu_mul_quantize
 from .ops.loss.cross_entropy import cross_entropy
 from .ops.loss.distillation import distillation
 from .ops.loss.linear_cross_entropy import linear_cross_entropy
+from .ops.loss.linear_distillation import linear_distillation
 from .ops.loss.linear_logprobs import linear_logprob_stats, linear_logprobs, merge_logprobs
 from .ops.loss.linear_topk_distillation import linear_topk_distillation
 from .ops.loss.logprobs import logprobs
@@ -78,6 +79,7 @@ __all__ = [
     "global_attention",
     "grouped_matmul",
     "linear_cross_entropy",
+    "linear_distillation",
     "linear_logprob_stats",
     "linear_logprobs",
     "linear_topk_distillation",
