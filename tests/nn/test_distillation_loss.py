@@ -1,4 +1,4 @@
-"""``nn.DistillationLoss`` is the op with its options held."""
+"""``nn.DistillationLoss`` is its two ops with their options held."""
 
 import inspect
 
@@ -31,10 +31,22 @@ def test_has_the_options_and_defaults_of_the_op():
     assert {p.name: p.default for p in module} == options
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_a_teacher_is_a_pair(parts):
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_a_teacher_may_bring_its_head(biased):
+    x, weight, *_, target, bias = case(9, 40, 8, 5)
+    target[::3] = 3
+    teacher = (torch.randn(9, 12), torch.randn(44, 12), torch.randn(44))[: 2 + biased]
+    options = {name: value for name, value in OPTIONS.items() if name != "tail"}
+    found = tilefuse.nn.DistillationLoss(**OPTIONS)(x, weight, teacher, target, bias, torch.ones(9))
+    of_teacher = (*teacher[:2], target, bias, *teacher[2:])
+    right = tilefuse.linear_distillation(x, weight, *of_teacher, token_weight=torch.ones(9), **options)
+    assert_bit_equal(found, right)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_teacher_is_a_list_or_a_head(parts):
     x, weight, logp, ids, *_ = case(9, 40, 8, 5)
-    for teacher in ((logp, ids, ids)[:parts], logp):
+    for teacher in ((logp, ids, ids, ids)[:parts], logp):
         with pytest.raises(ValueError, match=r"tilefuse\.nn\.DistillationLoss: teacher must be \(teacher_logp"):
             tilefuse.nn.DistillationLoss()(x, weight, teacher)
 
