@@ -21,7 +21,7 @@ Everything in a case is lazy: yielding it allocates nothing and imports no optio
 
     def liger():
         # imported only when the case runs; an ImportError becomes the reason why the peer is missing
-        from liger_kernel.ops.rope import LigerRopeFunction
+        LigerRopeFunction = peers.import_module("liger-kernel", "liger_kernel.ops.rope").LigerRopeFunction
         return lambda x, cos, sin: LigerRopeFunction.apply(...)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import tilefuse
 from tilefuse.testing.inputs.loss.cross_entropy import naive
 
+from .. import peers
 from ..harness import Case, Peer, compiled
 from .logprobs import least_bytes, logits_of
 
@@ -19,10 +20,9 @@ def eager(logits, target):
 
 
 def liger():
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
+    functional = peers.import_module("liger-kernel", "liger_kernel.transformers.functional")
     # on a copy: it writes the gradient over the logits, which the next round needs
-    return lambda logits, target: liger_cross_entropy(logits.clone(), target)
+    return lambda logits, target: functional.liger_cross_entropy(logits.clone(), target)
 
 
 # (tokens, vocabulary, mode, suite, devices)

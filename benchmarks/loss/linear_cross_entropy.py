@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import tilefuse
 from tilefuse.testing.inputs.loss.linear_cross_entropy import naive
 
+from .. import peers
 from ..harness import Case, Peer, compiled
 from .linear_logprobs import head, work
 
@@ -39,9 +40,10 @@ def torch_chunked():
 
 
 def cut_cross_entropy():
-    from cut_cross_entropy import linear_cross_entropy
-
-    return functools.partial(linear_cross_entropy, impl="torch_compile" if not torch.cuda.is_available() else "cce")
+    module = peers.import_module("cut-cross-entropy", "cut_cross_entropy")
+    return functools.partial(
+        module.linear_cross_entropy, impl="torch_compile" if not torch.cuda.is_available() else "cce"
+    )
 
 
 # (tokens, vocabulary, hidden, mode, suite, devices)

@@ -9,6 +9,7 @@ import torch
 import tilefuse
 from tilefuse.testing.inputs.loss.linear_distillation import naive
 
+from .. import peers
 from ..harness import Case, Peer, compiled, normal
 from . import distillation
 from .linear_logprobs import head
@@ -21,9 +22,9 @@ def eager(x, weight, teacher_x, teacher_weight, target):
 
 
 def liger():
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    module = peers.import_module("liger-kernel", "liger_kernel.chunked_loss")
 
-    loss = LigerFusedLinearJSDLoss(
+    loss = module.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=not torch.cuda.is_available(), ignore_index=-100
     )
 

@@ -1,17 +1,19 @@
-"""Libraries that models are served with on CPUs, as peers: a module for each, loaded by path and never imported.
+"""Libraries to compare with; ``make bench`` installs those of requirements-peers.txt into ``.peers/``, a folder each.
 
-``make bench`` installs them (``requirements-peers.txt``) into ``.peers/``, a folder for each. Only their compiled
-kernels are used: importing the packages would start a server's machinery and patch torch. A function of these modules
-is named after the library's op, takes the operands of ours and returns a `Peer`, whose packing of weights and making
-of metadata are outside of the timing, on copies of its own.
+Those that models are served with on CPUs have a module here, which loads them by path and never imports them. Only
+their compiled kernels are used: importing the packages would start a server's machinery and patch torch. A function of
+these modules is named after the library's op, takes the operands of ours and returns a `Peer`, whose packing of weights
+and making of metadata are outside of the timing, on copies of its own.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -40,6 +42,19 @@ def version(package: str) -> str | None:
         return find(package).version
     except ModuleNotFoundError:
         return None
+
+
+def import_module(package: str, module: str) -> ModuleType:
+    """A module of a distribution that is plain Python.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    root = str(find(package).locate_file(""))
+    if root not in sys.path:
+        # last: what the environment has goes before
+        sys.path.append(root)
+    return importlib.import_module(module)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 
 import tilefuse
 
+from .. import peers
 from ..harness import Case, Peer, compiled, normal
 from ..peers import vllm
 from ..shapes import DEEPSEEK_V3, LLAMA3_8B
@@ -58,7 +59,7 @@ def copy(q, k, cos, sin):
 
 
 def liger():
-    from liger_kernel.ops.rope import LigerRopeFunction
+    LigerRopeFunction = peers.import_module("liger-kernel", "liger_kernel.ops.rope").LigerRopeFunction
 
     def run(q, k, cos, sin):
         return LigerRopeFunction.apply(q, k, cos, sin)
