@@ -178,24 +178,25 @@ def linear_distillation_bwd(
 
     def write(block: Block) -> None:
         tile = replace(block.tile, block_n=width)
-        linear_distillation_bwd_kernel[(block.grid[0], triton.cdiv(block.ids, width))](
-            block.head,
-            teacher_head,
-            block.order,
-            block.count,
-            statistics,
-            coefficients,
-            block.dz,
-            block.dz.stride(0),
-            block.bias_sums,
-            x.shape[0],
-            x.shape[1],
-            teacher_x.shape[1],
-            block.first,
-            block.ids,
-            **divergence(beta, temperature),
-            **constants(tile),
-        )
+        with on_device(x):
+            linear_distillation_bwd_kernel[(block.grid[0], triton.cdiv(block.ids, width))](
+                block.head,
+                teacher_head,
+                block.order,
+                block.count,
+                statistics,
+                coefficients,
+                block.dz,
+                block.dz.stride(0),
+                block.bias_sums,
+                x.shape[0],
+                x.shape[1],
+                teacher_x.shape[1],
+                block.first,
+                block.ids,
+                **divergence(beta, temperature),
+                **constants(tile),
+            )
 
     shared_bias = None if bias is None else bias[:vocabulary]
     needs = (need_x, need_weight, need_bias)
