@@ -8,7 +8,7 @@
 namespace tilefuse {
 
 // logits [A, B, V], whose rows [a][b] are the tokens in their order
-struct LogitRows {
+struct TargetLogits {
   Dtype dtype;
   const void* data;
   int64_t outer_stride, inner_stride, inner, vocabulary;
@@ -20,14 +20,14 @@ struct LogitRows {
 };
 
 struct LogitStats {
-  LogitRows rows;
+  TargetLogits rows;
   const int64_t* kept;
   int64_t columns;
   float* stats;  // [T, blocks, columns]
 };
 
 struct LogitGradient {
-  LogitRows rows;
+  TargetLogits rows;
   int64_t tokens, ignore_index;
   const float *norm, *entropy, *coefficients;  // [2, T], [T], [4, T]
   void* dlogits;                               // [T, V]
@@ -40,7 +40,7 @@ namespace {
 
 // `count` logits of a token from `first` on, before the temperature, and whatever up to the next multiple of 64
 template <typename T>
-inline void read_block(const LogitRows& rows, int64_t token, int64_t first, int64_t count, float* out) {
+inline void read_block(const TargetLogits& rows, int64_t token, int64_t first, int64_t count, float* out) {
   const T* from = static_cast<const T*>(rows.data) + token / rows.inner * rows.outer_stride +
                   token % rows.inner * rows.inner_stride + first;
   over_floats(count, [&](int64_t i, auto lanes) { put(out, i, get(from, i, lanes)); });
@@ -53,14 +53,14 @@ inline void read_block(const LogitRows& rows, int64_t token, int64_t first, int6
   }
 }
 
-inline int64_t ids_of(const LogitRows& rows, int64_t block) {
+inline int64_t ids_of(const TargetLogits& rows, int64_t block) {
   const int64_t left = rows.vocabulary - block * kStatsBlock;
   return left < kStatsBlock ? left : kStatsBlock;
 }
 
 template <typename T>
 void stats_of(const LogitStats& call, int64_t begin, int64_t end) {
-  const LogitRows& rows = call.rows;
+  const TargetLogits& rows = call.rows;
   alignas(64) float z[kStatsBlock];
   for (int64_t task = begin; task < end; ++task) {
     const int64_t token = call.kept[task / rows.blocks], block = task % rows.blocks, first = block * kStatsBlock;
@@ -86,7 +86,7 @@ void stats_of(const LogitStats& call, int64_t begin, int64_t end) {
 
 template <typename T>
 void gradients_of(const LogitGradient& call, int64_t begin, int64_t end) {
-  const LogitRows& rows = call.rows;
+  const TargetLogits& rows = call.rows;
   alignas(64) float z[kStatsBlock];
   alignas(64) T finished[kStatsBlock];
   for (int64_t task = begin; task < end; ++task) {
@@ -152,7 +152,7 @@ Classes classes_of(const OptionalTensor& class_weight, int64_t vocabulary, int64
   return out;
 }
 
-LogitRows logit_rows(const Tensor& logits, const Tensor& target, double scale, double softcap, double temperature) {
+TargetLogits logit_rows(const Tensor& logits, const Tensor& target, double scale, double softcap, double temperature) {
   const int64_t vocabulary = logits.size(2);
   return {dtype_of(logits),
           logits.const_data_ptr(),
@@ -176,7 +176,7 @@ Result fwd(Tensor logits, Tensor target, OptionalTensor class_weight, double sca
            int64_t ignore_index, bool smooth) {
   LogitStats call{};
   call.rows = logit_rows(logits, target, scale, softcap, temperature);
-  const LogitRows& rows = call.rows;
+  const TargetLogits& rows = call.rows;
   const std::vector<int64_t> kept = kept_tokens(target, ignore_index);
   check_targets("logprobs", target, kept, rows.vocabulary, ignore_index);
   Classes classes;
