@@ -5,11 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 import tilefuse
 
 from ..harness import Case, normal
 from ..shapes import DEEPSEEK_V3 as M
+from . import linear
+
+
+def eager_silu_mul(gate_up, weight):
+    gate, up = gate_up.chunk(2, -1)
+    return linear.eager(F.silu(gate) * up, weight)
+
+
+def eager_rms_norm(x, norm_weight, weight):
+    return linear.eager(F.rms_norm(x, norm_weight.shape, norm_weight, 1e-6), weight), x
 
 
 def silu_mul(gate_up, weight):
@@ -31,7 +42,10 @@ def inputs_of(op: str, tokens: int, n: int, k: int):
 
 
 def cases() -> Iterator[Case]:
-    for op, peer in (("silu_mul_fp8_linear", silu_mul), ("rms_norm_fp8_linear", rms_norm)):
+    for op, eager, two_ops in (
+        ("silu_mul_fp8_linear", eager_silu_mul, silu_mul),
+        ("rms_norm_fp8_linear", eager_rms_norm, rms_norm),
+    ):
         for tokens, n, k, mode, suite, devices in (
             (256, 2048, 2048, "forward", "quick", ("cpu", "cuda")),
             (256, 2048, 2048, "forward+backward", "full", ("cpu", "cuda")),
@@ -49,7 +63,7 @@ def cases() -> Iterator[Case]:
                 inputs=inputs_of(op, tokens, n, k),
                 oracle_inputs=inputs_of(op, 128, 256, 512),
                 run=getattr(tilefuse, op),
-                peers={"two ops": peer},
+                peers={"eager": eager, "two ops": two_ops},
                 grads=tuple(range(2 if op == "silu_mul_fp8_linear" else 3)),
                 bytes=forward + (backward if mode != "forward" else 0),
                 flops=(1 if mode == "forward" else 3) * 2 * tokens * n * k,
