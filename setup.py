@@ -3,7 +3,8 @@
 Nothing here imports torch for metadata or looks for a GPU. The native libraries are plain shared objects. Two have no
 Python init function and are loaded by ``torch.ops.load_library``; the third is an extension module:
 
-* ``_cpu.abi3.so`` from every ``csrc/<family>/*_cpu.cpp`` (g++), each compiled once per instruction set;
+* ``_cpu.abi3.so`` from every ``csrc/<family>/*_cpu.cpp`` (g++), each compiled once per instruction set, but for those
+  that a source must ask for (``// build-isas: avx512vnni`` in its first lines);
 * ``_cuda.abi3.so`` from every ``csrc/<family>/*.cu`` (nvcc), for the architectures of
   ``TORCH_CUDA_ARCH_LIST`` (default ``8.0;9.0a;10.0a``, plus PTX of the first);
 * ``_direct.abi3.so`` from ``csrc/python/*.cpp`` (g++ and Python's headers), in Python's limited API.
@@ -43,8 +44,12 @@ X86_ISAS = {
     "baseline": [],
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4"],
+    "avx512vnni": ["-march=x86-64-v4", "-mavx512vnni"],
     "avx512bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vbmi"],
 }
+# sets of which only a source that asks has a copy, elsewhere the copy before it serves: the option, and the sets above
+# whose copies of such a source have it too
+ON_REQUEST = {"avx512vnni": ("-mavx512vnni", ("avx512bf16",))}
 
 
 class BuildNative(build_ext):
@@ -222,10 +227,16 @@ def _cpu_builds(build_dir, out, cxx):
     builds, objects = [], []
     for source in sorted((ROOT / "csrc").glob("*/*_cpu.cpp")):
         extra = _file_setting(source, "build-flags")
+        asked = _file_setting(source, "build-isas").split()
         for isa, march in isas.items():
+            if isa in ON_REQUEST and isa not in asked:
+                continue
             obj = f"{source.parent.name}/{source.stem}.{isa}.o"
-            define = f"-DTILEFUSE_ISA={isa}" + (" -DTILEFUSE_REGISTER" if isa == "baseline" else "")
-            builds.append(f"build {obj}: cxx {_path(source)}\n  flags = {define} {' '.join(march)} {extra}")
+            flags = [f"-DTILEFUSE_ISA={isa}", *march]
+            flags += [option for option, others in map(ON_REQUEST.get, asked) if isa in others]
+            if isa == "baseline":
+                flags += ["-DTILEFUSE_REGISTER", *(f"-DTILEFUSE_{name.upper()}" for name in asked)]
+            builds.append(f"build {obj}: cxx {_path(source)}\n  flags = {' '.join(flags)} {extra}")
             objects.append(obj)
     info = {"compiler": _version(cxx, 0), "instruction_sets": list(isas), "flags": "-O3 -ffp-contract=off"}
     _write_info(build_dir / "cpu_info.cpp", "cpu", info)

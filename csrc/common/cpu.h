@@ -1,11 +1,11 @@
 // What every CPU kernel needs: dtypes, instruction-set dispatch, the parallel loop.
 //
-// Each csrc/<family>/<op>_cpu.cpp is compiled once per instruction set, with TILEFUSE_ISA = baseline, avx2,
-// avx512 or avx512bf16. Kernel code lives in `namespace tilefuse::TILEFUSE_ISA` so that the copies never share a
-// symbol; everything in this header is static or in that namespace for the same reason. The baseline object
-// alone also has TILEFUSE_REGISTER and holds the registration; TILEFUSE_DISPATCH names a kernel there, and
-// run_parallel calls the copy for the CPU at hand. Kernels use raw pointers and no inline library code that a linker
-// could merge across copies.
+// Each csrc/<family>/<op>_cpu.cpp is compiled once per instruction set, with TILEFUSE_ISA = baseline, avx2, avx512 or
+// avx512bf16, and avx512vnni for those that ask. Kernel code lives in `namespace tilefuse::TILEFUSE_ISA` so that the
+// copies never share a symbol; everything in this header is static or in that namespace for the same reason. The
+// baseline object alone also has TILEFUSE_REGISTER and holds the registration; TILEFUSE_DISPATCH names a kernel there,
+// and run_parallel calls the copy for the CPU at hand. Kernels use raw pointers and no inline library code that a
+// linker could merge across copies.
 #pragma once
 
 #include <cmath>
@@ -143,16 +143,17 @@ using baseline::f16;
 using baseline::from_float;
 using baseline::to_float;
 
-enum class Isa : int { baseline, avx2, avx512, avx512bf16 };
-constexpr int kIsas = 4;
+enum class Isa : int { baseline, avx2, avx512, avx512vnni, avx512bf16 };
+constexpr int kIsas = 5;
 
 inline Isa detect_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512cd")) {
+    if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
     const bool pairs = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
-    return pairs ? Isa::avx512bf16 : Isa::avx512;
+    return pairs ? Isa::avx512bf16 : Isa::avx512vnni;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
       __builtin_cpu_supports("bmi2")) {
@@ -162,12 +163,12 @@ inline Isa detect_isa() {
   return Isa::baseline;
 }
 
-// TILEFUSE_CPU_ISA=baseline|avx2|avx512|avx512bf16 lowers the choice, for tests and bug reports
+// TILEFUSE_CPU_ISA=baseline|avx2|avx512|avx512vnni|avx512bf16 lowers the choice, for tests and bug reports
 inline Isa isa() {
   static const Isa chosen = [] {
     const Isa best = detect_isa();
     const char* asked = std::getenv("TILEFUSE_CPU_ISA");
-    const char* names[kIsas] = {"baseline", "avx2", "avx512", "avx512bf16"};
+    const char* names[kIsas] = {"baseline", "avx2", "avx512", "avx512vnni", "avx512bf16"};
     for (int i = 0; asked != nullptr && i <= static_cast<int>(best); ++i) {
       if (std::strcmp(asked, names[i]) == 0) return static_cast<Isa>(i);
     }
@@ -235,19 +236,29 @@ inline void run_parallel(const Kernel<Signature>& kernel, int64_t n, int64_t gra
 }  // namespace tilefuse
 
 // TILEFUSE_DISPATCH(name): `name` is the Kernel of the functions `name` that the instruction sets' namespaces hold. Use
-// at namespace tilefuse scope, behind the declaration of the function.
+// at namespace tilefuse scope, behind the declaration of the function. A source whose first lines say
+// `// build-isas: avx512vnni` has a copy for that set, and TILEFUSE_AVX512VNNI; the others' avx512 copies serve for it.
 #if defined(__x86_64__)
-#define TILEFUSE_DISPATCH(name)  \
-  namespace avx2 {               \
-  decltype(baseline::name) name; \
-  }                              \
-  namespace avx512 {             \
-  decltype(baseline::name) name; \
-  }                              \
-  namespace avx512bf16 {         \
-  decltype(baseline::name) name; \
-  }                              \
-  constexpr Kernel<decltype(baseline::name)> name{{baseline::name, avx2::name, avx512::name, avx512bf16::name}};
+#if defined(TILEFUSE_AVX512VNNI)
+#define TILEFUSE_VNNI_COPY avx512vnni
+#else
+#define TILEFUSE_VNNI_COPY avx512
+#endif
+#define TILEFUSE_DISPATCH(name)                                                                  \
+  namespace avx2 {                                                                               \
+  decltype(baseline::name) name;                                                                 \
+  }                                                                                              \
+  namespace avx512 {                                                                             \
+  decltype(baseline::name) name;                                                                 \
+  }                                                                                              \
+  namespace TILEFUSE_VNNI_COPY {                                                                 \
+  decltype(baseline::name) name;                                                                 \
+  }                                                                                              \
+  namespace avx512bf16 {                                                                         \
+  decltype(baseline::name) name;                                                                 \
+  }                                                                                              \
+  constexpr Kernel<decltype(baseline::name)> name{                                               \
+      {baseline::name, avx2::name, avx512::name, TILEFUSE_VNNI_COPY::name, avx512bf16::name}};
 #else
 #define TILEFUSE_DISPATCH(name) constexpr Kernel<decltype(baseline::name)> name{{baseline::name}};
 #endif
