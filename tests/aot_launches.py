@@ -164,6 +164,9 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "fp8/rms_norm_quantize", call("rms_norm_quantize", tokens(256), tensor("bf16", 256), tokens(256))
     yield "fp8/silu_mul_quantize", call("silu_mul_quantize", tokens(512))
 
+    weight = tensor("i8", 512, 256), tensor("fp32", 512, 2)
+    yield "lowbit/int8_matmul", call("int8_matmul", tokens(256, dtype="i8"), tokens(2, dtype="fp32"), *weight)
+
     yield "norm/gated_activation", train("gated_activation", x(512))
     yield "norm/rms_norm_gated", train("rms_norm_gated", x(8, 256), x(8, 256), tensor("bf16", 256))
     yield "norm/rms_norm", train("rms_norm", x(256), tensor("bf16", 256))

@@ -100,6 +100,10 @@ CASES = {
     "gated_activation": (lambda b, s: (draw(b, s, 96),), {}),
     "global_attention": (lambda b, s: (*qkv(b, s), integers(s, b, 2)), {"window": (5, 5)}),
     "grouped_matmul": (lambda b, s: (draw(2 * b * s, 16), draw(6, 24, 16), plan(b, s)[3]), {}),
+    "int8_matmul": (
+        lambda b, s: (integers(255, b * s, 40).to(torch.int8), draw(b * s), integers(255, 24, 40).to(torch.int8), draw(24)),
+        {},
+    ),
     "merge_attention": (lambda b, s: (draw(b, s, HEADS, DIM), draw(b, HEADS, s)) * 2, {}),
     "linear_cross_entropy": (
         lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s), draw(60), draw(b, s)),

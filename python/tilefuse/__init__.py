@@ -31,6 +31,7 @@ from .ops.loss.logprobs import logprobs
 from .ops.loss.mtp_targets import mtp_targets
 from .ops.loss.policy_loss import policy_loss
 from .ops.loss.preference_loss import preference_loss, sequence_logp
+from .ops.lowbit.int8_matmul import int8_matmul
 from .ops.mla.merge_attention import merge_attention
 from .ops.mla.mla_absorb_query import mla_absorb_query
 from .ops.mla.mla_append_kv import mla_append_kv
@@ -78,6 +79,7 @@ __all__ = [
     "gated_activation",
     "global_attention",
     "grouped_matmul",
+    "int8_matmul",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_logprob_stats",

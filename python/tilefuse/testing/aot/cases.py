@@ -24,6 +24,7 @@ _DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
     "fp8": torch.float8_e4m3fn,
+    "i8": torch.int8,
     "u8": torch.uint8,
     "bool": torch.bool,
     "i32": torch.int32,
