@@ -244,20 +244,20 @@ inline void run_parallel(const Kernel<Signature>& kernel, int64_t n, int64_t gra
 #else
 #define TILEFUSE_VNNI_COPY avx512
 #endif
-#define TILEFUSE_DISPATCH(name)                                                                  \
-  namespace avx2 {                                                                               \
-  decltype(baseline::name) name;                                                                 \
-  }                                                                                              \
-  namespace avx512 {                                                                             \
-  decltype(baseline::name) name;                                                                 \
-  }                                                                                              \
-  namespace TILEFUSE_VNNI_COPY {                                                                 \
-  decltype(baseline::name) name;                                                                 \
-  }                                                                                              \
-  namespace avx512bf16 {                                                                         \
-  decltype(baseline::name) name;                                                                 \
-  }                                                                                              \
-  constexpr Kernel<decltype(baseline::name)> name{                                               \
+#define TILEFUSE_DISPATCH(name)                    \
+  namespace avx2 {                                 \
+  decltype(baseline::name) name;                   \
+  }                                                \
+  namespace avx512 {                               \
+  decltype(baseline::name) name;                   \
+  }                                                \
+  namespace TILEFUSE_VNNI_COPY {                   \
+  decltype(baseline::name) name;                   \
+  }                                                \
+  namespace avx512bf16 {                           \
+  decltype(baseline::name) name;                   \
+  }                                                \
+  constexpr Kernel<decltype(baseline::name)> name{ \
       {baseline::name, avx2::name, avx512::name, TILEFUSE_VNNI_COPY::name, avx512bf16::name}};
 #else
 #define TILEFUSE_DISPATCH(name) constexpr Kernel<decltype(baseline::name)> name{{baseline::name}};

@@ -21,8 +21,8 @@ struct Int8MatmulCall {
   IntegerScales a_scale, b_scale;
   // of K, a group padded to 4, and how many spans a group has
   int64_t groups, group, padded, spans;
-  // rows [first, first + rows) as operands [rows][groups][padded] of int8 or int16; where weights are made unsigned, the
-  // sums of a row's operands [rows][groups][spans]
+  // rows [first, first + rows) as operands [rows][groups][padded] of int8 or int16; where weights are made unsigned,
+  // the sums of a row's operands [rows][groups][spans]
   int64_t first, rows;
   void* operands;
   int32_t* sums;
@@ -92,6 +92,64 @@ void multiply_panel(const Word* rows, int64_t stride, int64_t count, const uint3
   });
 }
 
+constexpr int64_t kFewRows = 4;  // that need no panel
+
+TILEFUSE_INLINE uint32_t sum_of_lanes(Lanes v) {
+  uint32_t sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// The same for R rows, `width` operands apart, which stay in the first cache: columns are read in their own order, and
+// lanes go along K. Where `column_sums` are asked for, they are sums of the weight's operands.
+template <int R>
+void multiply_columns(const Int8MatmulCall& call, const IntegerOperand* rows, int64_t width, int64_t n, int64_t k,
+                      int64_t depth, uint32_t* sums, uint32_t* column_sums) {
+  // columns at a time
+  constexpr int kStreams = R > 2 || kLanes < 16 ? 4 : 8;
+  const int64_t whole = depth / kStep * kStep;
+  // what is left of each row, padded with zeros
+  alignas(64) IntegerOperand rest[R][kStep] = {};
+  for (int r = 0; r < R; ++r) {
+    std::memcpy(rest[r], rows + r * width + whole, static_cast<size_t>(depth - whole) * sizeof(IntegerOperand));
+  }
+  for (int64_t c = 0; c < kPanelColumns && n + c < call.n; c += kStreams) {
+    const int8_t* columns[kStreams];
+    for (int i = 0; i < kStreams; ++i) {
+      columns[i] = call.b + (n + c + i < call.n ? n + c + i : call.n - 1) * call.b_stride + k;
+    }
+    Lanes acc[R][kStreams] = {}, own[kStreams] = {};
+    const auto add = [&](const Lanes(&weights)[kStreams], const IntegerOperand* from, int64_t stride)
+                         __attribute__((always_inline)) {
+                           for (int i = 0; i < kStreams && column_sums != nullptr; ++i) {
+                             own[i] = accumulate(own[i], weights[i], Lanes{} + 0x01010101u);
+                           }
+                           for (int r = 0; r < R; ++r) {
+                             const Lanes row = load_lanes(reinterpret_cast<const uint32_t*>(from + r * stride));
+                             for (int i = 0; i < kStreams; ++i) acc[r][i] = accumulate(acc[r][i], weights[i], row);
+                           }
+                         };
+    for (int64_t j = 0; j < whole; j += kStep) {
+      Lanes weights[kStreams];
+      for (int i = 0; i < kStreams; ++i) {
+        weights[i] = weight_codes(columns[i] + j);
+        // of the columns after these: a hint, wherever it points
+        __builtin_prefetch(columns[i] + j + kStreams * call.b_stride);
+      }
+      add(weights, rows + j, width);
+    }
+    if (whole < depth) {
+      Lanes weights[kStreams];
+      for (int i = 0; i < kStreams; ++i) weights[i] = last_codes(columns[i] + whole, depth - whole);
+      add(weights, rest[0], kStep);
+    }
+    for (int i = 0; i < kStreams; ++i) {
+      for (int r = 0; r < R; ++r) sums[r * kPanelColumns + c + i] = sum_of_lanes(acc[r][i]);
+      if (column_sums != nullptr) column_sums[c + i] = sum_of_lanes(own[i]);
+    }
+  }
+}
+
 // what a range of work has for itself
 struct Room {
   uint32_t *panel, *sums, *column_sums;
@@ -110,8 +168,8 @@ struct Room {
         wide(take<int64_t>(room, kCells)) {}
 };
 
-// Takes off what sums with unsigned weights have too much: 128 for each operand of the row, and the row's zero, of which
-// 128 is in its operands already, for each code of the column.
+// Takes off what sums with unsigned weights have too much: 128 for each operand of the row, and the row's zero, of
+// which 128 is in its operands already, for each code of the column.
 TILEFUSE_INLINE void correct(uint32_t row_sum, uint32_t zero, const uint32_t* column_sums, uint32_t* sums) {
   for (int64_t n = 0; n < kPanelColumns; n += kFloats) {
     Sums& sixteen = *reinterpret_cast<Sums*>(sums + n);
@@ -126,7 +184,18 @@ void add_up(const Int8MatmulCall& call, int64_t r, int64_t count, int64_t n, int
   const int64_t stop = start + kSpan < call.group ? start + kSpan : call.group;
   const IntegerOperand* rows = static_cast<const IntegerOperand*>(call.operands) + r * width + group * call.padded;
   const bool zeros = kUnsignedWeights && call.a_zero != nullptr;
-  for (int64_t k = start; k < stop; k += kDepth) {
+  if (count <= kFewRows) {
+    const int64_t depth = stop - start, steps = (depth + kStep - 1) / kStep;
+    for_tiles(count, [&](int64_t, auto height) {
+      constexpr int R = decltype(height)::kCount <= kFewRows ? decltype(height)::kCount : 1;
+      multiply_columns<R>(call, rows + start, width, n, group * call.group + start, depth, room.sums,
+                          zeros ? room.column_sums : nullptr);
+    });
+    for (int64_t i = 0; zeros && i < kPanelColumns; ++i) {
+      room.column_sums[i] -= static_cast<uint32_t>(128 * kStep * steps);
+    }
+  }
+  for (int64_t k = start; k < stop && count > kFewRows; k += kDepth) {
     const int64_t depth = stop - k < kDepth ? stop - k : kDepth, words = (depth + kPack - 1) / kPack;
     unpack_panel(call, n, group * call.group + k, depth, room.panel);
     multiply_panel(reinterpret_cast<const Word*>(rows + k), width / kPack, count, room.panel, words, k == start,

@@ -1,8 +1,8 @@
 // Vectors whose lanes are columns of a weight, for the products of the lowbit family on the CPU.
 //
-// The 32 bits of a lane hold kPack codes of consecutive K, which one instruction multiplies by as many of a row and adds
-// up: four with VNNI, whose weights are unsigned and whose rows are signed bytes; elsewhere two, as int16, because the
-// instruction for bytes saturates. Integers are exact in any order, so all copies agree.
+// The 32 bits of a lane hold kPack codes of consecutive K, which one instruction multiplies by as many of a row and
+// adds up: four with VNNI, whose weights are unsigned and whose rows are signed bytes; elsewhere two, as int16, because
+// the instruction for bytes saturates. Integers are exact in any order, so all copies agree.
 #pragma once
 
 #include <utility>
@@ -132,8 +132,8 @@ inline void for_tiles(int64_t count, const Body& body) {
   }
 }
 
-// c [R][64] of sums, plus the products of R rows, `stride` words apart, with `words` words of K of all columns, those of
-// lanes' vectors `vector` and words `word` values apart
+// c [R][64] of sums, plus the products of R rows, `stride` words apart, with `words` words of K of all columns, those
+// of lanes' vectors `vector` and words `word` values apart
 template <int R>
 void multiply_tile(const Word* rows, int64_t stride, const uint32_t* panel, int64_t vector, int64_t word, int64_t words,
                    bool first, uint32_t* c) {
