@@ -233,7 +233,7 @@ def _cpu_builds(build_dir, out, cxx):
                 continue
             obj = f"{source.parent.name}/{source.stem}.{isa}.o"
             flags = [f"-DTILEFUSE_ISA={isa}", *march]
-            flags += [option for option, others in map(ON_REQUEST.get, asked) if isa in others]
+            flags += [ON_REQUEST[name][0] for name in asked if isa in ON_REQUEST[name][1]]
             if isa == "baseline":
                 flags += ["-DTILEFUSE_REGISTER", *(f"-DTILEFUSE_{name.upper()}" for name in asked)]
             builds.append(f"build {obj}: cxx {_path(source)}\n  flags = {' '.join(flags)} {extra}")

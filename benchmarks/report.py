@@ -24,6 +24,7 @@ TITLES = {
     "moe": "Mixture of experts",
     "loss": "Losses",
     "norm": "Norms and activations",
+    "lowbit": "Low bit",
     "mla": "Latent attention",
     "attention": "Sparse attention",
 }

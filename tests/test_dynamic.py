@@ -41,6 +41,10 @@ def codes(rows, columns, block=(1, 128)):
     return tilefuse.fp8_quantize(draw(rows, columns), block=block)
 
 
+def integer_codes(rows, columns):
+    return integers(255, rows, columns).to(torch.int8)
+
+
 def pages(b, s):
     """(pages of 16 slots in all, table [b, pages of one sequence], lengths)."""
     each = -(-s // 16)
@@ -100,10 +104,7 @@ CASES = {
     "gated_activation": (lambda b, s: (draw(b, s, 96),), {}),
     "global_attention": (lambda b, s: (*qkv(b, s), integers(s, b, 2)), {"window": (5, 5)}),
     "grouped_matmul": (lambda b, s: (draw(2 * b * s, 16), draw(6, 24, 16), plan(b, s)[3]), {}),
-    "int8_matmul": (
-        lambda b, s: (integers(255, b * s, 40).to(torch.int8), draw(b * s), integers(255, 24, 40).to(torch.int8), draw(24)),
-        {},
-    ),
+    "int8_matmul": (lambda b, s: (integer_codes(b * s, 40), draw(b * s), integer_codes(24, 40), draw(24)), {}),
     "merge_attention": (lambda b, s: (draw(b, s, HEADS, DIM), draw(b, HEADS, s)) * 2, {}),
     "linear_cross_entropy": (
         lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s), draw(60), draw(b, s)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from ..harness import Case, Peer
 
 def scaled_int_mm(a, a_scale, b, b_scale):
     """PyTorch's int8 product, which gives int32, and the same epilogue."""
-    return (torch._int_mm(a, b.t()).float() * (a_scale[:, None] * b_scale)).bfloat16()
+    product: Any = torch.ops.aten._int_mm
+    return (product(a, b.t()).float() * (a_scale[:, None] * b_scale)).bfloat16()
 
 
 def dequantised(dtype):

@@ -29,6 +29,7 @@ FAMILIES = {
     "attention": "attention.md",
     "loss": "losses.md",
     "norm": "norms.md",
+    "lowbit": "lowbit.md",
 }
 
 

@@ -208,9 +208,7 @@ def test_offsets_beyond_int32(device):
     a, a_scale, b, b_scale, *_ = operands(3, 3, 256, device)
     far_a = memory.as_strided((3, 256), (2**30, 1)).copy_(a)
     far_b = memory[256:].as_strided((3, 256), (2**30, 1)).copy_(b)
-    assert_bit_equal(
-        tilefuse.int8_matmul(far_a, a_scale, far_b, b_scale), tilefuse.int8_matmul(a, a_scale, b, b_scale)
-    )
+    assert_bit_equal(tilefuse.int8_matmul(far_a, a_scale, far_b, b_scale), tilefuse.int8_matmul(a, a_scale, b, b_scale))
 
 
 def every_shape():

@@ -1,8 +1,8 @@
 """The 8-bit integer product.
 
-Tensor cores add int8 products in int32, which is exact for 65,536 of K; longer groups are cut into such spans, whose sums
-are added in int64. Unsigned codes become signed by their top bit, and their zeros less 128. The epilogue is the rule of
-the op, without fused multiply-adds.
+Tensor cores add int8 products in int32, which is exact for 65,536 of K; longer groups are cut into such spans, whose
+sums are added in int64. Unsigned codes become signed by their top bit, and their zeros less 128. The epilogue is the
+rule of the op, without fused multiply-adds.
 """
 
 from __future__ import annotations
@@ -106,9 +106,19 @@ def int8_matmul_fwd_kernel(
             for first in range(0, group, SPAN):
                 last = tl.minimum(first + SPAN, group)
                 total += _span(
-                    a_row + start, b_row + start, zero, a_mask, b_mask, first, last, SIGNED, EVEN,
-                    BLOCK_M, BLOCK_N, BLOCK_K,
-                ).to(tl.int64)  # fmt: skip
+                    a_row + start,
+                    b_row + start,
+                    zero,
+                    a_mask,
+                    b_mask,
+                    first,
+                    last,
+                    SIGNED,
+                    EVEN,
+                    BLOCK_M,
+                    BLOCK_N,
+                    BLOCK_K,
+                ).to(tl.int64)
             value = total.to(tl.float32)
         else:
             value = _span(
