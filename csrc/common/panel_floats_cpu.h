@@ -25,12 +25,189 @@ inline void place(Operand* panel, int64_t n, int64_t k, Operand value) {
   panel[(n / kSlice * kPanelDepth + k) * kSlice + n % kSlice] = value;
 }
 
+// Elements lie in memory in pairs along K, two bfloat16 in each 32 bits. A vector of pairs, of as many columns as there
+// are lanes, is two vectors of float32: the bits of a bfloat16 are the upper half of its float's.
+typedef uint32_t Pairs __attribute__((vector_size(kLanes * 4)));
+constexpr int64_t kPieces = kStripWidth / kLanes;  // vectors of a strip
+
+inline Vector even_of(Pairs pairs) { return reinterpret_cast<Vector>(pairs << 16); }
+inline Vector odd_of(Pairs pairs) { return reinterpret_cast<Vector>(pairs & 0xffff0000u); }
+
+// vectors of 32 bits that hold a vector of pairs: one of bfloat16, half of one of e4m3
+template <typename T>
+constexpr int64_t kPairsOf = 2 / sizeof(T);
+
+inline void pairs_of(const bf16* from, Pairs* pairs) { std::memcpy(pairs, from, sizeof(Pairs)); }
+
+#if defined(__AVX512BW__)
+
+// 64 codes to the first and the last eight of each 16, as pairs
+inline void decode_pairs(__m512i codes, Pairs* pairs) {
+  const __m512i subnormals_low =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m512i subnormals_high =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 59, 59, 59, 60, 60, 60, 60, 0, 0, 0, 0, 0, 0, 0, 0));
+  // the two bytes of the bfloat16: exponent and mantissa moved down by 3, the exponent's bias by 120
+  __m512i low = _mm512_and_si512(_mm512_slli_epi16(codes, 4), _mm512_set1_epi8(-16));
+  __m512i high =
+      _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(7)), _mm512_set1_epi8(60));
+  const __mmask64 subnormal = _mm512_testn_epi8_mask(codes, _mm512_set1_epi8(0x78));
+  const __m512i place = _mm512_and_si512(codes, _mm512_set1_epi8(7));
+  low = _mm512_mask_shuffle_epi8(low, subnormal, subnormals_low, place);
+  high = _mm512_mask_shuffle_epi8(high, subnormal, subnormals_high, place);
+  const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_or_si512(codes, _mm512_set1_epi8(-128)), _mm512_set1_epi8(-1));
+  low = _mm512_mask_mov_epi8(low, nan, _mm512_set1_epi8(-64));
+  high = _mm512_mask_mov_epi8(high, nan, _mm512_set1_epi8(127));
+  // high | (codes & 0x80)
+  high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(-128), 0xf8);
+  pairs[0] = reinterpret_cast<Pairs>(_mm512_unpacklo_epi8(low, high));
+  pairs[1] = reinterpret_cast<Pairs>(_mm512_unpackhi_epi8(low, high));
+}
+
+inline void pairs_of(const uint8_t* from, Pairs* pairs) { decode_pairs(_mm512_loadu_si512(from), pairs); }
+
+// codes of four of K for each row, to the order in which decode_pairs takes them
+inline __m512i by_pairs(Pairs quads) {
+  return _mm512_shuffle_epi8(
+      reinterpret_cast<__m512i>(quads),
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+}
+
+inline void transpose(Pairs* r) { transpose16(reinterpret_cast<__m512i*>(r)); }
+
+#elif defined(__AVX2__)
+
+// 32 codes, likewise
+inline void decode_pairs(__m256i codes, Pairs* pairs) {
+  const __m256i subnormals_low =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
+  const __m256i subnormals_high =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 59, 59, 59, 60, 60, 60, 60, 0, 0, 0, 0, 0, 0, 0, 0));
+  __m256i low = _mm256_and_si256(_mm256_slli_epi16(codes, 4), _mm256_set1_epi8(-16));
+  __m256i high =
+      _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(7)), _mm256_set1_epi8(60));
+  const __m256i subnormal = _mm256_cmpeq_epi8(_mm256_and_si256(codes, _mm256_set1_epi8(0x78)), _mm256_setzero_si256());
+  const __m256i place = _mm256_and_si256(codes, _mm256_set1_epi8(7));
+  low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(subnormals_low, place), subnormal);
+  high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(subnormals_high, place), subnormal);
+  const __m256i nan = _mm256_cmpeq_epi8(_mm256_or_si256(codes, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-1));
+  low = _mm256_blendv_epi8(low, _mm256_set1_epi8(-64), nan);
+  high = _mm256_blendv_epi8(high, _mm256_set1_epi8(127), nan);
+  high = _mm256_or_si256(high, _mm256_and_si256(codes, _mm256_set1_epi8(-128)));
+  pairs[0] = reinterpret_cast<Pairs>(_mm256_unpacklo_epi8(low, high));
+  pairs[1] = reinterpret_cast<Pairs>(_mm256_unpackhi_epi8(low, high));
+}
+
+inline void pairs_of(const uint8_t* from, Pairs* pairs) {
+  decode_pairs(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)), pairs);
+}
+
+inline __m256i by_pairs(Pairs quads) {
+  return _mm256_shuffle_epi8(
+      reinterpret_cast<__m256i>(quads),
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+}
+
+// [8][8] of 32 bits to their transpose
+inline void transpose(Pairs* rows) {
+  __m256i* r = reinterpret_cast<__m256i*>(rows);
+  __m256i t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+  }
+}
+
+#else
+
+// 16 codes, likewise
+inline void pairs_of(const uint8_t* from, Pairs* pairs) {
+  Pairs both[2] = {};
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    const uint8_t* two = from + 2 * i;
+    both[i / kLanes][i % kLanes] =
+        fp8::bits_of(fp8::decode(two[0])) >> 16 | (fp8::bits_of(fp8::decode(two[1])) & 0xffff0000u);
+  }
+  std::memcpy(pairs, both, sizeof(both));
+}
+
+inline void transpose(Pairs* r) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const uint32_t kept = r[i][j];
+      r[i][j] = r[j][i];
+      r[j][i] = kept;
+    }
+  }
+}
+
+#endif
+
+// K that a vector of one row covers
+template <typename T>
+constexpr int64_t kStep = sizeof(Pairs) / sizeof(T);
+
+// pairs [kStep / 2] of the next kStep of K, of as many rows of the weight as there are lanes; zeros past `rows` and
+// `count`
+template <typename T>
+inline void load_rows(const T* w, int64_t stride, int64_t rows, int64_t count, Pairs* out) {
+  if (rows >= kLanes && count >= kStep<T>) {
+    for (int64_t i = 0; i < kLanes; ++i) std::memcpy(out + i, w + i * stride, sizeof(Pairs));
+  } else {
+    const size_t bytes = static_cast<size_t>(count < kStep<T> ? count : kStep<T>) * sizeof(T);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      out[i] = Pairs{};
+      if (i < rows) std::memcpy(out + i, w + i * stride, bytes);
+    }
+  }
+  transpose(out);
+}
+
+inline void load_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t count, Pairs* pairs) {
+  load_rows(w, stride, rows, count, pairs);
+}
+
+inline void load_pairs(const uint8_t* w, int64_t stride, int64_t rows, int64_t count, Pairs* pairs) {
+  Pairs quads[kLanes];
+  load_rows(w, stride, rows, count, quads);
+#if defined(__AVX2__)
+  for (int i = 0; i < kLanes; ++i) decode_pairs(by_pairs(quads[i]), pairs + 2 * i);
+#else
+  for (int i = 0; i < kLanes; ++i) {
+    uint8_t codes[4 * kLanes], ordered[4 * kLanes];
+    std::memcpy(codes, quads + i, sizeof(codes));
+    for (int c = 0; c < 4 * kLanes; ++c) ordered[c % 4 / 2 * 2 * kLanes + c / 4 * 2 + c % 2] = codes[c];
+    pairs_of(ordered, pairs + 2 * i);
+  }
+#endif
+}
+
+// the operands of columns [n, n + kLanes) and the K pair that starts at k
+inline void place_pair(Operand* panel, int64_t n, int64_t k, Pairs pairs) {
+  Operand* to = panel + (n / kSlice * kPanelDepth + k) * kSlice + n % kSlice;
+  const Vector even = even_of(pairs), odd = odd_of(pairs);
+  std::memcpy(to, &even, sizeof(Vector));
+  std::memcpy(to + kSlice, &odd, sizeof(Vector));
+}
+
 template <typename T>
 void panel_of_rows(const T* w, int64_t stride, int64_t rows, int64_t depth, Operand* panel) {
-  for (int64_t n = 0; n < kPanelWidth; ++n) {
-    for (int64_t k = 0; k < depth; ++k) place(panel, n, k, n < rows ? operand_of(w[n * stride + k]) : 0.0f);
-    // whole pairs of K are multiplied
-    if (depth % 2 != 0) place(panel, n, depth, 0.0f);
+  for (int64_t n = 0; n < kPanelWidth; n += kLanes) {
+    for (int64_t k = 0; k < depth; k += kStep<T>) {
+      Pairs pairs[kStep<T> / 2];
+      load_pairs(w + n * stride + k, stride, rows - n, depth - k, pairs);
+      for (int64_t i = 0; i < kStep<T> / 2; ++i) place_pair(panel, n, k + 2 * i, pairs[i]);
+    }
   }
 }
 
@@ -38,18 +215,33 @@ template <typename T>
 void panel_of_columns(const T* w, int64_t stride, int64_t columns, int64_t depth, Operand* panel) {
   // whole pairs of K are multiplied
   for (int64_t k = 0; k < depth + depth % 2; ++k) {
-    for (int64_t n = 0; n < kPanelWidth; ++n) {
-      place(panel, n, k, n < columns && k < depth ? operand_of(w[k * stride + n]) : 0.0f);
+    const T* from = w + k * stride;
+    const int64_t there = k >= depth ? 0 : columns < kPanelWidth ? columns : kPanelWidth;
+    for (int64_t n = 0; n < kPanelWidth; n += kSlice) {
+      Operand* to = panel + (n * kPanelDepth + k * kSlice);
+      const int64_t count = there - n < 0 ? 0 : there - n;
+      if (count >= kSlice) {
+        for (int64_t i = 0; i < kSlice; ++i) to[i] = operand_of(from[n + i]);
+      } else {
+        for (int64_t i = 0; i < kSlice; ++i) to[i] = i < count ? operand_of(from[n + i]) : 0.0f;
+      }
     }
   }
 }
 
 template <typename T>
 void unpack_strips(const T* packed, int64_t stride, int64_t strips, int64_t pairs, Operand* panel) {
-  for (int64_t n = 0; n < strips * kStripWidth; ++n) {
-    const T* strip = packed + n / kStripWidth * stride;
-    for (int64_t k = 0; k < 2 * pairs; ++k) {
-      place(panel, n, k, operand_of(packed_element(strip, kStripWidth, 2 * pairs, n % kStripWidth, k)));
+  constexpr int64_t kTogether = kPairsOf<T>;
+  for (int64_t pair = 0; pair < pairs; pair += kTogether) {
+    for (int64_t s = 0; s < strips; ++s) {
+      const T* from = packed + s * stride + pair * 2 * kStripWidth;
+      for (int64_t j = 0; j < kPieces; ++j) {
+        Pairs unpacked[kTogether];
+        pairs_of(from + j * kStep<T>, unpacked);
+        for (int64_t i = 0; i < kTogether; ++i) {
+          place_pair(panel, s * kStripWidth + j * kLanes, 2 * (pair + i), unpacked[i]);
+        }
+      }
     }
   }
 }
@@ -72,7 +264,7 @@ struct Strips {
 // c [R][64] += a [R][128] x panel, or with scales c += (a x panel) * scale_a * scale_b
 template <int R, bool kScaled>
 void multiply(const Operand* a, const Strips& strips, int64_t pairs, const float* scale_a, const float* scale_b,
-              float* c, Ahead) {
+              float* c, Ahead ahead) {
   for (int64_t n = 0; n < kPanelWidth; n += kSlice) {
     Vector acc[R][kVectors] = {};
     if (!kScaled) {
@@ -82,7 +274,12 @@ void multiply(const Operand* a, const Strips& strips, int64_t pairs, const float
       }
     }
     const Operand* slice = strips.panel.data + n * kPanelDepth;
+    // the first slice asks for all
+    const int share = n == 0 ? ahead.share : 0;
     for (int64_t k = 0; k < 2 * pairs; ++k) {
+      if (k % 2 == 0) {
+        for (int i = 0; i < share; ++i) __builtin_prefetch(ahead.data + k / 2 * ahead.pair + i * ahead.line, 0, 2);
+      }
       Vector columns[kVectors];
       for (int j = 0; j < kVectors; ++j) std::memcpy(&columns[j], slice + k * kSlice + j * kLanes, sizeof(Vector));
       for (int r = 0; r < R; ++r) {
