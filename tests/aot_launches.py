@@ -166,6 +166,14 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
 
     weight = tensor("i8", 512, 256), tensor("fp32", 512, 2)
     yield "lowbit/int8_matmul", call("int8_matmul", tokens(256, dtype="i8"), tokens(2, dtype="fp32"), *weight)
+    groups = {"bits": 4, "group_size": 64}
+    values = tokens(4, dtype="fp32"), tokens(4, dtype="u8")
+    yield "lowbit/quantize", call("int_quantize", tokens(256), **groups)
+    yield "lowbit/quantize", call("int_quantize", tokens(256), symmetric=False)
+    yield "lowbit/quantize", call("int_dequantize", tokens(128, dtype="u8"), *values, **groups)
+    yield "lowbit/fake_quantize", train("fake_quantize", x(256), symmetric=False)
+    yield "lowbit/fake_quantize", train("fake_quantize", x(256), tensor("fp32", batch, length, 4), group_size=64)
+    yield "lowbit/fake_quantize", train("fake_quantize", x(256), scale_gradient=True)
 
     yield "norm/gated_activation", train("gated_activation", x(512))
     yield "norm/rms_norm_gated", train("rms_norm_gated", x(8, 256), x(8, 256), tensor("bf16", 256))

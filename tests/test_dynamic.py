@@ -95,6 +95,7 @@ CASES = {
         {"label_smoothing": 0.1},
     ),
     "distillation": (lambda b, s: (draw(b, s, 50), draw(b, s, 60), integers(50, b, s)), {"temperature": 2.0}),
+    "fake_quantize": (lambda b, s: (draw(b, s, 160), draw(b, s, 5).abs() + 0.1), {"group_size": 32}),
     "fp8_dequantize": (lambda b, s: codes(b * s, 256), {}),
     "fp8_grouped_matmul": (lambda b, s: (*codes(2 * b * s, 128), *grouped_codes(b, s)), {}),
     "fp8_linear": (lambda b, s: (draw(b, s, 128), draw(64, 128)), {}),
@@ -105,6 +106,11 @@ CASES = {
     "global_attention": (lambda b, s: (*qkv(b, s), integers(s, b, 2)), {"window": (5, 5)}),
     "grouped_matmul": (lambda b, s: (draw(2 * b * s, 16), draw(6, 24, 16), plan(b, s)[3]), {}),
     "int8_matmul": (lambda b, s: (integer_codes(b * s, 40), draw(b * s), integer_codes(24, 40), draw(24)), {}),
+    "int_dequantize": (
+        lambda b, s: tilefuse.int_quantize(draw(b, s, 160), bits=4, group_size=32),
+        {"bits": 4, "group_size": 32},
+    ),
+    "int_quantize": (lambda b, s: (draw(b, s, 96),), {"bits": 6, "group_size": 32, "symmetric": False}),
     "merge_attention": (lambda b, s: (draw(b, s, HEADS, DIM), draw(b, HEADS, s)) * 2, {}),
     "linear_cross_entropy": (
         lambda b, s: (draw(b, s, 16), draw(60, 16), integers(60, b, s), draw(60), draw(b, s)),

@@ -31,7 +31,9 @@ from .ops.loss.logprobs import logprobs
 from .ops.loss.mtp_targets import mtp_targets
 from .ops.loss.policy_loss import policy_loss
 from .ops.loss.preference_loss import preference_loss, sequence_logp
+from .ops.lowbit.fake_quantize import fake_quantize
 from .ops.lowbit.int8_matmul import int8_matmul
+from .ops.lowbit.quantize import int_dequantize, int_quantize
 from .ops.mla.merge_attention import merge_attention
 from .ops.mla.mla_absorb_query import mla_absorb_query
 from .ops.mla.mla_append_kv import mla_append_kv
@@ -70,6 +72,7 @@ __all__ = [
     "cross_entropy",
     "distillation",
     "explain",
+    "fake_quantize",
     "fp8_dequantize",
     "fp8_grouped_matmul",
     "fp8_linear",
@@ -80,6 +83,8 @@ __all__ = [
     "global_attention",
     "grouped_matmul",
     "int8_matmul",
+    "int_dequantize",
+    "int_quantize",
     "linear_cross_entropy",
     "linear_distillation",
     "linear_logprob_stats",
