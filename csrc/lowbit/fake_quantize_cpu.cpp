@@ -1,3 +1,4 @@
+// build-flags: -Wno-psabi
 // Quantised and dequantised at once on the CPU, and the gradients: rows in pieces that stay in L1.
 #include "common/stream_cpu.h"
 #include "lowbit/codes_cpu.h"

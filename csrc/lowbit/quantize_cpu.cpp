@@ -1,3 +1,4 @@
+// build-flags: -Wno-psabi
 // Groups of integer codes on the CPU, and back: rows in pieces that stay in L1.
 #include "common/stream_cpu.h"
 #include "lowbit/codes_cpu.h"
