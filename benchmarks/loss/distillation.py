@@ -9,10 +9,8 @@ import torch
 import tilefuse
 from tilefuse.testing.inputs.loss.distillation import naive
 
-from ..harness import Case, compiled, integers, normal
-
-# of seven tokens one is ignored
-EVERY = 7
+from ..harness import Case, compiled, normal
+from .linear_logprobs import kept_of, targets
 
 
 def eager(logits, teacher_logits, target):
@@ -38,16 +36,14 @@ def rows(tokens, vocabulary):
     def inputs(device, generator):
         logits = normal((tokens, vocabulary), torch.bfloat16, device, generator, 2.0)
         teacher = logits + normal((tokens, vocabulary), torch.bfloat16, device, generator)
-        target = integers(0, vocabulary, (tokens,), device, generator).long()
-        target[::EVERY] = -100
-        return logits, teacher, target
+        return logits, teacher, targets(tokens, vocabulary, device, generator)
 
     return inputs
 
 
 def cases() -> Iterator[Case]:
     for tokens, vocabulary, mode, suite, devices in SHAPES:
-        kept = tokens - len(range(0, tokens, EVERY))
+        kept = kept_of(tokens)
         # both sides are read once in each direction, and the gradient is written
         passes, writes = (2, tokens) if "backward" in mode else (1, 0)
         yield Case(

@@ -12,7 +12,7 @@ from tilefuse.testing.inputs.loss.linear_distillation import naive
 from .. import peers
 from ..harness import Case, Peer, compiled, normal
 from . import distillation
-from .linear_logprobs import head
+from .linear_logprobs import head, kept_of
 
 
 def eager(x, weight, teacher_x, teacher_weight, target):
@@ -57,7 +57,7 @@ SHAPES = (
 
 def cases() -> Iterator[Case]:
     for tokens, vocabulary, hidden, mode, suite, devices in SHAPES:
-        kept = tokens - len(range(0, tokens, distillation.EVERY))
+        kept = kept_of(tokens)
         backward = "backward" in mode
         # both heads once, and two products of the backward; the teacher's head is twice as wide
         products, written = (5, vocabulary + tokens) if backward else (3, 0)

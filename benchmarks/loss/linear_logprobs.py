@@ -30,22 +30,32 @@ def eager(x, weight, target):
     return statistics((x @ weight.t()).float(), target)
 
 
+def targets(tokens, vocabulary, device, generator):
+    """Of each token, of which some are ignored."""
+    target = integers(0, vocabulary, (tokens,), device, generator).long()
+    target[::EVERY] = -100
+    return target
+
+
+def kept_of(tokens):
+    """How many of so many tokens ``targets`` keeps."""
+    return tokens - len(range(0, tokens, EVERY))
+
+
 def head(tokens, vocabulary, hidden):
     """Inputs of a head, with logits of about the spread of a trained model's."""
 
     def inputs(device, generator):
         x = normal((tokens, hidden), torch.bfloat16, device, generator)
         weight = normal((vocabulary, hidden), torch.bfloat16, device, generator, hidden**-0.5)
-        target = integers(0, vocabulary, (tokens,), device, generator).long()
-        target[::EVERY] = -100
-        return x, weight, target
+        return x, weight, targets(tokens, vocabulary, device, generator)
 
     return inputs
 
 
 def work(tokens, vocabulary, hidden, mode):
     """(least bytes, least FLOPs): kept tokens alone, and one product of the forward for two of the backward."""
-    kept = tokens - len(range(0, tokens, EVERY))
+    kept = kept_of(tokens)
     products = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
     writes = 0 if mode == "forward" else 2 * hidden * (vocabulary + tokens)
     return 2 * hidden * (vocabulary + kept) + writes, products * 2 * kept * vocabulary * hidden

@@ -9,8 +9,8 @@ import torch
 import tilefuse
 from tilefuse.testing.inputs.loss.logprobs import naive
 
-from ..harness import Case, compiled, integers, normal
-from .linear_logprobs import EVERY, statistics
+from ..harness import Case, compiled, normal
+from .linear_logprobs import kept_of, statistics, targets
 
 
 def eager(logits, target):
@@ -18,20 +18,18 @@ def eager(logits, target):
 
 
 def logits_of(tokens, vocabulary):
-    """Logits of about the spread of a trained model's; of seven tokens one is ignored."""
+    """Logits of about the spread of a trained model's, and targets."""
 
     def inputs(device, generator):
         logits = normal((tokens, vocabulary), torch.bfloat16, device, generator)
-        target = integers(0, vocabulary, (tokens,), device, generator).long()
-        target[::EVERY] = -100
-        return logits, target
+        return logits, targets(tokens, vocabulary, device, generator)
 
     return inputs
 
 
 def least_bytes(tokens, vocabulary, mode):
     """Kept rows read once in each direction, every row's gradient written."""
-    read = 2 * vocabulary * (tokens - len(range(0, tokens, EVERY)))
+    read = 2 * vocabulary * kept_of(tokens)
     backward = read + 2 * vocabulary * tokens
     return {"forward": read, "backward": backward, "forward+backward": read + backward}[mode]
 

@@ -2,9 +2,6 @@
 
 import importlib
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ import tilefuse
 from tilefuse.testing import assert_bit_equal, assert_close, poisoned
 from tilefuse.testing.inputs.loss.distillation import IGNORED, weights
 from tilefuse.testing.inputs.loss.linear_distillation import case, naive
+from tilefuse.testing.memory import can_measure_peaks, peak_bytes
 
 KERNEL = "linear_distillation_fwd"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -235,32 +233,22 @@ def test_threads_change_nothing():
         assert_bit_equal(a, b)
 
 
-PROGRAM = """
-import re, torch, tilefuse
+PREPARE = """
 from tilefuse.testing.inputs.loss.linear_distillation import case
-torch.set_num_threads(1)
-def kilobytes(name):
-    return int(re.search(name + r":\\\\s+(\\\\d+)", open("/proc/self/status").read()).group(1))
 def run(tokens, vocabulary):
     inputs = case(tokens, vocabulary, 16, dtype=torch.bfloat16)
     leaves = [inputs[i].requires_grad_() for i in (0, 1, 5)]
-    # a process starts with its parent's peak: begin again
-    open("/proc/self/clear_refs", "w").write("5")
-    before = kilobytes("VmRSS")
-    torch.autograd.grad(tilefuse.linear_distillation(*inputs), leaves)
-    return kilobytes("VmHWM") - before
-run(8, 300)
-print(run(2048, 65536) / 1024)
+    return lambda: torch.autograd.grad(tilefuse.linear_distillation(*inputs), leaves)
+run(8, 300)()
+call = run(2048, 65536)
 """
 
 
 @pytest.mark.cpu_library
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+@pytest.mark.skipif(not can_measure_peaks(), reason="needs Linux")
 def test_peak_memory():
     """Logits of these would be twice 512 MiB: everything beside the arguments stays below 160 MiB."""
-    ran = subprocess.run([sys.executable, "-c", PROGRAM.replace("\\\\", "\\")], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert float(ran.stdout) < 160
+    assert peak_bytes(PREPARE, "call()") < 160 << 20
 
 
 def test_autocast():

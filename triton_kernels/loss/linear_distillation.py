@@ -15,11 +15,11 @@ from dataclasses import replace
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..common.launch import constants, on_device
 from ..common.rows import Matrix
 from .distillation import Rows, divergence, gradient_of, launch_losses
+from .host import padded
 from .linear_logprobs import Block, Head, head_gradients, kept_first, logits_config, logits_of
 
 # of the logits of both heads, in the forward
@@ -150,11 +150,6 @@ def linear_distillation_fwd(x, weight, teacher_x, teacher_weight, bias, teacher_
     return losses, statistics
 
 
-def _padded(gradient: Tensor, ids: int) -> Tensor:
-    """With zeros for the ids that pad the head."""
-    return torch.cat((gradient, gradient.new_zeros(ids - gradient.shape[0], *gradient.shape[1:])))
-
-
 def linear_distillation_bwd(
     x,
     weight,
@@ -203,10 +198,7 @@ def linear_distillation_bwd(
     dx, dweight, dbias = head_gradients(
         x, weight[:vocabulary], coefficients, shared_bias, None, factor, 0, *needs, write
     )
-    if ids > vocabulary:
-        dweight = _padded(dweight, ids) if need_weight else dweight
-        dbias = _padded(dbias, ids) if need_bias else dbias
-    return dx, dweight, dbias
+    return dx, padded(dweight, ids, need_weight), padded(dbias, ids, need_bias)
 
 
 def aot_cases():

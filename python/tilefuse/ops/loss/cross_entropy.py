@@ -9,7 +9,7 @@ from ...library import op
 from .checks import check_logits, check_transform
 from .linear_logprobs import named, statistics_dtype
 from .logprobs import Logprobs, logprobs_fwd, token_rows
-from .token_loss import check_token_loss, reduced, target_weights, token_factors, token_losses
+from .token_loss import check_token_loss, kept_factors, reduced, target_weights, token_losses
 
 __all__ = ["cross_entropy"]
 
@@ -87,7 +87,7 @@ def cross_entropy(
     class_weight = None if class_weight is None else class_weight.contiguous()
     dtype, ids = statistics_dtype(logits), target.reshape(-1).contiguous()
     weights = target_weights(ids, class_weight, ignore_index, dtype)
-    factors = token_factors(ids, None if token_weight is None else token_weight.reshape(-1), ignore_index, dtype)
+    factors = kept_factors(ids != ignore_index, token_weight, dtype)
     smooth = label_smoothing > 0
     args = (token_rows(logits), ids, class_weight if smooth else None, scale, softcap, 1.0, ignore_index, smooth)
     run = Logprobs.apply if errors.needs_grad(logits) else logprobs_fwd

@@ -8,8 +8,16 @@ from torch import Tensor
 from ... import errors, library
 from ...library import kernel, once_differentiable, op
 from .checks import check_linear, check_transform
-from .linear_logprobs import LinearLogprobs, head_inputs, linear_logprobs_fwd, named, power_below, statistics_dtype
-from .token_loss import check_token_loss, divided, reduced, target_weights, token_factors, token_losses
+from .linear_logprobs import (
+    LinearLogprobs,
+    head_gradients_like,
+    head_inputs,
+    linear_logprobs_fwd,
+    named,
+    power_below,
+    statistics_dtype,
+)
+from .token_loss import check_token_loss, divided, kept_factors, reduced, target_weights, token_losses
 
 __all__ = ["linear_cross_entropy"]
 
@@ -19,15 +27,8 @@ LOGITS_BYTES = 64 << 20
 
 
 def _fake(x, weight, target, bias, *rest):
-    need_x, need_weight, need_bias = rest[-3:]
     losses = x.new_empty((x.shape[0],), dtype=statistics_dtype(x))
-    dbias = weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=x.dtype if bias is None else bias.dtype)
-    return (
-        losses,
-        x.new_empty(x.shape if need_x else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-        dbias,
-    )
+    return losses, *head_gradients_like(x, weight, bias, *rest[-3:])
 
 
 # losses [T], and the gradients of sum_t token_factor_t factor losses_t; those that are not asked for have size 0
@@ -144,7 +145,7 @@ def linear_cross_entropy(
     class_weight = None if class_weight is None else class_weight.contiguous()
     dtype, ids = statistics_dtype(x), target.reshape(-1)
     weights = target_weights(ids, class_weight, ignore_index, dtype)
-    factors = token_factors(ids, None if token_weight is None else token_weight.reshape(-1), ignore_index, dtype)
+    factors = kept_factors(ids != ignore_index, token_weight, dtype)
     needs_grad = errors.needs_grad(x, weight, bias)
     if not recompute and needs_grad and reduction != "none" and 4 * ids.shape[0] * vocabulary <= LOGITS_BYTES:
         if reduction == "mean":

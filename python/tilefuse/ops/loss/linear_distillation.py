@@ -9,7 +9,7 @@ from ... import errors, library
 from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_beta, check_head, check_target, check_transform
 from .distillation import coefficients_of, data, fake_losses
-from .linear_logprobs import power_below
+from .linear_logprobs import head_gradients_like, power_below
 from .token_loss import check_kept_loss, kept_factors, kept_tokens, reduced
 
 __all__ = ["linear_distillation"]
@@ -19,9 +19,7 @@ _HEADS = "Tensor x, Tensor weight, Tensor teacher_x, Tensor teacher_weight, Tens
 
 
 def _fake_backward(x, weight, teacher_x, teacher_weight, bias, *rest):
-    need_x, need_weight, need_bias = rest[-3:]
-    dbias = weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=x.dtype if bias is None else bias.dtype)
-    return x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,)), dbias
+    return head_gradients_like(x, weight, bias, *rest[-3:])
 
 
 # losses [T] and statistics [5, T], as distillation_fwd has them

@@ -43,10 +43,16 @@ def _fake_stats(x, weight, target, bias, class_weight, vocab_start, scale, softc
     return x.new_empty((x.shape[0], blocks, columns), dtype=statistics_dtype(x))
 
 
-def _fake_backward(x, weight, target, bias, *rest):
-    need_x, need_weight, need_bias = rest[-3:]
+def head_gradients_like(
+    x: Tensor, weight: Tensor, bias: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for gradients of x, weight and bias; those that are not asked for have size 0."""
     dbias = weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=x.dtype if bias is None else bias.dtype)
     return x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,)), dbias
+
+
+def fake_backward(x, weight, target, bias, *rest):
+    return head_gradients_like(x, weight, bias, *rest[-3:])
 
 
 # logp, lse, entropy [T]; argmax int32 [T]; smoothed = sum_j c_j (-logp_j) [T], or [0] unless `smooth`; norm [2, T]: the
@@ -63,7 +69,7 @@ linear_logprobs_bwd = kernel(
     f"linear_logprobs_bwd({_HEAD}, Tensor norm, Tensor entropy, Tensor coefficients, Tensor factor, int vocab_start, "
     f"{TRANSFORM}, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     module=_MODULE,
-    fake=_fake_backward,
+    fake=fake_backward,
 )
 # [T, blocks, 5 or 7] of a shard that begins at `vocab_start`. A target elsewhere has the logit NaN; an ignored token
 # the maximum -inf, sums of 0 and the argmax -1.

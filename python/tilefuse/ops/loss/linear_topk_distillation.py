@@ -8,7 +8,7 @@ from torch import Tensor
 from ... import errors, library
 from ...library import gradient_of, kernel, once_differentiable, op
 from .checks import check_beta, check_head, check_target, check_transform
-from .linear_logprobs import balancing_power, head_inputs, statistics_dtype
+from .linear_logprobs import balancing_power, fake_backward, head_inputs, statistics_dtype
 from .token_loss import check_kept_loss, kept_factors, kept_tokens, reduced
 
 __all__ = ["linear_topk_distillation"]
@@ -22,12 +22,6 @@ def _fake(x, weight, target, bias, teacher_logp, *rest):
     return tuple(
         x.new_empty(shape, dtype=statistics_dtype(x)) for shape in ((tokens,), (tokens, listed + 1), (2, tokens))
     )
-
-
-def _fake_backward(x, weight, target, bias, *rest):
-    need_x, need_weight, need_bias = rest[-3:]
-    dbias = weight.new_empty((weight.shape[0] if need_bias else 0,), dtype=x.dtype if bias is None else bias.dtype)
-    return x.new_empty(x.shape if need_x else (0,)), weight.new_empty(weight.shape if need_weight else (0,)), dbias
 
 
 # teacher_ids [T, k] in ascending order, -1 ahead of them. Losses [T]; their gradients in the logits of the listed ids
@@ -46,7 +40,7 @@ linear_topk_distillation_bwd = kernel(
     "Tensor norm, Tensor coefficients, Tensor factor, float temperature, int ignore_index, bool need_x, "
     "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
     module=_MODULE,
-    fake=_fake_backward,
+    fake=fake_backward,
 )
 
 

@@ -130,10 +130,6 @@ def divided(values: Tensor, weights: Tensor, num_items: Tensor | float | None) -
     return torch.where(nothing, 0.0, values / torch.where(nothing, 1.0, divisor))
 
 
-def token_factors(target: Tensor, token_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
-    return kept_factors(target != ignore_index, token_weight, dtype)
-
-
 def reduced(
     losses: Tensor,
     weights: Tensor,

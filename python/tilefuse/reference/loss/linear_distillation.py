@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .distillation import BLOCK, Blocks, forward, gradients
+from .linear_logprobs import head_gradients
 
 
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, ids: slice) -> Tensor:
@@ -24,6 +25,13 @@ def _heads(x, weight, teacher_x, teacher_weight, bias, teacher_bias, keep) -> tu
         return _logits(rows, weight, bias, ids), _logits(teacher_rows, teacher_weight, teacher_bias, ids)
 
     return block, rows, last
+
+
+def padded(gradient: Tensor, ids: int, needed: bool) -> Tensor:
+    """With zeros for the ids that pad the head, and as it is where it is not needed."""
+    if not needed or gradient.shape[0] == ids:
+        return gradient
+    return torch.cat((gradient, gradient.new_zeros(ids - gradient.shape[0], *gradient.shape[1:])))
 
 
 def linear_distillation_fwd(
@@ -49,18 +57,15 @@ def linear_distillation_bwd(
     need_weight,
     need_bias,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    blocks, rows, last = _heads(x, weight, teacher_x, teacher_weight, bias, teacher_bias, coefficients != 0)
-    dx = torch.zeros_like(rows)
-    # rows past those in common keep their zeros
-    dweight = weight.new_zeros(weight.shape if need_weight else 0)
-    dbias = weight.new_zeros(weight.shape[0] if need_bias else 0, dtype=x.dtype if bias is None else bias.dtype)
-    for start in range(0, last, BLOCK):
-        dz = gradients(*blocks(start), statistics, coefficients, beta, temperature)
-        ids = slice(start, start + dz.shape[1])
-        if need_x:
-            dx += dz @ weight[ids].to(rows.dtype)
-        if need_weight:
-            dweight[ids] = (factor * (dz.t() @ rows)).to(weight.dtype)
-        if need_bias:
-            dbias[ids] = (factor * dz.sum(0)).to(dbias.dtype)
-    return (factor * dx).to(x.dtype) if need_x else x.new_empty(0), dweight, dbias
+    kept = coefficients != 0
+    blocks, rows, last = _heads(x, weight, teacher_x, teacher_weight, bias, teacher_bias, kept)
+
+    def parts():
+        for start in range(0, last, BLOCK):
+            dz = gradients(*blocks(start), statistics, coefficients, beta, temperature)
+            yield weight[start : start + dz.shape[1]], dz
+
+    needs = (need_x, need_weight, need_bias)
+    dx, dweight, dbias = head_gradients(x, weight, bias, rows, kept, parts(), factor, *needs)
+    ids = weight.shape[0]
+    return dx, padded(dweight, ids, need_weight), padded(dbias, ids, need_bias)
