@@ -129,8 +129,12 @@ Result merge_stats(const Tensor& stats);
 // puts gradients of the logits of ids [first, first + ids) where make_logits puts those
 using MakeGradients = std::function<void(int64_t first, int64_t ids, float* gradients)>;
 
-// Gradients that are not wanted are of one dim and empty. The call's own memory is filled in. Without `make` those of
-// the logits are of linear_logprobs.
+// room for gradients of x, weight and bias; those that are not wanted are of one dim and empty
+std::tuple<Tensor, Tensor, Tensor> head_gradients(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                  bool need_x, bool need_weight, bool need_bias);
+
+// Fills what head_gradients made. The call's own memory is filled in. Without `make` the gradients of the logits are
+// those of linear_logprobs.
 void linear_backward(LinearGradient call, Tensor& dx, Tensor& dweight, Tensor& dbias,
                      const MakeGradients& make = nullptr);
 

@@ -60,10 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(Tensor x, Tensor weight, Tensor t
     coefficients[3 * tokens + t] = factors[t] * spread;
   }
 
-  const auto empty = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  Tensor dx = need_x ? torch::stable::new_empty(x, {tokens, x.size(1)}) : empty(x);
-  Tensor dweight = need_weight ? torch::stable::new_empty(weight, {vocabulary, x.size(1)}) : empty(weight);
-  Tensor dbias = torch::stable::new_empty(bias ? *bias : x, {need_bias ? vocabulary : 0});
+  auto [dx, dweight, dbias] = head_gradients(x, weight, bias, need_x, need_weight, need_bias);
   call.norm = pointer<const float>(std::get<5>(statistics));
   call.entropy = pointer<const float>(std::get<2>(statistics));
   call.coefficients = coefficients.data();

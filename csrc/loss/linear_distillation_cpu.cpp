@@ -82,10 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(Tensor x, Tensor weight, Tensor teacher_x
                                        Tensor coefficients, Tensor factor, double beta, double temperature, bool need_x,
                                        bool need_weight, bool need_bias) {
   const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
-  const auto empty = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  Tensor dx = need_x ? torch::stable::new_empty(x, {tokens, hidden}) : empty(x);
-  Tensor dweight = need_weight ? torch::stable::new_empty(weight, {vocabulary, hidden}) : empty(weight);
-  Tensor dbias = torch::stable::new_empty(bias ? *bias : x, {need_bias ? vocabulary : 0});
+  auto [dx, dweight, dbias] = head_gradients(x, weight, bias, need_x, need_weight, need_bias);
   Heads heads(x, weight, teacher_x, teacher_weight, bias, teacher_bias);
   const int64_t common = heads.student.vocabulary;
   // what pads the head

@@ -549,6 +549,16 @@ void make_logits(const LinearHead& head, const float* rows, int64_t first, int64
   run_parallel(linear_logits, panels, 1, head, rows, first, ids, logits);
 }
 
+std::tuple<Tensor, Tensor, Tensor> head_gradients(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                                  bool need_x, bool need_weight, bool need_bias) {
+  const auto like = [](const Tensor& argument, bool needed) {
+    return needed ? torch::stable::new_empty(argument, {argument.size(0), argument.size(1)})
+                  : torch::stable::new_empty(argument, {0});
+  };
+  return {like(x, need_x), like(weight, need_weight),
+          torch::stable::new_empty(bias ? *bias : x, {need_bias ? weight.size(0) : 0})};
+}
+
 void linear_backward(LinearGradient call, Tensor& dx_out, Tensor& dweight, Tensor& dbias, const MakeGradients& make) {
   const LinearHead& head = call.head;
   const bool need_x = dx_out.dim() == 2;
@@ -643,11 +653,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(Tensor x, Tensor weight, Tensor target, O
                                        Tensor factor, int64_t vocab_start, double scale, double softcap,
                                        double temperature, int64_t ignore_index, bool need_x, bool need_weight,
                                        bool need_bias) {
-  const int64_t tokens = x.size(0), hidden = x.size(1), vocabulary = weight.size(0);
-  const auto empty = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  Tensor dx = need_x ? torch::stable::new_empty(x, {tokens, hidden}) : empty(x);
-  Tensor dweight = need_weight ? torch::stable::new_empty(weight, {vocabulary, hidden}) : empty(weight);
-  Tensor dbias = torch::stable::new_empty(bias ? *bias : x, {need_bias ? vocabulary : 0});
+  auto [dx, dweight, dbias] = head_gradients(x, weight, bias, need_x, need_weight, need_bias);
   LinearGradient call{};
   call.head = linear_head(x, weight, target, bias, class_weight, vocab_start, scale, softcap, temperature);
   const std::vector<int64_t> kept = kept_tokens(target, ignore_index);
@@ -657,7 +663,7 @@ std::tuple<Tensor, Tensor, Tensor> bwd(Tensor x, Tensor weight, Tensor target, O
   call.entropy = pointer<const float>(entropy);
   call.coefficients = pointer<const float>(coefficients);
   call.factor = *pointer<const float>(factor);
-  call.tokens = tokens;
+  call.tokens = x.size(0);
   linear_backward(call, dx, dweight, dbias);
   return {dx, dweight, dbias};
 }

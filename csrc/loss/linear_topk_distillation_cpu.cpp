@@ -194,11 +194,8 @@ std::tuple<Tensor, Tensor, Tensor> fwd(Tensor x, Tensor weight, Tensor target, O
 std::tuple<Tensor, Tensor, Tensor> bwd(Tensor x, Tensor weight, Tensor target, OptionalTensor bias, Tensor teacher_ids,
                                        Tensor norm, Tensor coefficients, Tensor factor, double temperature,
                                        int64_t ignore_index, bool need_x, bool need_weight, bool need_bias) {
-  const int64_t tokens = x.size(0), vocabulary = weight.size(0), k = teacher_ids.size(1);
-  const auto empty = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  Tensor dx = need_x ? torch::stable::new_empty(x, {tokens, x.size(1)}) : empty(x);
-  Tensor dweight = need_weight ? torch::stable::new_empty(weight, {vocabulary, x.size(1)}) : empty(weight);
-  Tensor dbias = torch::stable::new_empty(bias ? *bias : x, {need_bias ? vocabulary : 0});
+  const int64_t tokens = x.size(0), k = teacher_ids.size(1);
+  auto [dx, dweight, dbias] = head_gradients(x, weight, bias, need_x, need_weight, need_bias);
   const std::vector<int64_t> kept = kept_tokens(target, ignore_index);
   LinearGradient call{};
   call.head = linear_head(x, weight, target, bias, OptionalTensor(), 0, 1.0, 0.0, temperature);
