@@ -527,6 +527,33 @@ def test_truth_of_a_block_is_refused():
         truth_kernel[(1,)](torch.rand(16), torch.empty(16), 16)
 
 
+@triton.jit
+def calling_kernel(x, out, BLOCK: tl.constexpr):
+    v = tl.load(x + tl.arange(0, BLOCK))
+    tl.store(out, tl.sum(product(v, tl.zeros_like(v) + 2), 0))
+
+
+def test_the_language_is_patched_once_a_launch_and_then_as_it_was(monkeypatch):
+    x, out = torch.randint(-8, 9, (64,)).float(), torch.empty(1)
+    calling_kernel[(1,)](x, out, 64)
+    patched = []
+    upstream = triton.runtime.interpreter
+    original = upstream._LangPatchScope.set_attr
+    monkeypatch.setattr(
+        upstream._LangPatchScope, "set_attr", lambda self, *patch: patched.append(patch) or original(self, *patch)
+    )
+    owners = tl, tl.core, tl.tensor
+    before = [dict(vars(owner)) for owner in owners]
+    calling_kernel[(3,)](x, out, 64)
+    assert out == 2 * x.sum() and [dict(vars(owner)) for owner in owners] == before
+    once = len(patched)
+    calling_kernel[(5,)](x, out, 64)
+    assert once > 0 and len(patched) == 2 * once
+    with pytest.raises(Exception, match="truth of a block is ambiguous"):
+        truth_kernel[(1,)](x, x, 16)
+    assert [dict(vars(owner)) for owner in owners] == before
+
+
 def test_install_twice_changes_nothing():
     builder = triton.runtime.interpreter.InterpreterBuilder
     before = dict(vars(builder))
