@@ -17,8 +17,9 @@ bench: native peers
 peers: setup
 	$(PY) scripts/install_peers.py
 
+# within 30 minutes on two quiet cores: the log names the slowest
 test: native
-	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu"
+	$(PY) -m pytest -n 2 --dist loadgroup -m "not slow and not gpu" --durations=60
 
 test-full: native
 	$(PY) -m pytest -n 2 --dist loadgroup -m "not gpu"
