@@ -1,5 +1,6 @@
 """Every tensor argument of every op: another device, another dtype, a gradient that would be lost."""
 
+import functools
 import inspect
 import re
 
@@ -26,10 +27,15 @@ CASES = list(tensor_arguments())
 IDS = [f"{name}-{argument}" for name, argument, _ in CASES]
 
 
+@functools.cache
+def samples_of(name):
+    return tuple(samples(name))
+
+
 def bound(name, argument):
     """The arguments of the first sample that has this one."""
     signature = inspect.signature(OPS[name].function)
-    for sample in samples(name):
+    for sample in samples_of(name):
         call = signature.bind(*sample.args, **sample.kwargs)
         if isinstance(call.arguments.get(argument), Tensor):
             return call
