@@ -64,6 +64,28 @@ TILEFUSE_INLINE auto over_lanes(V x, const F& op) {
   return lanes[0];
 }
 
+#if defined(__AVX512F__)
+
+TILEFUSE_INLINE int32_t largest_lane(FloatInts x) { return _mm512_reduce_max_epi32((__m512i)x); }
+TILEFUSE_INLINE float largest_lane(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
+TILEFUSE_INLINE float least_lane(Floats x) { return _mm512_reduce_min_ps((__m512)x); }
+TILEFUSE_INLINE Bytes low_bytes(FloatInts x) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)x); }
+
+#else
+
+template <typename V>
+TILEFUSE_INLINE auto largest_lane(V x) {
+  return over_lanes(x, [](auto a, auto b) { return larger(a, b); });
+}
+
+TILEFUSE_INLINE float least_lane(Floats x) {
+  return over_lanes(x, [](float a, float b) { return smaller(a, b); });
+}
+
+TILEFUSE_INLINE Bytes low_bytes(FloatInts x) { return __builtin_convertvector(x, Bytes); }
+
+#endif
+
 // the ends of a group's finite values and 0; of magnitudes, -high and high
 struct Extremes {
   float low, high;
@@ -93,15 +115,13 @@ static inline Extremes extremes_of(const CodeRule& rule, const T* x, int64_t n) 
       high = larger(value, high);
     }
   }
-  const auto upper = [](auto a, auto b) { return larger(a, b); };
-  const auto lower = [](auto a, auto b) { return smaller(a, b); };
-  largest = larger(over_lanes(magnitudes, upper), largest);
+  largest = larger(largest_lane(magnitudes), largest);
   if (largest < kInfiniteBits) {
     if (rule.symmetric) {
       high = bits_to_float(static_cast<uint32_t>(largest));
       return {-high, high};
     }
-    return {smaller(over_lanes(lows, lower), low), larger(over_lanes(highs, upper), high)};
+    return {smaller(least_lane(lows), low), larger(largest_lane(highs), high)};
   }
   // again, without NaN and infinities
   low = high = 0.0f;
@@ -199,11 +219,11 @@ TILEFUSE_INLINE int64_t bytes_of_codes(int64_t n, int32_t bits) {
   return bits == 8 ? n : bits == 4 ? n / 2 : n / 4 * 3;
 }
 
-TILEFUSE_INLINE void pack_nibbles(const uint8_t* codes, int64_t n, uint8_t* to) {
+TILEFUSE_INLINE void pack_nibbles(const uint8_t* __restrict codes, int64_t n, uint8_t* __restrict to) {
   for (int64_t i = 0; i < n / 2; ++i) to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | (codes[2 * i + 1] << 4));
 }
 
-TILEFUSE_INLINE void unpack_nibbles(const uint8_t* from, int64_t n, uint8_t* codes) {
+TILEFUSE_INLINE void unpack_nibbles(const uint8_t* __restrict from, int64_t n, uint8_t* __restrict codes) {
   for (int64_t i = 0; i < n / 2; ++i) {
     codes[2 * i] = from[i] & 15;
     codes[2 * i + 1] = from[i] >> 4;
@@ -212,30 +232,60 @@ TILEFUSE_INLINE void unpack_nibbles(const uint8_t* from, int64_t n, uint8_t* cod
 
 constexpr int64_t kPlane = 32;  // elements of a block of 6-bit codes
 
+// both planes of one block of `count` codes, four of them at a time as one word
+TILEFUSE_INLINE void pack_planes(const uint8_t* __restrict codes, int64_t count, uint8_t* __restrict to) {
+  pack_nibbles(codes, count, to);
+  for (int64_t i = 0; i < count / 4; ++i) {
+    uint32_t word;
+    std::memcpy(&word, codes + 4 * i, 4);
+    word = word >> 4 & 0x03030303u;
+    to[count / 2 + i] = static_cast<uint8_t>(word | word >> 6 | word >> 12 | word >> 18);
+  }
+}
+
+TILEFUSE_INLINE void unpack_planes(const uint8_t* __restrict from, int64_t count, uint8_t* __restrict codes) {
+  unpack_nibbles(from, count, codes);
+  for (int64_t i = 0; i < count / 4; ++i) {
+    const uint32_t pairs = from[count / 2 + i];
+    uint32_t word;
+    std::memcpy(&word, codes + 4 * i, 4);
+    word |= ((pairs | pairs << 6 | pairs << 12 | pairs << 18) & 0x03030303u) << 4;
+    std::memcpy(codes + 4 * i, &word, 4);
+  }
+}
+
+// unpack_planes of a whole block
+TILEFUSE_INLINE void unpack_block(const uint8_t* from, uint8_t* codes) {
+#if defined(__SSE2__)
+  const __m128i nibbles = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)), low = _mm_set1_epi8(15);
+  const __m128i even = _mm_and_si128(nibbles, low), odd = _mm_and_si128(_mm_srli_epi16(nibbles, 4), low);
+  // pairs of bits 4 to 5, each of a quarter of the elements
+  const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 16)), place = _mm_set1_epi8(0x30);
+  const __m128i first = _mm_and_si128(_mm_slli_epi16(pairs, 4), place);
+  const __m128i second = _mm_and_si128(_mm_slli_epi16(pairs, 2), place);
+  const __m128i third = _mm_and_si128(pairs, place), fourth = _mm_and_si128(_mm_srli_epi16(pairs, 2), place);
+  const __m128i front = _mm_unpacklo_epi8(first, second), back = _mm_unpacklo_epi8(third, fourth);
+  __m128i* to = reinterpret_cast<__m128i*>(codes);
+  _mm_storeu_si128(to, _mm_or_si128(_mm_unpacklo_epi8(even, odd), _mm_unpacklo_epi16(front, back)));
+  _mm_storeu_si128(to + 1, _mm_or_si128(_mm_unpackhi_epi8(even, odd), _mm_unpackhi_epi16(front, back)));
+#else
+  unpack_planes(from, kPlane, codes);
+#endif
+}
+
 // n codes, whole bytes of them, from the start of a block on
 static inline void pack_codes(const uint8_t* codes, int64_t n, int32_t bits, uint8_t* to) {
   if (bits == 4) return pack_nibbles(codes, n, to);
-  for (int64_t start = 0; start < n; start += kPlane, codes += kPlane, to += kPlane * 3 / 4) {
-    const int64_t count = n - start < kPlane ? n - start : kPlane;
-    pack_nibbles(codes, count, to);
-    uint8_t* pairs = to + count / 2;
-    for (int64_t i = 0; i < count / 4; ++i) {
-      const uint8_t* c = codes + 4 * i;
-      pairs[i] = static_cast<uint8_t>(c[0] >> 4 | c[1] >> 4 << 2 | c[2] >> 4 << 4 | c[3] >> 4 << 6);
-    }
-  }
+  int64_t start = 0;
+  for (; start + kPlane <= n; start += kPlane) pack_planes(codes + start, kPlane, to + start / 4 * 3);
+  if (start < n) pack_planes(codes + start, n - start, to + start / 4 * 3);
 }
 
 static inline void unpack_codes(const uint8_t* from, int64_t n, int32_t bits, uint8_t* codes) {
   if (bits == 4) return unpack_nibbles(from, n, codes);
-  for (int64_t start = 0; start < n; start += kPlane, codes += kPlane, from += kPlane * 3 / 4) {
-    const int64_t count = n - start < kPlane ? n - start : kPlane;
-    unpack_nibbles(from, count, codes);
-    const uint8_t* pairs = from + count / 2;
-    for (int64_t i = 0; i < count; ++i) {
-      codes[i] = static_cast<uint8_t>(codes[i] | ((pairs[i / 4] >> (i % 4 * 2)) & 3) << 4);
-    }
-  }
+  int64_t start = 0;
+  for (; start + kPlane <= n; start += kPlane) unpack_block(from + start / 4 * 3, codes + start);
+  if (start < n) unpack_planes(from + start / 4 * 3, n - start, codes + start);
 }
 
 }  // namespace TILEFUSE_ISA

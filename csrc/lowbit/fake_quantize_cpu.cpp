@@ -46,7 +46,7 @@ TILEFUSE_INLINE void fake_run(const T* x, int64_t n, const Coding& coding, T* ou
     put(out, i, level_of<Symmetric>(y, coding) * coding.scale);
     if constexpr (Keep) {
       const FloatInts kept = ~(FloatInts)is_clamped<Symmetric>(y, coding);
-      *reinterpret_cast<Bytes*>(inside + i) = __builtin_convertvector(kept, Bytes);
+      *reinterpret_cast<Bytes*>(inside + i) = low_bytes(kept);
     }
   }
   for (; i < n; ++i) {
@@ -143,6 +143,16 @@ TILEFUSE_INLINE V zero_like(V) {
   return V{};
 }
 
+// how many of n values are this one
+template <typename T>
+TILEFUSE_INLINE float count_of(const T* x, int64_t n, float wanted) {
+  return sum_of(n, [=](int64_t i, auto lanes) {
+    const auto value = get(x, i, lanes);
+    const auto none = zero_like(value);
+    return value == wanted ? none + 1.0f : none;
+  });
+}
+
 // what a value adds to the gradient of its group's scale
 template <bool Symmetric, typename V, typename C>
 TILEFUSE_INLINE V scale_term(V upstream, V y, C clamped, const Coding& coding) {
@@ -200,12 +210,7 @@ void extremes_rows(const FakeQuantizeCall& call, int64_t begin, int64_t end) {
       const float spread = spread_of(rule, ends);
       float high = 0.0f, low = 0.0f;
       if (spread >= rule.eps && spread <= kLargestFloat) {
-        float highs = 0.0f, lows = 0.0f;
-        for (int64_t i = 0; i < n; ++i) {
-          const float value = to_float(from[i]);
-          highs += value == ends.high ? 1.0f : 0.0f;
-          lows += value == ends.low ? 1.0f : 0.0f;
-        }
+        const float highs = count_of(from, n, ends.high), lows = count_of(from, n, ends.low);
         const float dspread = dscale / (Symmetric ? rule.qmax() : static_cast<float>(rule.top()));
         high = dspread / (Symmetric ? highs + lows : highs);
         low = dspread / (Symmetric ? highs + lows : lows);

@@ -45,7 +45,7 @@ TILEFUSE_INLINE void encode(const T* x, int64_t n, const Coding& coding, uint8_t
   int64_t i = 0;
   for (; i + kFloats <= n; i += kFloats) {
     const Floats level = level_of<Symmetric>(quotient_of(get(x, i, ManyFloats{}), coding), coding);
-    *reinterpret_cast<Bytes*>(codes + i) = __builtin_convertvector((FloatBits)(level + shift), Bytes);
+    *reinterpret_cast<Bytes*>(codes + i) = low_bytes((FloatInts)(level + shift));
   }
   for (; i < n; ++i) {
     const float level = level_of<Symmetric>(quotient_of(to_float(x[i]), coding), coding);
