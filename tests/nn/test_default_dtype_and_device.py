@@ -12,6 +12,7 @@ from tilefuse.nn import (
     MultiheadLatentAttention,
     PagedKVCache,
     PagedLatentCache,
+    QATLinear,
     RMSNorm,
     RotaryEmbedding,
     WindowAttention,
@@ -25,6 +26,7 @@ MODULES = {
     "blocks": lambda **factory: BlockSparseAttention(48, 3, block_size=4, num_random=1, **factory),
     "moe": lambda **factory: MoE(48, 24, 8, 2, correction_bias=True, num_shared_experts=1, **factory),
     "fp8": lambda **factory: FP8Linear(48, 48, **factory),
+    "qat": lambda **factory: QATLinear(48, 48, group_size=16, **factory),
     "norm": lambda **factory: RMSNorm(48, **factory),
     "mlp": lambda **factory: GatedMLP(48, 40, **factory),
 }

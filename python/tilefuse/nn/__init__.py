@@ -15,6 +15,7 @@ from .mtp_loss import MTPLoss
 from .multihead_latent_attention import MultiheadLatentAttention
 from .paged_cache import PagedKVCache, PagedLatentCache
 from .policy_loss import PolicyLoss
+from .qat_linear import QATLinear
 from .rms_norm import RMSNorm
 from .rotary_embedding import RotaryEmbedding
 from .window_attention import WindowAttention
@@ -31,6 +32,7 @@ __all__ = [
     "PagedKVCache",
     "PagedLatentCache",
     "PolicyLoss",
+    "QATLinear",
     "RMSNorm",
     "RotaryEmbedding",
     "Routing",
