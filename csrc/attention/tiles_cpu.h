@@ -190,6 +190,16 @@ static inline uint32_t pair_of(bf16 low, bf16 high) {
 }
 
 #if defined(__AVX512F__)
+// 16 values as float32
+static inline vec load_as(const float* from) { return load(from); }
+static inline vec load_as(const f16* from) {
+  return (vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+static inline vec load_as(const bf16* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+
 // r[i] word j <-> r[j] word i
 static inline void transpose(__m512i (&r)[16]) {
   __m512i t[16];
@@ -217,8 +227,24 @@ static inline void transpose(__m512i (&r)[16]) {
 // the first `lanes` (whole registers) of L vectors x [d] -> [d words][L]; a null pointer is a row of zeros
 template <int L, typename T>
 static void pack_lanes(const T* const* x, int64_t dim, float* out, int lanes = L) {
+  int64_t d = 0;
+#if defined(__AVX512F__)
+  for (; d + 16 <= dim; d += 16) {
+    for (int lane = 0; lane < lanes; lane += 16) {
+      __m512i r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const T* from = x[lane + i];
+        r[i] = from == nullptr ? _mm512_setzero_si512() : (__m512i)load_as(from + d);
+      }
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (d + i) * L + lane, r[i]);
+    }
+  }
+#endif
   for (int lane = 0; lane < lanes; ++lane)
-    for (int64_t d = 0; d < dim; ++d) out[d * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][d]);
+    for (int64_t i = d; i < dim; ++i) out[i * L + lane] = x[lane] == nullptr ? 0.0f : to_float(x[lane][i]);
 }
 #if defined(__AVX512BF16__)
 template <int L>
