@@ -261,6 +261,16 @@ struct Strips {
   Panel panel;
 };
 
+// to += sum * scale_a * scale_b, the product of scales kept finite: zero codes times an overflown one would be NaN
+inline void add_scaled(Vector sum, float scale_a, const float* scale_b, float* to) {
+  Vector total, scale;
+  std::memcpy(&total, to, sizeof(Vector));
+  std::memcpy(&scale, scale_b, sizeof(Vector));
+  const Vector factor = scale * scale_a;
+  total = total + sum * (factor > kLargest ? Vector{} + kLargest : factor);
+  std::memcpy(to, &total, sizeof(Vector));
+}
+
 // c [R][64] += a [R][128] x panel, or with scales c += (a x panel) * scale_a * scale_b
 template <int R, bool kScaled>
 void multiply(const Operand* a, const Strips& strips, int64_t pairs, const float* scale_a, const float* scale_b,
@@ -290,15 +300,71 @@ void multiply(const Operand* a, const Strips& strips, int64_t pairs, const float
       for (int j = 0; j < kVectors; ++j) {
         float* to = c + r * kPanelWidth + n + j * kLanes;
         if (kScaled) {
-          Vector sum, s;
-          std::memcpy(&sum, to, sizeof(Vector));
-          std::memcpy(&s, scale_b + n + j * kLanes, sizeof(Vector));
-          // kept finite: zero codes times an overflown product would be NaN
-          const Vector factor = s * scale_a[r];
-          acc[r][j] = sum + acc[r][j] * (factor > kLargest ? Vector{} + kLargest : factor);
+          add_scaled(acc[r][j], scale_a[r], scale_b + n + j * kLanes, to);
+        } else {
+          std::memcpy(to, &acc[r][j], sizeof(Vector));
         }
-        std::memcpy(to, &acc[r][j], sizeof(Vector));
       }
+    }
+  }
+}
+
+// rows for which the registers hold the sums of two panels
+template <typename T>
+constexpr int kFewRows = kLanes == 16 ? 3 : 0;
+
+// Few rows against two panels of packed weights: eight strips are read to their end side by side, and no panel is
+// written. c and d [R][64]
+template <int R, typename T>
+void multiply_strips(const T* first, const T* second, int64_t stride, int64_t k, const FewRows& rows,
+                     const ColumnScales& first_scales, const ColumnScales& second_scales, float* c, float* d) {
+  constexpr bool kScaled = sizeof(T) == 1;
+  constexpr int64_t kDepth = 2 * kPairsOf<T>, kAhead = kFetchedBytes / 64;
+  Vector acc[2][R][kStrips] = {};
+  if (kScaled) {
+    std::memset(c, 0, R * kPanelWidth * sizeof(float));
+    std::memset(d, 0, R * kPanelWidth * sizeof(float));
+  }
+  const int64_t steps = (k + kDepth - 1) / kDepth;
+  for (int64_t done = 0, block = 0; done < steps; done += kPanelDepth / kDepth, ++block) {
+    const int64_t count = steps - done < kPanelDepth / kDepth ? steps - done : kPanelDepth / kDepth;
+    const Operand* a = rows.a + block * rows.block;
+    for (int64_t step = 0; step < count; ++step, first += kStep<T>, second += kStep<T>, a += kDepth) {
+      // past the end of these strips, the strips behind them
+      const int64_t next = kAhead * kStep<T> + (done + step + kAhead < steps ? 0 : (kStrips - 1) * stride);
+      for (int half = 0; half < 2; ++half) {
+        const T* strips = half == 0 ? first : second;
+        for (int j = 0; j < kStrips; ++j) {
+          __builtin_prefetch(strips + next + j * stride, 0, 2);
+          Pairs pairs[kPairsOf<T>];
+          pairs_of(strips + j * stride, pairs);
+          for (int i = 0; i < kPairsOf<T>; ++i) {
+            const Vector even = even_of(pairs[i]), odd = odd_of(pairs[i]);
+            for (int r = 0; r < R; ++r) {
+              acc[half][r][j] += even * a[r * kPanelDepth + 2 * i];
+              acc[half][r][j] += odd * a[r * kPanelDepth + 2 * i + 1];
+            }
+          }
+        }
+      }
+    }
+    for (int half = 0; half < 2 && kScaled; ++half) {
+      alignas(64) float scale_b[kPanelWidth];
+      (half == 0 ? first_scales : second_scales).load(block, 0, kPanelWidth, scale_b);
+      for (int r = 0; r < R; ++r) {
+        const float scale_a = rows.scale[block * rows.scale_block + r];
+        for (int j = 0; j < kStrips; ++j) {
+          add_scaled(acc[half][r][j], scale_a, scale_b + j * kLanes,
+                     (half == 0 ? c : d) + r * kPanelWidth + j * kLanes);
+          acc[half][r][j] = Vector{};
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R && !kScaled; ++r) {
+    for (int j = 0; j < kStrips; ++j) {
+      std::memcpy(c + r * kPanelWidth + j * kLanes, &acc[0][r][j], sizeof(Vector));
+      std::memcpy(d + r * kPanelWidth + j * kLanes, &acc[1][r][j], sizeof(Vector));
     }
   }
 }

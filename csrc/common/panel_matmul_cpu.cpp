@@ -169,24 +169,24 @@ void product_of(const PanelProduct& product, const Segment& part, int64_t n, flo
 
 template <bool kScaled, typename T>
 void products_of(const PanelProduct& product, const Segment& part, int64_t n, int64_t m, float* c, float* d) {
-#if defined(TILEFUSE_PAIRS)
   const PanelWeight& w = product.weight;
   const PanelRows& rows = product.rows;
   const int64_t count = part.end - part.begin, first = part.begin - rows.first;
-  if (count <= kFewRows<T> && whole_strips(w, n) && whole_strips(w, m)) {
-    const T* data = static_cast<const T*>(w.data) + part.group * w.group;
-    const Operand* a = static_cast<const Operand*>(rows.operands) + first * kPanelDepth;
-    const FewRows few{a, rows.scales + first, rows.rows * kPanelDepth, rows.rows};
-    return with_rows(count, [&](auto r) {
-      // more rows than kFewRows are never asked for
-      constexpr int kCount = decltype(r)::kCount < kFewRows<T> ? decltype(r)::kCount : kFewRows<T>;
-      multiply_strips<kCount>(data + n * w.stride, data + m * w.stride, kStripWidth * w.stride, w.k, few,
-                              ColumnScales{w, part.group, n}, ColumnScales{w, part.group, m}, c, d);
-    });
+  if constexpr (kFewRows<T> > 0) {
+    if (count <= kFewRows<T> && whole_strips(w, n) && whole_strips(w, m)) {
+      const T* data = static_cast<const T*>(w.data) + part.group * w.group;
+      const Operand* a = static_cast<const Operand*>(rows.operands) + first * kPanelDepth;
+      const FewRows few{a, rows.scales + first, rows.rows * kPanelDepth, rows.rows};
+      return with_rows(count, [&](auto r) {
+        // more rows than kFewRows are never asked for
+        constexpr int kCount = decltype(r)::kCount < kFewRows<T> ? decltype(r)::kCount : kFewRows<T>;
+        multiply_strips<kCount>(data + n * w.stride, data + m * w.stride, kStripWidth * w.stride, w.k, few,
+                                ColumnScales{w, part.group, n}, ColumnScales{w, part.group, m}, c, d);
+      });
+    }
   }
-#endif
   product_of<kScaled, T>(product, part, n, c);
-  if (m < product.weight.n) product_of<kScaled, T>(product, part, m, d);
+  if (m < w.n) product_of<kScaled, T>(product, part, m, d);
 }
 
 template <typename T, typename Bias>

@@ -55,6 +55,13 @@ struct ColumnScales {
   }
 };
 
+// where few rows' operands and scales lie: `block` and `scale_block` lead from one 128 of K to the next
+struct FewRows {
+  const Operand* a;
+  const float* scale;
+  int64_t block, scale_block;
+};
+
 // element (n, k) of one group of a packed weight with `all` rows
 template <typename T>
 inline T packed_element(const T* data, int64_t all, int64_t padded, int64_t n, int64_t k) {

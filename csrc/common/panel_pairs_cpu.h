@@ -272,13 +272,6 @@ void multiply(const Operand* a, const Columns& columns, int64_t pairs, const flo
 template <typename T>
 constexpr int kFewRows = sizeof(T) == 2 ? 3 : 2;
 
-// where few rows' operands and scales lie: `block` and `scale_block` lead from one 128 of K to the next
-struct FewRows {
-  const Operand* a;
-  const float* scale;
-  int64_t block, scale_block;
-};
-
 // Few rows against two panels of packed bfloat16: eight strips are read to their end side by side, as one stream alone
 // does not keep the memory busy. c and d [R][64]
 template <int R>
