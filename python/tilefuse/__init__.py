@@ -33,6 +33,7 @@ from .ops.loss.policy_loss import policy_loss
 from .ops.loss.preference_loss import preference_loss, sequence_logp
 from .ops.lowbit.fake_quantize import fake_quantize
 from .ops.lowbit.int8_matmul import int8_matmul
+from .ops.lowbit.lowbit_matmul import lowbit_matmul
 from .ops.lowbit.quantize import int_dequantize, int_quantize
 from .ops.mla.merge_attention import merge_attention
 from .ops.mla.mla_absorb_query import mla_absorb_query
@@ -91,6 +92,7 @@ __all__ = [
     "linear_logprobs",
     "linear_topk_distillation",
     "logprobs",
+    "lowbit_matmul",
     "merge_attention",
     "merge_logprobs",
     "mla_absorb_query",
