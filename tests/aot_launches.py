@@ -164,8 +164,9 @@ def calls(batch: int, length: int, window: int) -> Iterator[tuple[str, Any]]:
     yield "fp8/rms_norm_quantize", call("rms_norm_quantize", tokens(256), tensor("bf16", 256), tokens(256))
     yield "fp8/silu_mul_quantize", call("silu_mul_quantize", tokens(512))
 
-    weight = tensor("i8", 512, 256), tensor("fp32", 512, 2)
-    yield "lowbit/int8_matmul", call("int8_matmul", tokens(256, dtype="i8"), tokens(2, dtype="fp32"), *weight)
+    byte, few = (tensor("i8", 512, 256), tensor("fp32", 512, 2)), (tensor("u8", 512, 128), tensor("bf16", 512, 2))
+    yield "lowbit/int8_matmul", call("int8_matmul", tokens(256, dtype="i8"), tokens(2, dtype="fp32"), *byte)
+    yield from (("lowbit/lowbit_matmul", call("lowbit_matmul", x(256), *few, activation=a)) for a in ("float", "int8"))
     groups = {"bits": 4, "group_size": 64}
     values = tokens(4, dtype="fp32"), tokens(4, dtype="u8")
     yield "lowbit/quantize", call("int_quantize", tokens(256), **groups)

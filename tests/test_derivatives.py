@@ -22,6 +22,7 @@ FORWARD = {
     ("grouped_matmul", "a"),
     ("grouped_matmul", "b"),
     ("grouped_matmul", "bias"),
+    ("lowbit_matmul", "x"),
     ("mla_absorb_query", "q"),
     ("mla_expand_kv", "latent"),
     ("moe_apply_capacity", "weights"),

@@ -125,6 +125,10 @@ CASES = {
         lambda b, s: (draw(b, s, 16), draw(60, 16), draw(b, s, 4), draw(b, s, 60).topk(4).indices, integers(60, b, s)),
         {},
     ),
+    "lowbit_matmul": (
+        lambda b, s: (draw(b, s, 40), *tilefuse.int_quantize(draw(24, 40), bits=4, group_size=32), integers(40, 40)),
+        {"group_size": 32},
+    ),
     "logprobs": (lambda b, s: (draw(b, s, 60), integers(60, b, s)), {}),
     "mla_absorb_query": (
         lambda b, s: (draw(b * s, HEADS, 24), draw(HEADS, 16, 32), *tables(8), integers(s, b * s)),

@@ -22,7 +22,7 @@ struct LowbitCall {
   Dtype out_dtype;
   const void* x;  // [M, K]
   Dtype x_dtype;
-  const float* x_scale;  // [M, G] of int8 x
+  const float* x_scale;                                       // [M, G] of int8 x
   int64_t k, x_stride, x_scale_stride, groups, group, spans;  // `spans` of all groups
   const CodeRun* runs;
   int64_t count, depth;  // runs, and operands of one row in all of them
@@ -55,7 +55,8 @@ TILEFUSE_INLINE FloatLanes multiply_add(FloatLanes a, FloatLanes b, FloatLanes c
 #endif
 }
 
-// code - zero of one element of a unit; `offset`: what 8-bit codes have too much. kCentred: 4-bit codes whose zero is 8.
+// code - zero of one element of a unit; `offset`: what 8-bit codes have too much. kCentred: 4-bit codes whose zero
+// is 8.
 template <int kBits, int kElement, bool kCentred>
 TILEFUSE_INLINE FloatLanes level(const UnitCodes<kBits>& codes, FloatLanes zero, uint32_t offset) {
   const Lanes code = UnitCodes<kBits>::template loose<kElement>(codes);
@@ -86,8 +87,8 @@ TILEFUSE_INLINE void each_level(const UnitCodes<kBits> (&codes)[kVectors], const
 
 // calls body(element of the run, code - zero of it in kVectors vectors of columns from n on)
 template <int kBits, bool kCentred, typename Body>
-TILEFUSE_INLINE void each_element(const CodeRun& run, const uint32_t* words, const float* zeros, uint32_t offset, int64_t n,
-                                  const Body& body) {
+TILEFUSE_INLINE void each_element(const CodeRun& run, const uint32_t* words, const float* zeros, uint32_t offset,
+                                  int64_t n, const Body& body) {
   FloatLanes zero[kVectors];
   for (int j = 0; j < kVectors; ++j) zero[j] = load_floats(zeros + n + j * kLanes);
   for (int64_t u = 0; u < run.units; ++u) {
@@ -95,9 +96,8 @@ TILEFUSE_INLINE void each_element(const CodeRun& run, const uint32_t* words, con
     for (int j = 0; j < kVectors; ++j) codes[j] = UnitCodes<kBits>::load(words + n + j * kLanes, run.unit + u);
     each_level<kBits, kCentred>(
         codes, zero, offset,
-        [&](int element, const FloatLanes(&levels)[kVectors]) __attribute__((always_inline)) {
-          body(u * kUnit + element, levels);
-        },
+        [&](int element, const FloatLanes(&levels)[kVectors])
+            __attribute__((always_inline)) { body(u * kUnit + element, levels); },
         std::make_integer_sequence<int, kUnit>{});
   }
 }
@@ -175,18 +175,21 @@ void multiply_run(const CodeRun& run, const Room& room, uint32_t offset, const f
       for (int64_t n = 0; n < kPanelColumns; n += kSlice) {
         GroupSums<R> sums;
         GroupSums<R>::load(sums, run.opens, room.sum, n);
-        each_element<kBits, kCentred>(run, room.words, zeros, offset, n, [&](int64_t k, const FloatLanes(&levels)[kVectors]) __attribute__((always_inline)) {
-          GroupSums<R>::add(sums, x + k, depth, levels);
-        });
+        each_element<kBits, kCentred>(
+            run, room.words, zeros, offset, n,
+            [&](int64_t k, const FloatLanes(&levels)[kVectors])
+                __attribute__((always_inline)) { GroupSums<R>::add(sums, x + k, depth, levels); });
         GroupSums<R>::store(sums, run.closes_group, scales, n, room.sum, room.total);
       }
     });
     return;
   }
   for (int64_t n = 0; n < kPanelColumns; n += kSlice) {
-    each_element<kBits, kCentred>(run, room.words, zeros, offset, n, [&](int64_t k, const FloatLanes(&levels)[kVectors]) __attribute__((always_inline)) {
-      for (int j = 0; j < kVectors; ++j) store_floats(room.panel + k * kPanelColumns + n + j * kLanes, levels[j]);
-    });
+    each_element<kBits, kCentred>(run, room.words, zeros, offset, n,
+                                  [&](int64_t k, const FloatLanes(&levels)[kVectors]) __attribute__((always_inline)) {
+                                    for (int j = 0; j < kVectors; ++j)
+                                      store_floats(room.panel + k * kPanelColumns + n + j * kLanes, levels[j]);
+                                  });
   }
   for_tiles(count, [&](int64_t r, auto height) {
     constexpr int R = decltype(height)::kCount;
@@ -301,8 +304,8 @@ void values_of_panel(const LowbitCall& call, int64_t n, float shift, const Room&
   }
 }
 
-// Calls body(part's first row, rows, first column) with room.total = 0, and stores what it leaves there. `shift`: what is
-// added to zeros.
+// Calls body(part's first row, rows, first column) with room.total = 0, and stores what it leaves there. `shift`: what
+// is added to zeros.
 template <typename Body>
 void each_part(const LowbitCall& call, int64_t parts, float shift, const Room& room, int64_t begin, int64_t end,
                const Body& body) {
@@ -339,15 +342,16 @@ void multiply_parts(const LowbitCall& call, int64_t parts, const Room& room, int
 template <int kBits>
 void multiply_parts_int8(const LowbitCall& call, int64_t parts, const Room& room, int64_t begin, int64_t end) {
   if (call.spans != call.groups) std::memset(room.wide, 0, Room::kCells * sizeof(int64_t));
-  each_part(call, parts, call.codes.is_signed ? 128.0f : 0.0f, room, begin, end, [&](int64_t r, int64_t count, int64_t n) {
-    for (int64_t i = 0; i < call.count; ++i) {
-      const CodeRun& run = call.runs[i];
-      if (run.opens_line) load_line(call.codes, n, run.line, room.words);
-      const IntegerOperand* x =
-          static_cast<const IntegerOperand*>(call.operands) + run.start * call.rows + r * run.units * kUnit;
-      multiply_run_int8<kBits>(call, run, room, x, r, count);
-    }
-  });
+  each_part(call, parts, call.codes.is_signed ? 128.0f : 0.0f, room, begin, end,
+            [&](int64_t r, int64_t count, int64_t n) {
+              for (int64_t i = 0; i < call.count; ++i) {
+                const CodeRun& run = call.runs[i];
+                if (run.opens_line) load_line(call.codes, n, run.line, room.words);
+                const IntegerOperand* x =
+                    static_cast<const IntegerOperand*>(call.operands) + run.start * call.rows + r * run.units * kUnit;
+                multiply_run_int8<kBits>(call, run, room, x, r, count);
+              }
+            });
 }
 
 // the elements of K that a run covers, its group's, as places in the run
@@ -404,8 +408,7 @@ void lowbit_unpack_rows_int8(const LowbitCall& call, int64_t begin, int64_t end)
     const Covered place = covered(call, run);
     for (int64_t r = begin; r < end; ++r) {
       const int8_t* from = static_cast<const int8_t*>(call.x) + (call.first + r) * call.x_stride + place.first;
-      IntegerOperand* to =
-          static_cast<IntegerOperand*>(call.operands) + run.start * call.rows + r * run.units * kUnit;
+      IntegerOperand* to = static_cast<IntegerOperand*>(call.operands) + run.start * call.rows + r * run.units * kUnit;
       switch (call.codes.bits) {
         case 4:
           unpack_run_int8<4>(from, place, to);
@@ -519,8 +522,12 @@ LowbitCall call_of(const Tensor& x, const Tensor& q, const Tensor& scale, const 
                    const OptionalTensor& bias, int64_t bits, int64_t group_size, Tensor& out) {
   LowbitCall call{};
   const bool is_signed = q.scalar_type() == ScalarType::Char;
-  call.codes = {static_cast<const uint8_t*>(q.const_data_ptr()), q.size(0), stride_or_zero(q, 0), q.size(1),
-                static_cast<int32_t>(bits), is_signed};
+  call.codes = {static_cast<const uint8_t*>(q.const_data_ptr()),
+                q.size(0),
+                stride_or_zero(q, 0),
+                q.size(1),
+                static_cast<int32_t>(bits),
+                is_signed};
   call.scale = group_values_of(scale);
   if (zero) call.zero = group_values_of(*zero);
   call.middle = is_signed ? 0 : 1 << (bits - 1);

@@ -1,8 +1,8 @@
 // Codes of 8, 6 and 4 bits of a panel of columns on the CPU, a column in each lane.
 //
 // Rows of codes are read a line at a time and transposed as 32-bit words, [16 words][64 columns], before anything is
-// unpacked: shifts and masks of a word then serve as many columns as a vector has lanes. What is unpacked at a time is a
-// unit, 8 elements of K. Codes are unsigned: 8-bit ones that are signed get 128 more, as do their zeros.
+// unpacked: shifts and masks of a word then serve as many columns as a vector has lanes. What is unpacked at a time is
+// a unit, 8 elements of K. Codes are unsigned: 8-bit ones that are signed get 128 more, as do their zeros.
 #pragma once
 
 #include "lowbit/lanes_cpu.h"
@@ -28,8 +28,8 @@ static inline int64_t line_units(int32_t bits) { return bits == 4 ? 16 : 8; }
 
 static inline int64_t line_bytes(int32_t bits) { return line_units(bits) * bits; }
 
-// Units of one group, and of one line, that are multiplied at a time. Units at the ends of a group that does not begin and
-// end with units belong to two groups; where a run's rows are unpacked, they are 0 outside of the group.
+// Units of one group, and of one line, that are multiplied at a time. Units at the ends of a group that does not begin
+// and end with units belong to two groups; where a run's rows are unpacked, they are 0 outside of the group.
 struct CodeRun {
   int64_t group;
   int64_t line, unit, units;  // units [unit, unit + units) of the line

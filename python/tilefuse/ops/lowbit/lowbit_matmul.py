@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,11 +66,11 @@ def check_bias(name: str, bias: Tensor, n: int, like: Tensor) -> None:
     errors.check_not_differentiated(name, "only x has a gradient", bias=bias)
 
 
-def _fake(x: Tensor, q: Tensor, *rest: object) -> Tensor:
+def _fake(x: Tensor, q: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], q.shape[0]), dtype=rest[-1])
 
 
-def _fake_int8(x: Tensor, _x_scale: Tensor, q: Tensor, *rest: object) -> Tensor:
+def _fake_int8(x: Tensor, _x_scale: Tensor, q: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((x.shape[0], q.shape[0]), dtype=rest[-1])
 
 
@@ -159,8 +161,8 @@ def lowbit_matmul(
     Any sizes, also 0 (K = 0 gives the bias). NaN and infinities of x stay in their row, with ``activation="int8"`` they
     are what ``int_quantize`` makes of them.
 
-    Gradients: for x, once, with ``activation="float"``: the upstream gradient times the dequantised weight in x's dtype;
-    a weight of that size is held meanwhile. None for the weight, its scales and the bias, which must not require any.
+    Gradients: for x, once, with ``activation="float"``: the upstream gradient times the weight dequantised to x's
+    dtype, which is held meanwhile. None for the weight, its scales and the bias, which must not require any.
     Deterministic; batch-invariant on the CPU, on GPUs for calls that take the same tile.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ....ops.lowbit.quantize import int_quantize
+from ....reference.lowbit.quantize import int_quantize_fwd
 from ...sample import Sample
 
 
@@ -26,7 +26,7 @@ def operands(
     """x, and q, scale and zero of a weight; ``zero``: "none", "uint8" (asymmetric codes) or "float"."""
     generator = torch.Generator().manual_seed(seed)
     x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
-    q, scale, middle = int_quantize(weight, bits=bits, group_size=group_size, symmetric=zero == "none")
+    q, scale, middle = int_quantize_fwd(weight, bits, group_size, zero == "none", 1e-12)
     zeros = None if zero == "none" else middle.to(device)
     if zero == "float":
         zeros = (middle + torch.rand(middle.shape, generator=generator)).to(device)
@@ -38,8 +38,8 @@ def _samples(device: torch.device) -> Iterator[Sample]:
     yield Sample((*operands(3, 17, 40, device, zero="uint8"), perm, bias), {"group_size": 32}, name="perm_bias")
     whole = operands(5, 33, 64, device, bits=8, group_size=0)
     yield Sample(whole, {"bits": 8, "group_size": 0, "out_dtype": torch.float32}, name="int8_weight")
-    of_rows = operands(2, 9, 24, device, bits=6, group_size=8, zero="uint8")
-    yield Sample(of_rows, {"bits": 6, "group_size": 8, "activation": "int8"}, name="int8_rows")
+    pairs = operands(2, 9, 24, device, bits=6, group_size=8, zero="uint8")
+    yield Sample(pairs, {"bits": 6, "group_size": 8}, name="int6_weight")
     yield Sample(operands(7, 66, 130, device, torch.float32, zero="float"), {"group_size": 32}, name="float_zeros")
 
 
