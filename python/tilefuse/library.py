@@ -351,13 +351,13 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Refused(torch.autograd.Function):
-    """The identity, whose derivative raises."""
+    """The identity, whose derivative raises, in the ``inputs`` first tensors too."""
 
     @staticmethod
-    def forward(ctx: Any, message: str, _anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, message: str, inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.message = message
         with torch._C._AutoDispatchBelowAutograd(), _recording():
-            return tuple(t.view_as(t) for t in tensors)
+            return tuple(t.view_as(t) for t in tensors[inputs:])
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -385,13 +385,14 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def _refuse(message: str, inputs: Sequence[Any], outputs: Any) -> Any:
     """The same outputs, but differentiating them raises if any of the inputs requires grad."""
-    anchor = next((t for t in inputs if isinstance(t, Tensor) and t.requires_grad), None)
-    if anchor is None:
+    # all of them: a derivative in one does not pass the others
+    anchors = [t for t in inputs if isinstance(t, Tensor) and t.requires_grad]
+    if not anchors:
         return outputs
     listed = outputs if isinstance(outputs, tuple) else (outputs,)
     at = [i for i, t in enumerate(listed) if isinstance(t, Tensor) and t.is_floating_point()]
     marked = list(listed)
-    for i, t in zip(at, _apply(_Refused, message, anchor, *(listed[i] for i in at))):
+    for i, t in zip(at, _apply(_Refused, message, len(anchors), *anchors, *(listed[i] for i in at))):
         marked[i] = t
     return tuple(marked) if isinstance(outputs, tuple) else marked[0]
 
@@ -556,7 +557,8 @@ def op(
         name = function.__name__
         LIBRARY.impl(name, composite if schema.endswith("-> ()") else function, "CompositeImplicitAutograd")
         reason = not_repeated if kernels else "made of PyTorch calls"
-        called = function if reason else _repeating(function, bool(mutates))
+        called = _distinct(function) if differentiable and not mutates else function
+        called = called if reason else _repeating(called, bool(mutates))
         _ops[name] = Op(
             name,
             module.split("/")[0],
@@ -571,6 +573,25 @@ def op(
         return called
 
     return register
+
+
+def _distinct(function: Function) -> Function:
+    """The function; in a compiled graph a tensor that is given twice is another one, a view, the second time.
+
+    There torch's ``autograd.Function`` takes no tensor twice.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not _compiled():
+            return function(*args, **kwargs)
+        given: list[Any] = []
+        for value in (*args, *kwargs.values()):
+            again = isinstance(value, Tensor) and any(value is other for other in given)
+            given.append(value.view_as(value) if again else value)
+        return function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :])))
+
+    return call  # pyright: ignore[reportReturnType]
 
 
 def _repeating(function: Function, writes: bool) -> Function:

@@ -51,14 +51,15 @@ class _WithGradients(torch.autograd.Function):
         losses, *gradients = linear_cross_entropy_fwd(
             x, weight, target, bias, class_weight, factors / power, power, *options, *needs
         )
-        ctx.save_for_backward(*(g if need else None for g, need in zip(gradients, needs)))
+        # the operands too: a derivative of these gradients, which is refused, would be one of them
+        ctx.save_for_backward(*(g if need else None for g, need in zip(gradients, needs)), x, weight, bias)
         return torch.where(factors == 0, 0.0, losses * factors).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
         # never in place: there may be a second backward
-        dx, dweight, dbias = (None if g is None else (g * dout).to(g.dtype) for g in ctx.saved_tensors)
+        dx, dweight, dbias = (None if g is None else (g * dout).to(g.dtype) for g in ctx.saved_tensors[:3])
         return dx, dweight, None, dbias, *(None,) * 7
 
 
