@@ -287,6 +287,41 @@ def test_calls_without_labels_and_compiled_ones_are_stock():
     assert model.lm_head.weight.grad.any()
 
 
+def test_hooks_that_would_not_see_the_loss_raise():
+    """Stock's logits lie on the way from the loss to the weights; these do not."""
+    model, ids = build("llama"), tokens()
+    patch(model, loss=True)
+    logits = model(ids, labels=ids).logits
+    for hooked in (lambda: logits.register_hook(lambda gradient: None), logits.retain_grad):
+        with pytest.raises(NotImplementedError, match="would not see the loss"):
+            hooked()
+    # without a loss there is nothing to miss
+    logits = model(ids).logits
+    logits.retain_grad()
+    logits.sum().backward()
+    assert logits.grad.eq(1).all()
+
+
+@pytest.mark.parametrize("path", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_gradient_penalty_raises(path):
+    model, ids = build("llama"), tokens()
+    patch(model, loss=True, norm=True)
+    parameter = model.get_parameter(path)
+    (first,) = torch.autograd.grad(model(ids, labels=ids).loss, parameter, create_graph=True)
+    with pytest.raises(NotImplementedError, match="this is a second derivative"):
+        torch.autograd.grad(first.square().sum(), parameter, allow_unused=True)
+
+
+def test_a_number_of_items_with_dims():
+    model, ids = build("llama"), tokens()
+    expected = model(ids, labels=ids, num_items_in_batch=torch.tensor([7])).loss
+    report = patch(model, loss=True)
+    found = model(ids, labels=ids, num_items_in_batch=torch.tensor([7])).loss
+    assert found.shape == expected.shape == (1,)
+    torch.testing.assert_close(found, expected)
+    assert "stock loss: num_items_in_batch with dims" in report.calls()[""]
+
+
 def test_labels_by_position():
     model = build("llama")
     expected = model(tokens(), labels=tokens()).loss

@@ -52,6 +52,21 @@ class LazyLogits(LazyTensor):
         # through the dispatcher, so that the gradient knows
         Tensor.__setitem__(self, index, value)
 
+    def register_hook(self, hook: Any) -> Any:
+        return self._on_the_path("a hook") or super().register_hook(hook)
+
+    def retain_grad(self) -> None:
+        self._on_the_path("retain_grad()")
+        super().retain_grad()
+
+    def _on_the_path(self, what: str) -> None:
+        """Raises where a loss may have gone around the logits: their gradient would lack its part."""
+        if self.says is not None:
+            raise NotImplementedError(
+                f"tilefuse: {what} of logits would not see the loss, which patch(loss=True) makes without them: leave "
+                "out the labels, or patch without loss=True"
+            )
+
     def derive(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         head: Head | None = self.says
         if head is None:

@@ -116,8 +116,10 @@ def loss_function(
     """``ForCausalLMLoss``."""
     head = head_of(logits)
     target = labels if shift_labels is None else shift_labels
-    if head is None or logits.shape[-1] != vocab_size or target.numel() != logits.shape[:-1].numel():
-        why = _armed.why or "logits that were looked at"
+    # a loss divided by a tensor with dims has them
+    dims = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.dim() > 0
+    if head is None or dims or logits.shape[-1] != vocab_size or target.numel() != logits.shape[:-1].numel():
+        why = _armed.why or ("num_items_in_batch with dims" if dims else "logits that were looked at")
         calls.count(self, f"stock loss: {why}")
         more = {"ignore_index": ignore_index, "shift_labels": shift_labels, **kwargs}
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **more)
