@@ -129,9 +129,13 @@ def test_states_and_targets_of_different_shapes(where):
     loss = MTPLoss(H, V, device=where)
     with pytest.raises(ValueError, match=r"x must be the states of one prediction at least, got \[\]"):
         loss([], ids(9).to(where))
-    for shape in ((2, 8, H), (9, H)):
-        with pytest.raises(ValueError, match=r"linear_cross_entropy: target must be .* int32 or int64"):
-            loss(torch.zeros(shape, device=where), ids(9).to(where))
+    right = torch.zeros(9, H, device=where)
+    for x in (torch.zeros(2, 8, H), torch.zeros(9, H), [right, right[:8]], [right, right[:, 1:]], [right, right[None]]):
+        x = x.to(where) if isinstance(x, torch.Tensor) else x
+        with pytest.raises(
+            ValueError, match=r"nn.MTPLoss: x must be \[1 \+ D, 9, H\], or 1 \+ D of \[9, H\], for this"
+        ):
+            loss(x, ids(9).to(where))
 
 
 def test_a_negative_weight():

@@ -53,7 +53,7 @@ class MTPLoss(LinearCrossEntropy):
 
     Raises:
         ValueError, TypeError: as ``tilefuse.linear_cross_entropy`` and ``tilefuse.mtp_targets``; a negative mtp_weight;
-            an x without states.
+            an x without states, or of another shape than target.
 
     Example::
 
@@ -107,6 +107,10 @@ class MTPLoss(LinearCrossEntropy):
     ) -> Tensor:
         if len(x) == 0:
             errors.value_error(_NAME, "x", "the states of one prediction at least", x)
+        for state in x:
+            if state.shape[:-1] != target.shape or state.shape[-1:] != x[0].shape[-1:]:
+                shape = ", ".join(map(str, (*target.shape, "H")))
+                errors.value_error(_NAME, "x", f"[1 + D, {shape}], or 1 + D of [{shape}], for this target", x)
         states = x if isinstance(x, Tensor) else torch.stack([*x])
         depth = states.shape[0] - 1
         further = mtp_targets(target, depth, cu_seqlens, ignore_index=self.ignore_index)

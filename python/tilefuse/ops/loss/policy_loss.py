@@ -186,8 +186,8 @@ def policy_loss(
 
     K, with ``e = ref_logp - logp``: ``kl="k1"`` -e; ``"k2"`` e^2 / 2; ``"k3"`` e^e - e - 1 (the exponential of e, not
     of d), accurate where both policies nearly agree; ``"k3+"`` the value of k3 with the gradient of k2, whose
-    expectation is that of the KL divergence. ``kl_weighted`` multiplies it by the token's ratio, through which it is
-    differentiated too (DeepSeek-V3.2).
+    expectation is that of the KL divergence. ``kl_weighted`` multiplies it by the token's own ratio e^d, at every
+    level, through which it is differentiated too (DeepSeek-V3.2).
 
     ``log_ratio_limit`` clamps d and e to +-limit, with no gradient outside, before any exponential; 0: no limit. At
     level ``"sequence"`` it clamps d's mean.
