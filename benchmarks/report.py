@@ -442,8 +442,10 @@ def labels(lines: Sequence[Line], cases: bool = False) -> list[str]:
 def op_table(ops: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The README's table of ops: what the result lines hold, and the exceptions that the registry knows."""
     by_name = sorted(ops.items(), key=lambda item: (item[1].module.split("/")[0], item[0]))
-    table = [[f"`{name}`", _best_of_op(name, lines), _exceptions(op)] for name, op in by_name]
-    return markdown_table(["op", "speed against the fastest peer", "exceptions"], table) + "\n"
+    devices = by_device(lines) or [[]]
+    titles = ["speed against the fastest peer"] if len(devices) == 1 else [of[0]["device"] for of in devices]
+    table = [[f"`{name}`", *(_best_of_op(name, of) for of in devices), _exceptions(op)] for name, op in by_name]
+    return markdown_table(["op", *titles, "exceptions"], table) + "\n"
 
 
 def _exceptions(op: Any) -> str:
@@ -464,17 +466,12 @@ def _exceptions(op: Any) -> str:
 
 
 def _best_of_op(name: str, lines: Sequence[Line]) -> str:
-    """Range of speed-ups over the best peer and which peers these are, by device."""
-    parts = []
-    usable = [line for line in lines if line["op"] == name and line["status"] == "ok" and best_peer(line)]
-    devices = sorted({line["device"] for line in usable})
-    several = len({line["device"] for line in lines}) > 1
-    for device in devices:
-        best = [best_peer(line) for line in usable if line["device"] == device]
-        span = _span([ratio for _, ratio in best])
-        peers = " and ".join(dict.fromkeys(peer for peer, _ in best))
-        parts.append(f"{span} {peers}" + (f" ({device})" if several else ""))
-    return "; ".join(parts) or "not measured"
+    """Range of speed-ups over the best peer on one device, and which peers these are."""
+    usable = [line for line in lines if line["op"] == name and line["status"] == "ok"]
+    best = [found for found in map(best_peer, usable) if found]
+    if not best:
+        return "not measured"
+    return f"{_span([ratio for _, ratio in best])} {' and '.join(dict.fromkeys(peer for peer, _ in best))}"
 
 
 def _span(ratios: Sequence[float]) -> str:

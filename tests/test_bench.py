@@ -713,6 +713,12 @@ def test_op_table_says_which_peer(monkeypatch):
     (row,) = [row for row in report.op_table(tilefuse.ops(), lines).splitlines() if f"`{name}`" in row]
     assert "1.5x to 3.0x torch.compile and eager" in row
     assert report.op_table(tilefuse.ops(), []).count("not measured") == len(tilefuse.ops())
+    # a column for each machine, whose header is not repeated in the cells
+    lines.append(line_of(op=name, device="CPU Y", peers={"eager": {"speedup": 0.9}}))
+    header, _, *rows = report.op_table(tilefuse.ops(), lines).splitlines()
+    assert header == "| op | CPU X, 2 threads | CPU Y | exceptions |"
+    (row,) = [row for row in rows if f"`{name}`" in row]
+    assert "| 1.5x to 3.0x torch.compile and eager | 0.90x eager |" in row
 
 
 def test_op_table_says_where_some_kernels_of_an_op_are_missing():
