@@ -28,8 +28,8 @@ def asked(recorded: Launch) -> Launch:
     """What ``JITFunction.run`` compiles for real tensors of the same layout."""
 
     def real(x: torch.Tensor) -> torch.Tensor:
-        size = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1
-        return torch.empty(size, dtype=x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+        size = sum((n - 1) * s for n, s in zip(x.shape, x.stride())) + 1 if x.numel() else 0
+        return torch.empty(x.storage_offset() + size, dtype=x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
 
     compiled = []
 

@@ -19,6 +19,11 @@ def scaled_int_mm(a, a_scale, b, b_scale):
     return (product(a, b.t()).float() * (a_scale[:, None] * b_scale)).bfloat16()
 
 
+def eager(a, a_scale, b, b_scale):
+    """The same bits without integers: sums in float64 are exact."""
+    return ((a.double() @ b.double().t()).float() * (a_scale[:, None] * b_scale)).bfloat16()
+
+
 def dequantised(dtype):
     """The operands of an ordinary linear."""
 
@@ -54,6 +59,7 @@ def cases() -> Iterator[Case]:
                 exact=True,
                 upcast=(),
                 peers={
+                    "eager": eager,
                     # on a GPU cuBLASLt takes no fewer rows than 17
                     "torch._int_mm, scaled": Peer(scaled_int_mm, devices=("cpu", "cuda") if m > 16 else ("cpu",)),
                     "bfloat16 linear": Peer(F.linear, prepare=dequantised(torch.bfloat16), yardstick=True),

@@ -85,6 +85,7 @@ def cases() -> Iterator[Case]:
                 upcast=(),
                 naive=naive(bits),
                 peers={
+                    "eager": naive(bits),
                     "torch int4" if bits == 4 else "torch int8": int4_peer() if bits == 4 else int8_peer(),
                     "bfloat16 linear": Peer(
                         F.linear,
