@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/panel_operands_cpu.h"
+#include "common/transpose_cpu.h"
 
 namespace tilefuse {
 namespace TILEFUSE_ISA {
@@ -39,22 +40,29 @@ constexpr int64_t kPairsOf = 2 / sizeof(T);
 
 inline void pairs_of(const bf16* from, Pairs* pairs) { std::memcpy(pairs, from, sizeof(Pairs)); }
 
+// the low and the high bytes of the bfloat16 of subnormal codes
+alignas(16) constexpr uint8_t kSubnormals[2][16] = {{0, 0, 0x80, 0xc0, 0, 0x20, 0x40, 0x60},
+                                                    {0, 0x3b, 0x3b, 0x3b, 0x3c, 0x3c, 0x3c, 0x3c}};
+// codes of four of K for each of four rows, to the order in which they give pairs
+alignas(16) constexpr uint8_t kByPairs[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+
 #if defined(__AVX512BW__)
+
+// the same 16 bytes in each 16
+inline __m512i sixteen(const uint8_t* bytes) {
+  return _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
 
 // 64 codes to the first and the last eight of each 16, as pairs
 inline void decode_pairs(__m512i codes, Pairs* pairs) {
-  const __m512i subnormals_low =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
-  const __m512i subnormals_high =
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 59, 59, 59, 60, 60, 60, 60, 0, 0, 0, 0, 0, 0, 0, 0));
   // the two bytes of the bfloat16: exponent and mantissa moved down by 3, the exponent's bias by 120
   __m512i low = _mm512_and_si512(_mm512_slli_epi16(codes, 4), _mm512_set1_epi8(-16));
   __m512i high =
       _mm512_add_epi8(_mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(7)), _mm512_set1_epi8(60));
   const __mmask64 subnormal = _mm512_testn_epi8_mask(codes, _mm512_set1_epi8(0x78));
   const __m512i place = _mm512_and_si512(codes, _mm512_set1_epi8(7));
-  low = _mm512_mask_shuffle_epi8(low, subnormal, subnormals_low, place);
-  high = _mm512_mask_shuffle_epi8(high, subnormal, subnormals_high, place);
+  low = _mm512_mask_shuffle_epi8(low, subnormal, sixteen(kSubnormals[0]), place);
+  high = _mm512_mask_shuffle_epi8(high, subnormal, sixteen(kSubnormals[1]), place);
   const __mmask64 nan = _mm512_cmpeq_epi8_mask(_mm512_or_si512(codes, _mm512_set1_epi8(-128)), _mm512_set1_epi8(-1));
   low = _mm512_mask_mov_epi8(low, nan, _mm512_set1_epi8(-64));
   high = _mm512_mask_mov_epi8(high, nan, _mm512_set1_epi8(127));
@@ -66,30 +74,25 @@ inline void decode_pairs(__m512i codes, Pairs* pairs) {
 
 inline void pairs_of(const uint8_t* from, Pairs* pairs) { decode_pairs(_mm512_loadu_si512(from), pairs); }
 
-// codes of four of K for each row, to the order in which decode_pairs takes them
 inline __m512i by_pairs(Pairs quads) {
-  return _mm512_shuffle_epi8(
-      reinterpret_cast<__m512i>(quads),
-      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+  return _mm512_shuffle_epi8(reinterpret_cast<__m512i>(quads), sixteen(kByPairs));
 }
-
-inline void transpose(Pairs* r) { transpose16(reinterpret_cast<__m512i*>(r)); }
 
 #elif defined(__AVX2__)
 
+inline __m256i sixteen(const uint8_t* bytes) {
+  return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
 // 32 codes, likewise
 inline void decode_pairs(__m256i codes, Pairs* pairs) {
-  const __m256i subnormals_low =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, -128, -64, 0, 32, 64, 96, 0, 0, 0, 0, 0, 0, 0, 0));
-  const __m256i subnormals_high =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 59, 59, 59, 60, 60, 60, 60, 0, 0, 0, 0, 0, 0, 0, 0));
   __m256i low = _mm256_and_si256(_mm256_slli_epi16(codes, 4), _mm256_set1_epi8(-16));
   __m256i high =
       _mm256_add_epi8(_mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(7)), _mm256_set1_epi8(60));
   const __m256i subnormal = _mm256_cmpeq_epi8(_mm256_and_si256(codes, _mm256_set1_epi8(0x78)), _mm256_setzero_si256());
   const __m256i place = _mm256_and_si256(codes, _mm256_set1_epi8(7));
-  low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(subnormals_low, place), subnormal);
-  high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(subnormals_high, place), subnormal);
+  low = _mm256_blendv_epi8(low, _mm256_shuffle_epi8(sixteen(kSubnormals[0]), place), subnormal);
+  high = _mm256_blendv_epi8(high, _mm256_shuffle_epi8(sixteen(kSubnormals[1]), place), subnormal);
   const __m256i nan = _mm256_cmpeq_epi8(_mm256_or_si256(codes, _mm256_set1_epi8(-128)), _mm256_set1_epi8(-1));
   low = _mm256_blendv_epi8(low, _mm256_set1_epi8(-64), nan);
   high = _mm256_blendv_epi8(high, _mm256_set1_epi8(127), nan);
@@ -103,29 +106,7 @@ inline void pairs_of(const uint8_t* from, Pairs* pairs) {
 }
 
 inline __m256i by_pairs(Pairs quads) {
-  return _mm256_shuffle_epi8(
-      reinterpret_cast<__m256i>(quads),
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
-}
-
-// [8][8] of 32 bits to their transpose
-inline void transpose(Pairs* rows) {
-  __m256i* r = reinterpret_cast<__m256i*>(rows);
-  __m256i t[8], u[8];
-  for (int i = 0; i < 8; i += 2) {
-    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    u[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
-    u[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
-    u[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
-    u[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
-    r[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
-  }
+  return _mm256_shuffle_epi8(reinterpret_cast<__m256i>(quads), sixteen(kByPairs));
 }
 
 #else
@@ -141,16 +122,6 @@ inline void pairs_of(const uint8_t* from, Pairs* pairs) {
   std::memcpy(pairs, both, sizeof(both));
 }
 
-inline void transpose(Pairs* r) {
-  for (int i = 0; i < kLanes; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const uint32_t kept = r[i][j];
-      r[i][j] = r[j][i];
-      r[j][i] = kept;
-    }
-  }
-}
-
 #endif
 
 // K that a vector of one row covers
@@ -160,7 +131,7 @@ constexpr int64_t kStep = sizeof(Pairs) / sizeof(T);
 // pairs [kStep / 2] of the next kStep of K, of as many rows of the weight as there are lanes; zeros past `rows` and
 // `count`
 template <typename T>
-inline void load_rows(const T* w, int64_t stride, int64_t rows, int64_t count, Pairs* out) {
+inline void load_rows(const T* w, int64_t stride, int64_t rows, int64_t count, Pairs (&out)[kLanes]) {
   if (rows >= kLanes && count >= kStep<T>) {
     for (int64_t i = 0; i < kLanes; ++i) std::memcpy(out + i, w + i * stride, sizeof(Pairs));
   } else {
@@ -173,7 +144,7 @@ inline void load_rows(const T* w, int64_t stride, int64_t rows, int64_t count, P
   transpose(out);
 }
 
-inline void load_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t count, Pairs* pairs) {
+inline void load_pairs(const bf16* w, int64_t stride, int64_t rows, int64_t count, Pairs (&pairs)[kLanes]) {
   load_rows(w, stride, rows, count, pairs);
 }
 
@@ -184,9 +155,9 @@ inline void load_pairs(const uint8_t* w, int64_t stride, int64_t rows, int64_t c
   for (int i = 0; i < kLanes; ++i) decode_pairs(by_pairs(quads[i]), pairs + 2 * i);
 #else
   for (int i = 0; i < kLanes; ++i) {
-    uint8_t codes[4 * kLanes], ordered[4 * kLanes];
+    uint8_t codes[16], ordered[16];
     std::memcpy(codes, quads + i, sizeof(codes));
-    for (int c = 0; c < 4 * kLanes; ++c) ordered[c % 4 / 2 * 2 * kLanes + c / 4 * 2 + c % 2] = codes[c];
+    for (int c = 0; c < 16; ++c) ordered[c] = codes[kByPairs[c]];
     pairs_of(ordered, pairs + 2 * i);
   }
 #endif
@@ -200,8 +171,9 @@ inline void place_pair(Operand* panel, int64_t n, int64_t k, Pairs pairs) {
   std::memcpy(to + kSlice, &odd, sizeof(Vector));
 }
 
+// not inline: beside a tile's products, registers would not do
 template <typename T>
-void panel_of_rows(const T* w, int64_t stride, int64_t rows, int64_t depth, Operand* panel) {
+__attribute__((noinline)) void panel_of_rows(const T* w, int64_t stride, int64_t rows, int64_t depth, Operand* panel) {
   for (int64_t n = 0; n < kPanelWidth; n += kLanes) {
     for (int64_t k = 0; k < depth; k += kStep<T>) {
       Pairs pairs[kStep<T> / 2];

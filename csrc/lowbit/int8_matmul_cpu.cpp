@@ -303,8 +303,6 @@ TILEFUSE_DISPATCH(int8_room_bytes)
 
 namespace {
 
-constexpr int64_t kUnpackedRows = 2048;  // rows unpacked at a time
-
 int64_t groups_of(const Tensor& scale) { return scale.dim() == 2 ? scale.size(1) : 1; }
 
 // [R] or [R, G]
@@ -335,23 +333,9 @@ Tensor int8_matmul(const Tensor& a, const Tensor& a_scale, const Tensor& b, cons
   call.group = call.groups == 0 ? 0 : k / call.groups;
   call.padded = (call.group + 3) / 4 * 4;
   call.spans = (call.group + kSpan - 1) / kSpan;
-  const int64_t most = m < kUnpackedRows ? m : kUnpackedRows, width = call.groups * call.padded;
-  const std::unique_ptr<int16_t[]> operands(new int16_t[static_cast<size_t>(most * width + 1)]);
-  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(most * call.groups * call.spans + 1)]);
-  call.operands = operands.get();
-  call.sums = sums.get();
-  int64_t room = 0;
-  int8_room_bytes(&room);
-  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
-  for (; call.first < m; call.first += kUnpackedRows) {
-    call.rows = m - call.first < kUnpackedRows ? m - call.first : kUnpackedRows;
-    run_parallel(int8_unpack_rows, call.rows, 1 + 65536 / (width + 1), call);
-    const int64_t parts = (call.rows + kPartRows - 1) / kPartRows;
-    const int64_t rows = call.rows < kPartRows ? call.rows : kPartRows;
-    // codes of the weight count as a few rows
-    const int64_t grain = 1 + (int64_t{1} << 20) / ((rows + 8) * kPanelColumns * (k + 64));
-    run_parallel(int8_multiply, panels * parts, grain, call, parts, RangeScratch<char>{room});
-  }
+  LaneSizes sizes{m, n, k, call.groups * call.padded, sizeof(int16_t), call.groups * call.spans, 0};
+  int8_room_bytes(&sizes.room);
+  multiply_rows(call, sizes, int8_unpack_rows, int8_multiply);
   return out;
 }
 

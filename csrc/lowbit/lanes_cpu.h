@@ -5,9 +5,8 @@
 // the instruction for bytes saturates. Integers are exact in any order, so all copies agree.
 #pragma once
 
-#include <utility>
-
 #include "common/floats_cpu.h"
+#include "common/transpose_cpu.h"
 
 namespace tilefuse {
 
@@ -69,32 +68,6 @@ TILEFUSE_INLINE Lanes accumulate(Lanes acc, Lanes weight, Lanes row) {
   const Lanes low = (Lanes)((w << 16) >> 16) * (Lanes)((r << 16) >> 16);
   return acc + low + (Lanes)(w >> 16) * (Lanes)(r >> 16);
 #endif
-}
-
-// where lane l of a row of the first (second) of two blocks comes from when the kSide x kSide blocks off the diagonal
-// change places
-template <int kSide>
-constexpr int exchanged(int l, bool second) {
-  return (l & kSide) != 0 ? kLanes + (second ? l : l - kSide) : second ? l + kSide : l;
-}
-
-template <int kSide, int... kLane>
-TILEFUSE_INLINE void exchange(Lanes (&v)[kLanes], std::integer_sequence<int, kLane...> lanes) {
-  const Lanes first = {uint32_t{exchanged<kSide>(kLane, false)}...};
-  const Lanes second = {uint32_t{exchanged<kSide>(kLane, true)}...};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if ((i & kSide) != 0) continue;
-    const Lanes a = v[i], b = v[i + kSide];
-    v[i] = __builtin_shuffle(a, b, first);
-    v[i + kSide] = __builtin_shuffle(a, b, second);
-  }
-  if constexpr (kSide > 1) exchange<kSide / 2>(v, lanes);
-}
-
-// v[i][j] becomes v[j][i]
-TILEFUSE_INLINE void transpose(Lanes (&v)[kLanes]) {
-  exchange<kLanes / 2>(v, std::make_integer_sequence<int, kLanes>{});
 }
 
 template <int R>
@@ -194,4 +167,41 @@ T* take(char*& room, int64_t count) {
 
 }  // namespace
 }  // namespace TILEFUSE_ISA
+
+#ifdef TILEFUSE_REGISTER
+
+constexpr int64_t kUnpackedRows = 2048;  // rows unpacked at a time
+
+// What one row of a product [M, K] x [K, N] has as operands, and what a range of the work has for itself.
+struct LaneSizes {
+  int64_t m, n, k;
+  int64_t operands, bytes, sums;  // of a row: operands of `bytes` bytes, and sums of them
+  int64_t room;
+};
+
+// Unpacks rows of a call and multiplies them with panels of columns, as many at a time as stay in the caches.
+template <typename Call, typename Unpack, typename Multiply>
+inline void multiply_rows(Call& call, const LaneSizes& sizes, const Unpack& unpack, const Multiply& multiply) {
+  const int64_t most = sizes.m < kUnpackedRows ? sizes.m : kUnpackedRows;
+  const int64_t room = most * sizes.operands * sizes.bytes + 64;
+  const std::unique_ptr<char[]> operands(new char[static_cast<size_t>(room)]);
+  prefer_huge_pages(operands.get(), room);
+  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(most * sizes.sums + 1)]);
+  // aligned to a cache line
+  call.operands = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(operands.get()) + 63) / 64 * 64);
+  call.sums = sums.get();
+  const int64_t panels = (sizes.n + kPanelColumns - 1) / kPanelColumns;
+  for (; call.first < sizes.m; call.first += kUnpackedRows) {
+    call.rows = sizes.m - call.first < kUnpackedRows ? sizes.m - call.first : kUnpackedRows;
+    run_parallel(unpack, call.rows, 1 + 32768 / (sizes.operands + 1), call);
+    const int64_t parts = (call.rows + kPartRows - 1) / kPartRows;
+    const int64_t rows = call.rows < kPartRows ? call.rows : kPartRows;
+    // codes of the weight count as a few rows
+    const int64_t grain = 1 + (int64_t{1} << 20) / ((rows + 8) * kPanelColumns * (sizes.k + 64));
+    run_parallel(multiply, panels * parts, grain, call, parts, RangeScratch<char>{sizes.room});
+  }
+}
+
+#endif  // TILEFUSE_REGISTER
+
 }  // namespace tilefuse

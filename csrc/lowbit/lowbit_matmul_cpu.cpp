@@ -480,8 +480,6 @@ TILEFUSE_DISPATCH(lowbit_room_bytes)
 
 namespace {
 
-constexpr int64_t kUnpackedRows = 2048;  // rows unpacked at a time
-
 // the runs of all groups, with spans of at most `span_units`
 std::vector<CodeRun> runs_of(LowbitCall& call, int64_t span_units) {
   std::vector<CodeRun> runs;
@@ -543,28 +541,10 @@ LowbitCall call_of(const Tensor& x, const Tensor& q, const Tensor& scale, const 
 }
 
 // `bytes`: of one operand
-template <typename Unpack, typename Multiply>
-void multiply_all(LowbitCall& call, int64_t m, int64_t bytes, const Unpack& unpack, const Multiply& multiply) {
-  const int64_t most = m < kUnpackedRows ? m : kUnpackedRows;
-  const int64_t room_of_operands = most * call.depth * bytes + 64;
-  const std::unique_ptr<char[]> operands(new char[static_cast<size_t>(room_of_operands)]);
-  prefer_huge_pages(operands.get(), room_of_operands);
-  const std::unique_ptr<int32_t[]> sums(new int32_t[static_cast<size_t>(most * call.spans + 1)]);
-  // aligned to a cache line
-  call.operands = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(operands.get()) + 63) / 64 * 64);
-  call.sums = sums.get();
-  int64_t room = 0;
-  lowbit_room_bytes(call.groups, &room);
-  const int64_t panels = (call.codes.n + kPanelColumns - 1) / kPanelColumns;
-  for (; call.first < m; call.first += kUnpackedRows) {
-    call.rows = m - call.first < kUnpackedRows ? m - call.first : kUnpackedRows;
-    run_parallel(unpack, call.rows, 1 + 32768 / (call.depth + 1), call);
-    const int64_t parts = (call.rows + kPartRows - 1) / kPartRows;
-    const int64_t rows = call.rows < kPartRows ? call.rows : kPartRows;
-    // codes count as a few rows
-    const int64_t grain = 1 + (int64_t{1} << 20) / ((rows + 8) * kPanelColumns * (call.k + 64));
-    run_parallel(multiply, panels * parts, grain, call, parts, RangeScratch<char>{room});
-  }
+LaneSizes sizes_of(const LowbitCall& call, int64_t m, int64_t bytes) {
+  LaneSizes sizes{m, call.codes.n, call.k, call.depth, bytes, call.spans, 0};
+  lowbit_room_bytes(call.groups, &sizes.room);
+  return sizes;
 }
 
 Tensor lowbit_matmul(const Tensor& x, const Tensor& q, const Tensor& scale, const OptionalTensor& zero,
@@ -578,7 +558,7 @@ Tensor lowbit_matmul(const Tensor& x, const Tensor& q, const Tensor& scale, cons
   const std::vector<CodeRun> runs = runs_of(call, int64_t{1} << 60);
   call.runs = runs.data();
   call.count = static_cast<int64_t>(runs.size());
-  multiply_all(call, x.size(0), sizeof(float), lowbit_unpack_rows, lowbit_multiply);
+  multiply_rows(call, sizes_of(call, x.size(0), sizeof(float)), lowbit_unpack_rows, lowbit_multiply);
   return out;
 }
 
@@ -594,7 +574,7 @@ Tensor lowbit_matmul_int8(const Tensor& x, const Tensor& x_scale, const Tensor& 
   const std::vector<CodeRun> runs = runs_of(call, kSpan / kUnit);
   call.runs = runs.data();
   call.count = static_cast<int64_t>(runs.size());
-  multiply_all(call, x.size(0), sizeof(int16_t), lowbit_unpack_rows_int8, lowbit_multiply_int8);
+  multiply_rows(call, sizes_of(call, x.size(0), sizeof(int16_t)), lowbit_unpack_rows_int8, lowbit_multiply_int8);
   return out;
 }
 
