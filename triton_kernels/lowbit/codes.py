@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..common import fp8
+from .host import groups_of
 
 
 @triton.jit
@@ -93,6 +94,25 @@ def level(y, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     return found, inside
 
 
+@triton.jit
+def load_codes(q_rows, col, columns, mask, BITS: tl.constexpr):
+    """Codes (int32) of columns [N] of rows of bytes [M, 1], which hold ``columns``, filling included."""
+    if BITS == 8:
+        code = tl.load(q_rows + col[None, :], mask, 0).to(tl.int32)
+    elif BITS == 4:
+        byte = tl.load(q_rows + (col // 2)[None, :], mask, 0).to(tl.int32)
+        code = (byte >> (col % 2 * 4)[None, :]) & 15
+    else:
+        # blocks of 32: low nibbles, then pairs; both are shorter in the last one
+        block = col // 32
+        nibbles = block * 24 + col % 32 // 2
+        pairs = block * 24 + tl.minimum(columns - block * 32, 32) // 2 + col % 32 // 4
+        low = tl.load(q_rows + nibbles[None, :], mask, 0).to(tl.int32)
+        high = tl.load(q_rows + pairs[None, :], mask, 0).to(tl.int32)
+        code = ((low >> (col % 2 * 4)[None, :]) & 15) | (((high >> (col % 4 * 2)[None, :]) & 3) << 4)
+    return code
+
+
 @dataclass(frozen=True)
 class Config:
     """Groups of a program and columns of a tile of them."""
@@ -106,3 +126,11 @@ def config(size: int) -> Config:
     """About 16 elements for each of 128 threads."""
     block_k = min(max(16, triton.next_power_of_2(size)), 2048)
     return Config(2048 // block_k, block_k, 4)
+
+
+def launch_of(x, group_size):
+    """Programs with whole groups of x [rows, k]: the grid, (all groups, those of a row, their size, k) and the tile."""
+    rows, k = x.shape
+    groups, size = groups_of(k, group_size), group_size or max(k, 1)
+    tile = config(min(size, max(k, 1)))
+    return (triton.cdiv(rows * groups, tile.block_t),), (rows * groups, groups, size, k), tile

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from ..common.launch import constants, on_device
-from .codes import config, extremes, group_scale, level, load_tile, places, quotient
-from .host import EPS, groups_of, mask_bytes
+from .codes import extremes, group_scale, launch_of, level, load_tile, places, quotient
+from .host import EPS, mask_bytes
 from .quantize import back_config
 
 
@@ -248,13 +248,6 @@ def fake_quantize_bwd_amax_kernel(
         tl.store(place, dx.to(dx_ptr.dtype.element_ty), mask)
 
 
-def _sizes(x, group_size):
-    """(groups of all rows, groups of a row, their size, columns) of a launch."""
-    rows, k = x.shape
-    groups = groups_of(k, group_size)
-    return rows * groups, groups, group_size or max(k, 1), k
-
-
 def _rows(tensor):
     """A tensor and the distance of its rows, as a launch passes them; None where there is none."""
     return tensor, 0 if tensor is None else tensor.stride(0)
@@ -264,11 +257,10 @@ def fake_quantize_fwd(x, scale, zero, bits, group_size, symmetric, scale_gradien
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     shape = (x.shape[0], mask_bytes(x.shape[1])) if keep else (0, 0)
     inside = torch.empty(shape, dtype=torch.uint8, device=x.device)
-    sizes = _sizes(x, group_size)
-    tile = config(min(sizes[2], max(sizes[3], 1)))
+    grid, sizes, tile = launch_of(x, group_size)
     if out.numel():
         with on_device(x):
-            fake_quantize_fwd_kernel[(triton.cdiv(sizes[0], tile.block_t),)](
+            fake_quantize_fwd_kernel[grid](
                 *_rows(x),
                 *_rows(scale),
                 *_rows(zero),
@@ -299,11 +291,10 @@ def fake_quantize_bwd(dout, inside):
 def fake_quantize_bwd_scale(dout, x, scale, zero, bits, group_size, symmetric):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dscale = torch.empty(scale.shape, dtype=torch.float32, device=x.device)
-    sizes = _sizes(x, group_size)
-    tile = config(min(sizes[2], max(sizes[3], 1)))
+    grid, sizes, tile = launch_of(x, group_size)
     if dscale.numel():
         with on_device(x):
-            fake_quantize_bwd_scale_kernel[(triton.cdiv(sizes[0], tile.block_t),)](
+            fake_quantize_bwd_scale_kernel[grid](
                 *_rows(dout),
                 *_rows(x),
                 *_rows(scale),
@@ -320,11 +311,10 @@ def fake_quantize_bwd_scale(dout, x, scale, zero, bits, group_size, symmetric):
 
 def fake_quantize_bwd_amax(dout, x, bits, group_size, symmetric):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = _sizes(x, group_size)
-    tile = config(min(sizes[2], max(sizes[3], 1)))
+    grid, sizes, tile = launch_of(x, group_size)
     if dx.numel():
         with on_device(x):
-            fake_quantize_bwd_amax_kernel[(triton.cdiv(sizes[0], tile.block_t),)](
+            fake_quantize_bwd_amax_kernel[grid](
                 *_rows(dout),
                 *_rows(x),
                 dx,

@@ -59,6 +59,15 @@ def _span(
     return acc
 
 
+@triton.jit
+def store_tile(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n):
+    """A tile of out [M, N], contiguous, with the bias."""
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + col, col_mask, 0.0)[None, :]
+    mask = row_mask[:, None] & col_mask[None, :]
+    tl.store(out_ptr + row[:, None] * n + col[None, :], out.to(out_ptr.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["m"])
 def int8_matmul_fwd_kernel(
     a_ptr,
@@ -133,10 +142,7 @@ def int8_matmul_fwd_kernel(
         else:
             b_scale = tl.load(b_scale_ptr + col, col_mask, 0.0)
         out += value * (a_scale[:, None] * b_scale[None, :])
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + col, col_mask, 0.0)[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
-    tl.store(out_ptr + row[:, None] * n + col[None, :], out.to(out_ptr.dtype.element_ty), mask)
+    store_tile(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n)
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,15 @@ zeros come off by the sums of the rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from ..common.grouped import tile_order
 from ..common.launch import constants, on_device
-
-# 65,536 * 255 * 127 is less than 2^31
-SPAN = tl.constexpr(65536)
+from .codes import load_codes
+from .host import columns_of
+from .int8_matmul import SPAN, Config, store_tile
 
 
 @triton.jit
@@ -26,41 +24,21 @@ def _codes(
     col_mask,
     k,
     last,
-    size,
+    columns,
     BITS: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Codes [BLOCK_N, BLOCK_K] of columns from k on, int32, 0 past ``last``. ``q_row`` [BLOCK_N, 1]: rows of ``size``
-    bytes. WHOLE: k is even."""
+    """Codes [BLOCK_N, BLOCK_K] of columns from k on, int32, 0 past ``last``. ``q_row`` [BLOCK_N, 1]: rows of bytes that
+    hold ``columns``. WHOLE: k is even."""
     if BITS == 4 and WHOLE:
         byte = k // 2 + tl.arange(0, BLOCK_K // 2)
         pairs = tl.load(q_row + byte[None, :], col_mask & (byte * 2 < last)[None, :], 0).to(tl.int32)
         return tl.reshape(tl.join(pairs & 15, pairs >> 4), (BLOCK_N, BLOCK_K))
     else:
         at = k + tl.arange(0, BLOCK_K)
-        mask = col_mask & (at < last)[None, :]
-        if BITS == 8:
-            return tl.load(q_row + at[None, :], mask, 0).to(tl.int32)
-        elif BITS == 4:
-            return (tl.load(q_row + (at // 2)[None, :], mask, 0).to(tl.int32) >> (at % 2 * 4)[None, :]) & 15
-        else:
-            # a block of 32: low nibbles, then pairs; both are shorter in the last one
-            block = at // 32 * 24
-            inside = at % 32
-            pairs = block + tl.minimum(16, (size - block) * 2 // 3) + inside // 4
-            low = tl.load(q_row + (block + inside // 2)[None, :], mask, 0).to(tl.int32) >> (inside % 2 * 4)[None, :]
-            high = tl.load(q_row + pairs[None, :], mask, 0).to(tl.int32) >> (inside % 4 * 2)[None, :]
-            return (low & 15) | ((high & 3) << 4)
-
-
-@triton.jit
-def _store(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n):
-    if bias_ptr is not None:
-        out += tl.load(bias_ptr + col, col_mask, 0.0)[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
-    tl.store(out_ptr + row[:, None] * n + col[None, :], out.to(out_ptr.dtype.element_ty), mask)
+        return load_codes(q_row, at, columns, col_mask & (at < last)[None, :], BITS)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -76,7 +54,7 @@ def lowbit_matmul_fwd_kernel(
     m,
     n,
     k,
-    size,
+    columns,
     group,
     groups,
     MIDDLE: tl.constexpr,
@@ -109,14 +87,14 @@ def lowbit_matmul_fwd_kernel(
             inside = at + tl.arange(0, BLOCK_K)
             # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
             x = tl.load(x_row + inside[None, :], row_mask[:, None] & (inside < last)[None, :], 0.0)
-            codes = _codes(q_row, col_mask[:, None], at, last, size, BITS, WHOLE, BLOCK_N, BLOCK_K)
+            codes = _codes(q_row, col_mask[:, None], at, last, columns, BITS, WHOLE, BLOCK_N, BLOCK_K)
             level = codes.to(tl.float32) - zero[:, None]
             if FLOATS:
                 acc += tl.dot(x.to(tl.float32), tl.trans(level), input_precision="ieee")
             else:
                 acc += tl.dot(x, tl.trans(level.to(x.dtype)))
         out += acc * tl.load(scale_ptr + col * groups + g, col_mask, 0.0).to(tl.float32)[None, :]
-    _store(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n)
+    store_tile(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n)
 
 
 @triton.jit
@@ -128,7 +106,7 @@ def _sums(
     zero,
     first,
     last,
-    size,
+    columns,
     SHIFT: tl.constexpr,
     BITS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -144,7 +122,7 @@ def _sums(
         inside = at + tl.arange(0, BLOCK_K)
         # [BLOCK_M, BLOCK_K], [BLOCK_N, BLOCK_K]
         x = tl.load(x_row + inside[None, :], row_mask & (inside < last)[None, :], 0)
-        codes = _codes(q_row, col_mask, at, last, size, BITS, WHOLE, BLOCK_N, BLOCK_K) - SHIFT
+        codes = _codes(q_row, col_mask, at, last, columns, BITS, WHOLE, BLOCK_N, BLOCK_K) - SHIFT
         acc = tl.dot(x, tl.trans(codes.to(tl.int8)), acc, out_dtype=tl.int32)
         rows += tl.sum(x.to(tl.int32), axis=1)
     return acc - rows[:, None] * (zero - SHIFT)[None, :]
@@ -164,7 +142,7 @@ def lowbit_matmul_int8_kernel(
     m,
     n,
     k,
-    size,
+    columns,
     group,
     groups,
     MIDDLE: tl.constexpr,
@@ -203,7 +181,7 @@ def lowbit_matmul_int8_kernel(
                     zero,
                     start,
                     tl.minimum(start + SPAN, last),
-                    size,
+                    columns,
                     SHIFT,
                     BITS,
                     WHOLE,
@@ -221,7 +199,7 @@ def lowbit_matmul_int8_kernel(
                 zero,
                 first,
                 last,
-                size,
+                columns,
                 SHIFT,
                 BITS,
                 WHOLE,
@@ -232,16 +210,7 @@ def lowbit_matmul_int8_kernel(
         x_scale = tl.load(x_scale_ptr + row * groups + g, row_mask, 0.0)
         scale = tl.load(scale_ptr + col * groups + g, col_mask, 0.0).to(tl.float32)
         out += value * (x_scale[:, None] * scale[None, :])
-    _store(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n)
-
-
-@dataclass(frozen=True)
-class Config:
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+    store_tile(out, out_ptr, bias_ptr, row, col, row_mask, col_mask, n)
 
 
 def config(m: int, group: int) -> Config:
@@ -260,7 +229,7 @@ def _weight(q, scale, zero, bits, group_size, k):
     group = group_size or k
     return (
         (q, q.stride(0), scale.contiguous(), None if zero is None else zero.contiguous()),
-        (k, q.shape[1], group, scale.shape[1]),
+        (k, columns_of(q.shape[1], bits), group, scale.shape[1]),
         {"MIDDLE": 0 if signed else 2 ** (bits - 1), "BITS": bits, "WHOLE": group % 2 == 0 or scale.shape[1] == 1},
     )
 

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from ..common.launch import constants, on_device
-from .codes import config, extremes, group_scale, level, load_tile, places, quotient
-from .host import bytes_of, code_dtype, columns_of, groups_of
+from .codes import extremes, group_scale, launch_of, level, load_codes, load_tile, places, quotient
+from .host import bytes_of, code_dtype, columns_of
 
 
 @triton.jit
@@ -81,24 +81,6 @@ def int_quantize_fwd_kernel(
         _store_codes(q_ptr + row * q_row, code, first, there, start, size, k, BITS, BLOCK_T, BLOCK_K)
 
 
-@triton.jit
-def _load_codes(q_rows, col, columns, mask, BITS: tl.constexpr):
-    """Codes (int32) of columns [N] of rows of bytes [M]."""
-    if BITS == 8:
-        code = tl.load(q_rows[:, None] + col[None, :], mask, 0).to(tl.int32)
-    elif BITS == 4:
-        byte = tl.load(q_rows[:, None] + (col // 2)[None, :], mask, 0).to(tl.int32)
-        code = (byte >> (col % 2 * 4)[None, :]) & 15
-    else:
-        block = col // 32
-        nibbles = block * 24 + col % 32 // 2
-        pairs = block * 24 + tl.minimum(columns - block * 32, 32) // 2 + col % 32 // 4
-        low = tl.load(q_rows[:, None] + nibbles[None, :], mask, 0).to(tl.int32)
-        high = tl.load(q_rows[:, None] + pairs[None, :], mask, 0).to(tl.int32)
-        code = ((low >> (col % 2 * 4)[None, :]) & 15) | (((high >> (col % 4 * 2)[None, :]) & 3) << 4)
-    return code
-
-
 @triton.jit(do_not_specialize=["rows"])
 def int_dequantize_fwd_kernel(
     q_ptr,
@@ -122,7 +104,7 @@ def int_dequantize_fwd_kernel(
     col = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (col < columns)[None, :]
     # [BLOCK_M, BLOCK_N]
-    code = _load_codes(q_ptr + row * q_row, col, columns, mask, BITS)
+    code = load_codes((q_ptr + row * q_row)[:, None], col, columns, mask, BITS)
     group = tl.minimum(col // size, groups - 1)[None, :]
     scale = tl.load(scale_ptr + (row * scale_row)[:, None] + group, mask, 0.0)
     if zero_ptr is None:
@@ -135,24 +117,20 @@ def int_dequantize_fwd_kernel(
 
 def int_quantize_fwd(x, bits, group_size, symmetric, eps):
     rows, k = x.shape
-    groups, size = groups_of(k, group_size), group_size or max(k, 1)
+    grid, sizes, tile = launch_of(x, group_size)
     q = torch.empty((rows, bytes_of(k, bits)), dtype=code_dtype(bits, symmetric), device=x.device)
-    scale = torch.empty((rows, groups), dtype=torch.float32, device=x.device)
-    zero = torch.empty((rows, groups), dtype=torch.uint8, device=x.device)
-    total, tile = rows * groups, config(min(size, max(k, 1)))
-    if total:
+    scale = torch.empty((rows, sizes[1]), dtype=torch.float32, device=x.device)
+    zero = torch.empty((rows, sizes[1]), dtype=torch.uint8, device=x.device)
+    if sizes[0]:
         with on_device(x):
-            int_quantize_fwd_kernel[(triton.cdiv(total, tile.block_t),)](
+            int_quantize_fwd_kernel[grid](
                 x,
                 x.stride(0),
                 q,
                 q.stride(0),
                 scale,
                 zero,
-                total,
-                groups,
-                size,
-                k,
+                *sizes,
                 eps,
                 BITS=bits,
                 SYMMETRIC=symmetric,
