@@ -1,6 +1,10 @@
 """Shared set-up. Without a GPU the whole run uses Triton's interpreter, repaired by tilefuse.testing."""
 
+import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +36,24 @@ try:
         interpreter.install()
 except ImportError as error:
     INTERPRETER_MISSING = str(error)
+
+
+@pytest.fixture
+def on_instruction_set():
+    """``(isa, function)``: what a test module's function gives with the CPU kernels of that instruction set."""
+
+    def run(isa, function):
+        script = f"import sys, torch; from {function.__module__} import {function.__name__} as function; "
+        script += "torch.save(function(), sys.stdout.buffer)"
+        root = Path(__file__).resolve().parent.parent
+        environment = os.environ | {"TILEFUSE_CPU_ISA": isa, "PYTHONPATH": str(root)}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        return torch.load(io.BytesIO(done.stdout))
+
+    return run
 
 
 def float16_in_interpreter(items):

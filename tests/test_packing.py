@@ -2,12 +2,10 @@
 
 import copy
 import io
-import os
 import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,14 +154,9 @@ def check_near(results, expected):
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_on_other_instruction_sets(isa):
+def test_on_other_instruction_sets(isa, on_instruction_set):
     """Packed and plain have the same bits there too; from one instruction set to the next only sums differ."""
-    script = "import sys, torch; from tests.test_packing import check_bits; torch.save(check_bits(), sys.stdout.buffer)"
-    root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"TILEFUSE_CPU_ISA": isa, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    check_near(torch.load(io.BytesIO(done.stdout), weights_only=False), products(plain))
+    check_near(on_instruction_set(isa, check_bits), products(plain))
 
 
 def test_the_reference_unpacks():

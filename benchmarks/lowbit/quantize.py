@@ -8,7 +8,8 @@ import torch
 
 import tilefuse
 
-from ..harness import Case, Peer, compiled, normal
+from ..fp8.quantize import copy, values
+from ..harness import Case, Peer, compiled
 from ..shapes import LLAMA3_8B as M
 
 EPS = 1e-12
@@ -38,17 +39,6 @@ def nibbles(x):
 def widen(q, scale, zero):
     codes = torch.stack((q & 15, q >> 4), -1).flatten(-2).float().unflatten(-1, (-1, 128))
     return ((codes - zero[..., None]) * scale[..., None]).flatten(-2).bfloat16()
-
-
-def copy(x):
-    return x.clone()
-
-
-def values(rows: int, columns: int):
-    def inputs(device, generator):
-        return (normal((rows, columns), torch.bfloat16, device, generator),)
-
-    return inputs
 
 
 def quantised(rows: int, columns: int):

@@ -1,11 +1,6 @@
 """``fake_quantize``."""
 
-import io
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -343,16 +338,8 @@ def results_of_every_kind():
 
 @pytest.mark.cpu_library
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_other_instruction_sets(isa):
-    script = (
-        "import sys, torch; from tests.lowbit.test_fake_quantize import results_of_every_kind; "
-        "torch.save(results_of_every_kind(), sys.stdout.buffer)"
-    )
-    root = Path(__file__).resolve().parent.parent.parent
-    environment = os.environ | {"TILEFUSE_CPU_ISA": isa, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    for a, b in zip(torch.load(io.BytesIO(done.stdout)), results_of_every_kind(), strict=True):
+def test_other_instruction_sets(isa, on_instruction_set):
+    for a, b in zip(on_instruction_set(isa, results_of_every_kind), results_of_every_kind(), strict=True):
         assert_bit_equal(a, b)
 
 

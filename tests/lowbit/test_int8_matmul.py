@@ -1,11 +1,6 @@
 """``int8_matmul``: every backend and instruction set has the bits of the rule, written here with int64 sums."""
 
-import io
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -226,16 +221,8 @@ def every_shape():
 
 @pytest.mark.cpu_library
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
-def test_every_instruction_set_has_the_same_bits(isa):
-    script = (
-        "import sys, torch; from tests.lowbit.test_int8_matmul import every_shape; "
-        "torch.save(every_shape(), sys.stdout.buffer)"
-    )
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"TILEFUSE_CPU_ISA": isa, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    found = torch.load(io.BytesIO(done.stdout))
+def test_every_instruction_set_has_the_same_bits(isa, on_instruction_set):
+    found = on_instruction_set(isa, every_shape)
     for name, expected in every_shape().items():
         assert_bit_equal(found[name], expected, name=f"{isa} {name}")
 

@@ -1,11 +1,6 @@
 """``lowbit_matmul``: floats against the float64 product of the dequantised weight, int8 rows bit for bit."""
 
-import io
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -273,17 +268,9 @@ def every_shape():
 
 @pytest.mark.cpu_library
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512vnni"])
-def test_every_instruction_set(isa):
+def test_every_instruction_set(isa, on_instruction_set):
     """Integers have the same bits, floats differ in the rounding of their sums."""
-    script = (
-        "import sys, torch; from tests.lowbit.test_lowbit_matmul import every_shape; "
-        "torch.save(every_shape(), sys.stdout.buffer)"
-    )
-    root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"TILEFUSE_CPU_ISA": isa, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    found = torch.load(io.BytesIO(done.stdout))
+    found = on_instruction_set(isa, every_shape)
     for (name, kind), expected in every_shape().items():
         if kind == "int8":
             assert_bit_equal(found[name, kind], expected, name=f"{isa} {name}")

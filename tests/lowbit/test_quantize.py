@@ -1,11 +1,6 @@
 """``int_quantize`` and ``int_dequantize``."""
 
-import io
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -275,18 +270,10 @@ def codes_of_every_kind():
 
 @pytest.mark.cpu_library
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_other_instruction_sets(isa):
-    script = (
-        "import sys, torch; from tests.lowbit.test_quantize import codes_of_every_kind; "
-        "torch.save(codes_of_every_kind(), sys.stdout.buffer)"
-    )
-    root = Path(__file__).resolve().parent.parent.parent
-    environment = os.environ | {"TILEFUSE_CPU_ISA": isa, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()
+def test_other_instruction_sets(isa, on_instruction_set):
     with tilefuse.backend("reference"):
         expected = codes_of_every_kind()
-    for a, b in zip(torch.load(io.BytesIO(done.stdout)), expected, strict=True):
+    for a, b in zip(on_instruction_set(isa, codes_of_every_kind), expected, strict=True):
         assert_bit_equal(a, b)
 
 
