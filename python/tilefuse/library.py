@@ -557,8 +557,7 @@ def op(
         name = function.__name__
         LIBRARY.impl(name, composite if schema.endswith("-> ()") else function, "CompositeImplicitAutograd")
         reason = not_repeated if kernels else "made of PyTorch calls"
-        called = _distinct(function) if differentiable and not mutates else function
-        called = called if reason else _repeating(called, bool(mutates))
+        called = _entry(function, not reason, bool(mutates), bool(differentiable))
         _ops[name] = Op(
             name,
             module.split("/")[0],
@@ -575,38 +574,35 @@ def op(
     return register
 
 
-def _distinct(function: Function) -> Function:
-    """The function; in a compiled graph a tensor that is given twice is another one, a view, the second time.
-
-    There torch's ``autograd.Function`` takes no tensor twice.
-    """
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not _compiled():
-            return function(*args, **kwargs)
-        given: list[Any] = []
-        for value in (*args, *kwargs.values()):
-            again = isinstance(value, Tensor) and any(value is other for other in given)
-            given.append(value.view_as(value) if again else value)
-        return function(*given[: len(args)], **dict(zip(kwargs, given[len(args) :])))
-
-    return call  # pyright: ignore[reportReturnType]
-
-
-def _repeating(function: Function, writes: bool) -> Function:
-    """The function behind a ``direct.Replay``."""
-    if direct.load().missing:
+def _entry(function: Function, repeats: bool, writes: bool, differentiable: bool) -> Function:
+    """What an op's name calls: behind a ``direct.Replay`` where calls repeat, and in compiled graphs."""
+    replay = direct.replayed(function, _kernels, writes) if repeats and not direct.load().missing else None
+    views = differentiable and not writes
+    if replay is None and not views:
         return function
-    replay = direct.replayed(function, _kernels, writes)
+    eager = replay or function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         # torch.compile looks into the function. Where other tracers are at work, `replay` sees their modes
-        return function(*args, **kwargs) if _compiled() else replay(*args, **kwargs)
+        if not _compiled():
+            return eager(*args, **kwargs)
+        if views:
+            args, kwargs = _distinct(args, kwargs)
+        return function(*args, **kwargs)
 
-    vars(call)["replay"] = replay
+    if replay is not None:
+        vars(call)["replay"] = replay
     return call  # pyright: ignore[reportReturnType]
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments; a tensor that is given again is a view: a compiled ``autograd.Function`` takes none twice."""
+    given: list[Any] = []
+    for value in (*args, *kwargs.values()):
+        again = isinstance(value, Tensor) and any(value is other for other in given)
+        given.append(value.view_as(value) if again else value)
+    return tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :]))
 
 
 def ops() -> Mapping[str, Op]:

@@ -53,13 +53,14 @@ class LazyLogits(LazyTensor):
         Tensor.__setitem__(self, index, value)
 
     def register_hook(self, hook: Any) -> Any:
-        return self._on_the_path("a hook") or super().register_hook(hook)
+        self._refuse("a hook")
+        return super().register_hook(hook)
 
     def retain_grad(self) -> None:
-        self._on_the_path("retain_grad()")
+        self._refuse("retain_grad()")
         super().retain_grad()
 
-    def _on_the_path(self, what: str) -> None:
+    def _refuse(self, what: str) -> None:
         """Raises where a loss may have gone around the logits: their gradient would lack its part."""
         if self.says is not None:
             raise NotImplementedError(
