@@ -32,8 +32,10 @@ class Roof:
     tflops: dict[str, float] = field(default_factory=dict)
 
     def matmul(self, dtype: str) -> float:
-        """The rate for a dtype; for one that has no matmul of its own here, the fastest."""
-        return self.tflops.get(dtype) or max(self.tflops.values(), default=0.0)
+        """The rate for a dtype, that of float32 at least; for one that has no matmul of its own here, the fastest."""
+        own = self.tflops.get(dtype) or max(self.tflops.values(), default=0.0)
+        # narrower values widen exactly, and do where the hardware does not multiply them
+        return max(own, self.tflops.get("float32", 0.0))
 
     def attainable_seconds(
         self, nbytes: int, flops: int, dtype: str, cached: bool = False, reads: bool = False

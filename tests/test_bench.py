@@ -580,6 +580,13 @@ def test_measure_cpu_rotates_over_the_sets():
     assert all((b - a) % 3 == 1 for a, b in itertools.pairwise(seen))
 
 
+def test_narrow_products_have_the_roof_of_wide_ones():
+    """A CPU without bfloat16 products: torch's are slow there, and no bar may say several hundred percent."""
+    roof = dataclasses.replace(ROOF, tflops={"float32": 0.3, "bfloat16": 0.06})
+    assert roof.matmul("bfloat16") == roof.matmul("float32") == 0.3
+    assert dataclasses.replace(ROOF, tflops={"float32": 0.2, "bfloat16": 0.4}).matmul("bfloat16") == 0.4
+
+
 def test_roof_of_this_machine():
     roof = roofline.measure(CPU, seconds=0.1)
     assert roof.copy_gbps > 0.1
